@@ -1,0 +1,86 @@
+// Activations and their derivatives, shared by host and device.
+//
+// F is float or double, or a GCC vector of them: `a < b ? c : d` then selects lane by lane.
+
+#ifndef TFOPS_BATCH_NORM_ACTIVATION_H_
+#define TFOPS_BATCH_NORM_ACTIVATION_H_
+
+#include <cmath>
+
+#include "csrc/batch_norm/batch_norm.h"
+#include "csrc/batch_norm/portable.h"
+
+namespace tfops {
+
+inline constexpr float kLeakyReluSlope = 0.2f;  // the default of tf.nn.leaky_relu and keras.activations.leaky_relu
+
+template <typename F>
+struct Exponential {
+  static TFOPS_INLINE F Of(F z) { return exp(z); }
+};
+template <>
+struct Exponential<float> {
+  static TFOPS_INLINE float Of(float z) { return expf(z); }
+};
+
+template <typename F>
+TFOPS_INLINE F Sigmoid(F z) {
+  return 1 / (1 + Exponential<F>::Of(-z));
+}
+
+// Comparisons are written so that NaN comes out as NaN.
+template <Activation kActivation, typename F>
+TFOPS_INLINE F Activate(F z) {
+  const F zero = F{};
+  if constexpr (kActivation == Activation::kRelu) return z < zero ? zero : z;
+  if constexpr (kActivation == Activation::kRelu6) {
+    const F six = zero + 6;
+    const F floored = z < zero ? zero : z;
+    return floored > six ? six : floored;
+  }
+  if constexpr (kActivation == Activation::kLeakyRelu) return z < zero ? z * kLeakyReluSlope : z;
+  if constexpr (kActivation == Activation::kSilu) return z * Sigmoid(z);
+  return z;
+}
+
+// Whether the activation is piecewise linear with slopes 1 and OffSlope: one bit says all about its derivative.
+constexpr bool IsPiecewiseLinear(Activation activation) {
+  return activation == Activation::kRelu || activation == Activation::kRelu6 || activation == Activation::kLeakyRelu;
+}
+
+template <Activation kActivation>
+inline constexpr bool kIsPiecewiseLinear = IsPiecewiseLinear(kActivation);
+
+// Where the slope is 1. A bool, or a vector of integers that are all ones or zero.
+template <Activation kActivation, typename F>
+TFOPS_INLINE auto IsOn(F z) {
+  static_assert(kIsPiecewiseLinear<kActivation>);
+  const F zero = F{};
+  if constexpr (kActivation == Activation::kRelu6) {
+    return (z > zero) & (z < zero + 6);
+  } else {
+    return z > zero;
+  }
+}
+
+// dy * act'(z) where IsOn(z) is known to be false.
+template <Activation kActivation, typename F>
+TFOPS_INLINE F OffGradient(F dy) {
+  if constexpr (kActivation == Activation::kLeakyRelu) return dy * kLeakyReluSlope;
+  return F{};
+}
+
+// dz = dy * act'(z).
+template <Activation kActivation, typename F>
+TFOPS_INLINE F ActivationGradient(F dy, F z) {
+  if constexpr (kIsPiecewiseLinear<kActivation>) return IsOn<kActivation>(z) ? dy : OffGradient<kActivation>(dy);
+  if constexpr (kActivation == Activation::kSilu) {
+    const F sigmoid = Sigmoid(z);
+    return dy * (sigmoid * (1 + z * (1 - sigmoid)));
+  }
+  return dy;
+}
+
+}  // namespace tfops
+
+#endif  // TFOPS_BATCH_NORM_ACTIVATION_H_

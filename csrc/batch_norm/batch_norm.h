@@ -1,0 +1,186 @@
+// Batch normalization, free of any framework: the contract between the kernels and everything above.
+//
+// A tensor of any rank and layout folds to [outer, channels, inner], dense and row-major: channels-last
+// input (NHWC, NDHWC, 2-D) has inner == 1, channels-first input (NCHW, NCDHW) has inner == the number of
+// pixels, and any axis of any rank >= 2 is one of that general form. Statistics of a channel are taken
+// over its outer * inner elements. All sizes and offsets are 64-bit and count elements, not bytes.
+//
+//   training   y = act((x - mean) * inv_std * scale + offset + residual),  mean and inv_std of the batch
+//   inference  the same, with mean and variance given
+//
+// Data are float16, bfloat16, float32 or float64. Parameters and statistics ("param type" below) are
+// float32, or float64 with float64 data; so is all arithmetic. Pointers are to host memory in
+// namespace cpu and to device memory in namespace cuda. An output may be the same array as an input of
+// its own shape (y as x or residual, dx or dresidual as dy); no other overlap is allowed.
+
+#ifndef TFOPS_BATCH_NORM_BATCH_NORM_H_
+#define TFOPS_BATCH_NORM_BATCH_NORM_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#define TFOPS_EXPORT __attribute__((visibility("default")))
+
+namespace tfops {
+
+enum class StatusCode {
+  kOk,
+  kInvalidArgument,  // the caller's mistake; the message names the argument and its value
+  kUnavailable,      // not on this machine: no CUDA in this build, no GPU, a driver too old
+  kInternal,         // a CUDA call failed
+};
+
+struct [[nodiscard]] Status {
+  StatusCode code = StatusCode::kOk;
+  std::string message;
+
+  bool ok() const { return code == StatusCode::kOk; }
+};
+
+enum class DataType { kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+enum class Activation { kNone, kRelu, kRelu6, kLeakyRelu, kSilu };
+
+struct Problem {
+  int64_t outer = 0;
+  int64_t channels = 0;
+  int64_t inner = 1;
+  DataType dtype = DataType::kFloat32;
+  Activation activation = Activation::kNone;
+  bool has_residual = false;
+  bool training = true;
+  double epsilon = 1e-3;
+  double exponential_avg_factor = 1.0;  // training: mean_out = (1 - factor) * mean_in + factor * batch mean
+  bool unbiased = true;                 // training: variance_out takes m2 / (n - 1), else m2 / n
+
+  int64_t Count() const { return outer * inner; }  // elements a channel
+  int64_t Elements() const { return outer * channels * inner; }
+};
+
+// Sets outer, channels and inner from a shape. InvalidArgument if rank < 2, if axis is outside
+// [-rank, rank), if a dimension is negative, or if the number of elements exceeds 2^62.
+TFOPS_EXPORT Status Fold(const int64_t* dims, int rank, int64_t axis, Problem* problem);
+
+// InvalidArgument unless epsilon is finite and > 0 and exponential_avg_factor is in [0, 1].
+TFOPS_EXPORT Status Validate(const Problem& problem);
+
+// The activation of that name ("", "relu", "relu6", "leaky_relu", "silu"), or InvalidArgument.
+TFOPS_EXPORT Status ParseActivation(const std::string& name, Activation* activation);
+
+// What the gradient needs, beside x, to know act' at an element.
+//   training with residual and a piecewise linear activation: one bit an element, written by the forward
+//   pass, set where the activation has slope 1; x alone would not do, for residual is not kept;
+//   every other problem: nothing (residual itself for silu, and in inference where no bits are kept).
+//
+// Bits lie in rows, each of a whole number of bytes: a row is the contiguous run of `channels` elements if
+// inner == 1, else of `inner`; one run of everything if channels == 1. Bit i % 8 of byte i / 8 belongs to
+// element i of the row; bits past its end are zero.
+struct MaskLayout {
+  int64_t rows = 0;
+  int64_t row_elements = 0;
+  int64_t row_bytes = 0;
+
+  int64_t Bytes() const { return rows * row_bytes; }
+};
+TFOPS_EXPORT bool NeedsMask(const Problem& problem);      // the forward pass writes bits, the gradient reads them
+TFOPS_EXPORT bool NeedsResidual(const Problem& problem);  // the gradient reads residual
+TFOPS_EXPORT MaskLayout LayoutOfMask(const Problem& problem);
+
+// [N] is shorthand for the data's shape and type, [C] for a vector of `channels` of the param type.
+struct ForwardArrays {
+  const void* x = nullptr;         // [N]
+  const void* scale = nullptr;     // [C]
+  const void* offset = nullptr;    // [C]
+  const void* residual = nullptr;  // [N]; iff has_residual
+  // [C]; inference: the statistics. Training: the running statistics; null is allowed if
+  // exponential_avg_factor == 1, and then an empty batch returns zeros.
+  const void* mean = nullptr;
+  const void* variance = nullptr;
+
+  void* y = nullptr;              // [N]
+  void* mean_out = nullptr;       // [C]; training only, as the four that follow
+  void* variance_out = nullptr;   // [C]
+  void* saved_mean = nullptr;     // [C]; of the batch, for the gradient
+  void* saved_inv_std = nullptr;  // [C]; 1 / sqrt(m2 / n + epsilon)
+  uint8_t* mask = nullptr;        // LayoutOfMask(problem).Bytes(); iff NeedsMask(problem)
+};
+
+// With dz = dy * act'(z), xc = x - mean, n = Count() and sums over a channel:
+//   doffset = sum(dz)    dscale = inv_std * sum(dz * xc)    dresidual = dz
+//   training   dx = scale * inv_std * (dz - sum(dz) / n - xc * inv_std^2 * sum(dz * xc) / n)
+//                   + factor * (dmean / n + dvariance * xc * 2 / (n - 1, or n if not unbiased))
+//   inference  dx = scale * inv_std * dz
+//              dmean_in = -scale * inv_std * sum(dz)
+//              dvariance_in = -scale * inv_std^3 * sum(dz * xc) / 2
+struct BackwardArrays {
+  const void* dy = nullptr;         // [N]
+  const void* x = nullptr;          // [N]
+  const void* scale = nullptr;      // [C]
+  const void* offset = nullptr;     // [C]
+  const void* mean = nullptr;       // [C]; training: saved_mean
+  const void* spread = nullptr;     // [C]; training: saved_inv_std; inference: variance
+  const void* dmean = nullptr;      // [C]; training: gradient of mean_out, or null for none
+  const void* dvariance = nullptr;  // [C]; training: gradient of variance_out, or null for none
+  const void* residual = nullptr;   // [N]; iff NeedsResidual(problem)
+  const uint8_t* mask = nullptr;    // iff NeedsMask(problem)
+
+  void* dx = nullptr;            // [N]
+  void* dscale = nullptr;        // [C]
+  void* doffset = nullptr;       // [C]
+  void* dmean_in = nullptr;      // [C]; inference only, as the next
+  void* dvariance_in = nullptr;  // [C]
+  void* dresidual = nullptr;     // [N]; null if it is not wanted, or dy itself (activation none)
+};
+
+namespace cpu {
+
+// Calls body(i) for every i in [0, items), in any order, from any threads, and returns when all are done.
+// Results do not depend on the order or the threads.
+using ParallelFor = std::function<void(int64_t items, const std::function<void(int64_t item)>& body)>;
+
+// The workspace is scratch memory of the caller's, 64-byte aligned, that one call uses and leaves undefined.
+TFOPS_EXPORT size_t ForwardWorkspaceBytes(const Problem& problem);
+TFOPS_EXPORT size_t BackwardWorkspaceBytes(const Problem& problem);
+TFOPS_EXPORT Status Forward(const Problem& problem, const ForwardArrays& arrays, void* workspace,
+                            const ParallelFor& parallel_for);
+TFOPS_EXPORT Status Backward(const Problem& problem, const BackwardArrays& arrays, void* workspace,
+                             const ParallelFor& parallel_for);
+
+// The instruction set whose kernels run: "x86-64-v4", "x86-64-v3", "x86-64-v2" or "generic". It is the best that this
+// machine has, or what the environment variable TFOPS_CPU names, if the machine has that.
+TFOPS_EXPORT const char* InstructionSet();
+
+}  // namespace cpu
+
+namespace cuda {
+
+// All of these act on the calling thread's current device and return Unavailable in a build without CUDA.
+// The pointers' alignment is that of their type, no more. Nothing here synchronizes.
+TFOPS_EXPORT Status ForwardWorkspaceBytes(const Problem& problem, size_t* bytes);
+TFOPS_EXPORT Status BackwardWorkspaceBytes(const Problem& problem, size_t* bytes);
+TFOPS_EXPORT Status Forward(const Problem& problem, const ForwardArrays& arrays, void* workspace, void* stream);
+TFOPS_EXPORT Status Backward(const Problem& problem, const BackwardArrays& arrays, void* workspace, void* stream);
+
+struct BuildInfo {
+  bool built = false;
+  std::string toolkit;        // such as "13.0"
+  std::string architectures;  // such as "75-real;90-real;120"
+};
+TFOPS_EXPORT BuildInfo Build();
+
+struct Gpu {
+  std::string name;
+  int compute_capability = 0;  // 90 for 9.0
+  int multiprocessors = 0;
+  int64_t memory_bytes = 0;
+};
+// The driver's CUDA version (13000 for 13.0; 0 if there is no driver) and the number of GPUs.
+TFOPS_EXPORT Status Driver(int* version, int* gpus);
+TFOPS_EXPORT Status Describe(int index, Gpu* gpu);
+
+}  // namespace cuda
+}  // namespace tfops
+
+#endif  // TFOPS_BATCH_NORM_BATCH_NORM_H_

@@ -1,0 +1,109 @@
+// Mergeable statistics, and what becomes of them: the arithmetic of one channel, shared by host and device.
+
+#ifndef TFOPS_BATCH_NORM_MOMENTS_H_
+#define TFOPS_BATCH_NORM_MOMENTS_H_
+
+#include <cmath>
+
+#include "csrc/batch_norm/batch_norm.h"
+#include "csrc/batch_norm/portable.h"
+
+namespace tfops {
+
+// The count, mean and sum of squared deviations from that mean, of a set of numbers.
+template <typename F>
+struct Moments {
+  F count;
+  F mean;
+  F m2;
+};
+
+// Of `count` numbers x, from sum(x - shift) and sum((x - shift)^2). Safe from cancellation if shift is one of the
+// numbers: then count * (mean - shift)^2 <= count * m2, so at most `count` times the rounding error of a sum is
+// left in m2. Hence: short chains, each with a shift of its own.
+template <typename F>
+TFOPS_INLINE Moments<F> MomentsOfShifted(F count, F shift, F sum, F sum_of_squares) {
+  const F mean = sum / count;
+  const F m2 = sum_of_squares - sum * mean;
+  return {count, shift + mean, m2 < F(0) ? F(0) : m2};
+}
+
+// Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+template <typename F>
+TFOPS_INLINE Moments<F> Merge(const Moments<F>& a, const Moments<F>& b) {
+  const F count = a.count + b.count;
+  if (count == F(0)) return a;
+  const F weight = b.count / count;
+  const F delta = b.mean - a.mean;
+  return {count, a.mean + delta * weight, a.m2 + b.m2 + delta * delta * (a.count * weight)};
+}
+
+// Writes the four vectors of channel c from its moments. P is the param type.
+template <typename P>
+TFOPS_INLINE void FinishStatistics(const Problem& problem, const ForwardArrays& arrays, const Moments<double>& moments,
+                                   int64_t c) {
+  const P* mean_in = static_cast<const P*>(arrays.mean);
+  const P* variance_in = static_cast<const P*>(arrays.variance);
+  const double n = moments.count;
+  const double variance = n > 0 ? moments.m2 / n : 0.0;
+  const double bessel = problem.unbiased && n > 1 ? n / (n - 1) : 1.0;
+  // An empty batch has no statistics: the running ones stay as they are.
+  const double factor = n > 0 ? problem.exponential_avg_factor : 0.0;
+  double mean_out = factor * moments.mean;
+  double variance_out = factor * (variance * bessel);
+  if (factor < 1.0) {
+    mean_out += (1.0 - factor) * (mean_in ? static_cast<double>(mean_in[c]) : 0.0);
+    variance_out += (1.0 - factor) * (variance_in ? static_cast<double>(variance_in[c]) : 0.0);
+  }
+  static_cast<P*>(arrays.mean_out)[c] = static_cast<P>(mean_out);
+  static_cast<P*>(arrays.variance_out)[c] = static_cast<P>(variance_out);
+  static_cast<P*>(arrays.saved_mean)[c] = static_cast<P>(n > 0 ? moments.mean : 0.0);
+  static_cast<P*>(arrays.saved_inv_std)[c] = static_cast<P>(1.0 / sqrt(variance + problem.epsilon));
+}
+
+// dx = dz * slope + (x - mean) * tilt + shift
+template <typename P>
+struct GradientCoefficients {
+  P slope;
+  P tilt;
+  P shift;
+};
+
+// 1 / sqrt(variance + epsilon) of a channel, of the batch or as given.
+template <typename P>
+TFOPS_INLINE double InverseStd(const Problem& problem, const BackwardArrays& arrays, int64_t c) {
+  const double spread = static_cast<double>(static_cast<const P*>(arrays.spread)[c]);
+  return problem.training ? spread : 1.0 / sqrt(spread + problem.epsilon);
+}
+
+// Writes the [C] gradients of channel c from its two sums, and returns what dx needs. The formulas are in batch_norm.h.
+template <typename P>
+TFOPS_INLINE GradientCoefficients<P> FinishGradient(const Problem& problem, const BackwardArrays& arrays, double sum_dz,
+                                                    double sum_dz_xc, int64_t c) {
+  const double inv_std = InverseStd<P>(problem, arrays, c);
+  const double slope = static_cast<double>(static_cast<const P*>(arrays.scale)[c]) * inv_std;
+  static_cast<P*>(arrays.doffset)[c] = static_cast<P>(sum_dz);
+  static_cast<P*>(arrays.dscale)[c] = static_cast<P>(sum_dz_xc * inv_std);
+  if (!problem.training) {
+    static_cast<P*>(arrays.dmean_in)[c] = static_cast<P>(-slope * sum_dz);
+    static_cast<P*>(arrays.dvariance_in)[c] = static_cast<P>(-0.5 * slope * inv_std * inv_std * sum_dz_xc);
+    return {static_cast<P>(slope), P(0), P(0)};
+  }
+  const double n = static_cast<double>(problem.Count());
+  if (n == 0) return {static_cast<P>(slope), P(0), P(0)};
+  double tilt = -slope * inv_std * inv_std * sum_dz_xc / n;
+  double shift = -slope * sum_dz / n;
+  if (arrays.dmean) {
+    shift += problem.exponential_avg_factor * static_cast<double>(static_cast<const P*>(arrays.dmean)[c]) / n;
+  }
+  if (arrays.dvariance) {
+    const double divisor = problem.unbiased && n > 1 ? n - 1 : n;
+    tilt += 2.0 * problem.exponential_avg_factor * static_cast<double>(static_cast<const P*>(arrays.dvariance)[c]) /
+            divisor;
+  }
+  return {static_cast<P>(slope), static_cast<P>(tilt), static_cast<P>(shift)};
+}
+
+}  // namespace tfops
+
+#endif  // TFOPS_BATCH_NORM_MOMENTS_H_
