@@ -21,6 +21,8 @@
 #include <functional>
 #include <string>
 
+#include "csrc/batch_norm/portable.h"
+
 #define TFOPS_EXPORT __attribute__((visibility("default")))
 
 namespace tfops {
@@ -55,8 +57,8 @@ struct Problem {
   double exponential_avg_factor = 1.0;  // training: mean_out = (1 - factor) * mean_in + factor * batch mean
   bool unbiased = true;                 // training: variance_out takes m2 / (n - 1), else m2 / n
 
-  int64_t Count() const { return outer * inner; }  // elements a channel
-  int64_t Elements() const { return outer * channels * inner; }
+  TFOPS_INLINE int64_t Count() const { return outer * inner; }  // elements a channel
+  TFOPS_INLINE int64_t Elements() const { return outer * channels * inner; }
 };
 
 // Sets outer, channels and inner from a shape. InvalidArgument if rank < 2, if axis is outside

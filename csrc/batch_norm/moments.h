@@ -38,6 +38,14 @@ TFOPS_INLINE Moments<F> Merge(const Moments<F>& a, const Moments<F>& b) {
   return {count, a.mean + delta * weight, a.m2 + b.m2 + delta * delta * (a.count * weight)};
 }
 
+TFOPS_INLINE double InverseStd(double variance, double epsilon) { return 1.0 / sqrt(variance + epsilon); }
+
+// inv_std * scale as both passes must round it.
+template <typename P>
+TFOPS_INLINE P Slope(P scale, double inv_std) {
+  return static_cast<P>(static_cast<double>(scale) * inv_std);
+}
+
 // Writes the four vectors of channel c from its moments. P is the param type.
 template <typename P>
 TFOPS_INLINE void FinishStatistics(const Problem& problem, const ForwardArrays& arrays, const Moments<double>& moments,
@@ -58,7 +66,7 @@ TFOPS_INLINE void FinishStatistics(const Problem& problem, const ForwardArrays& 
   static_cast<P*>(arrays.mean_out)[c] = static_cast<P>(mean_out);
   static_cast<P*>(arrays.variance_out)[c] = static_cast<P>(variance_out);
   static_cast<P*>(arrays.saved_mean)[c] = static_cast<P>(n > 0 ? moments.mean : 0.0);
-  static_cast<P*>(arrays.saved_inv_std)[c] = static_cast<P>(1.0 / sqrt(variance + problem.epsilon));
+  static_cast<P*>(arrays.saved_inv_std)[c] = static_cast<P>(InverseStd(variance, problem.epsilon));
 }
 
 // dx = dz * slope + (x - mean) * tilt + shift
@@ -73,7 +81,7 @@ struct GradientCoefficients {
 template <typename P>
 TFOPS_INLINE double InverseStd(const Problem& problem, const BackwardArrays& arrays, int64_t c) {
   const double spread = static_cast<double>(static_cast<const P*>(arrays.spread)[c]);
-  return problem.training ? spread : 1.0 / sqrt(spread + problem.epsilon);
+  return problem.training ? spread : InverseStd(spread, problem.epsilon);
 }
 
 // Writes the [C] gradients of channel c from its two sums, and returns what dx needs. The formulas are in batch_norm.h.

@@ -1,0 +1,59 @@
+# Decides whether to build the CUDA kernels, and with which nvcc: sets TFOPS_WITH_CUDA and enables the language.
+#
+# nvcc is taken from CUDACXX, else PATH, else from NVIDIA's packages of PyPI beside this Python (build_backend.py asks
+# for them where there is no nvcc).
+
+set(TFOPS_WITH_CUDA FALSE)
+if(NOT TFOPS_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "TFOPS_CUDA must be AUTO, ON or OFF, but it is '${TFOPS_CUDA}'")
+endif()
+if(TFOPS_CUDA STREQUAL "OFF")
+  message(STATUS "CUDA kernels: off, as asked")
+  return()
+endif()
+
+if(NOT DEFINED ENV{CUDACXX} AND NOT CMAKE_CUDA_COMPILER)
+  find_program(TFOPS_NVCC nvcc)
+  if(NOT TFOPS_NVCC)
+    execute_process(
+      COMMAND ${Python_EXECUTABLE} -c
+              "import glob, sys; print(next((n for p in sys.path for n in glob.glob(p + '/nvidia/cu13/bin/nvcc')), ''))"
+      OUTPUT_VARIABLE TFOPS_NVCC OUTPUT_STRIP_TRAILING_WHITESPACE)
+    if(TFOPS_NVCC)
+      # nvcc's profile looks for libraries in lib64, the packages put them in lib.
+      cmake_path(GET TFOPS_NVCC PARENT_PATH cuda_bin)
+      cmake_path(GET cuda_bin PARENT_PATH cuda_home)
+      set(ENV{CUDAFLAGS} "$ENV{CUDAFLAGS} -L${cuda_home}/lib")
+    endif()
+  endif()
+  if(TFOPS_NVCC)
+    set(CMAKE_CUDA_COMPILER ${TFOPS_NVCC})
+  endif()
+endif()
+
+include(CheckLanguage)
+check_language(CUDA)
+if(CMAKE_CUDA_COMPILER)
+  if(NOT CMAKE_CUDA_ARCHITECTURES)
+    # Machine code for each generation, which also serves the later ones of the same major version, and PTX of the newest
+    # for those to come.
+    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 110-real 120
+        CACHE STRING "GPU architectures" FORCE)
+  endif()
+  enable_language(CUDA)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.0)
+    message(FATAL_ERROR "tfops needs nvcc 13.0 or newer, but ${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_VERSION}; "
+                        "set CUDACXX to another, or TFOPS_CUDA=OFF")
+  endif()
+  set(TFOPS_WITH_CUDA TRUE)
+  message(STATUS "CUDA kernels: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
+elseif(TFOPS_CUDA STREQUAL "ON")
+  message(FATAL_ERROR "TFOPS_CUDA=ON, but no working nvcc was found: set CUDACXX, or put nvcc on PATH")
+else()
+  message(WARNING "\n"
+    "  ************************************************************************\n"
+    "  *  No nvcc was found: this build of tfops has NO CUDA KERNELS.         *\n"
+    "  *  It runs on the CPU alone. For a GPU, set CUDACXX or put nvcc 13 on  *\n"
+    "  *  PATH and build again; TFOPS_CUDA=OFF silences this.                 *\n"
+    "  ************************************************************************\n")
+endif()

@@ -1,0 +1,284 @@
+// The two passes of the gradient: sums of dz and dz * (x - mean), then dx and dresidual. dz is computed in both.
+
+#ifndef TFOPS_BATCH_NORM_CPU_GRADIENT_PASS_H_
+#define TFOPS_BATCH_NORM_CPU_GRADIENT_PASS_H_
+
+#include "csrc/batch_norm/cpu/elements.h"
+#include "csrc/batch_norm/cpu/moments_pass.h"
+#include "csrc/batch_norm/cpu/runs.h"
+#include "csrc/batch_norm/moments.h"
+
+namespace tfops::cpu::TFOPS_CPU_LEVEL {
+namespace {
+
+// The arrays of one run. residual, bits and dresidual may be null.
+template <typename T>
+struct GradientArrays {
+  const T* dy;
+  const T* x;
+  const T* residual;
+  const uint8_t* bits;
+  int64_t length;
+  T* dx;
+  T* dresidual;
+};
+
+template <typename T>
+TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardArrays& arrays, const Run& run, const uint8_t* bits) {
+  const T* residual = static_cast<const T*>(arrays.residual);
+  T* dresidual = static_cast<T*>(arrays.dresidual);
+  return {static_cast<const T*>(arrays.dy) + run.offset,
+          static_cast<const T*>(arrays.x) + run.offset,
+          residual ? residual + run.offset : nullptr,
+          bits,
+          run.length,
+          static_cast<T*>(arrays.dx) + run.offset,
+          dresidual ? dresidual + run.offset : nullptr};
+}
+
+template <typename P>
+struct Gradient {
+  Vec<P> dz;
+  Vec<P> xc;
+};
+
+// Lanes i to i + lanes of a run, or the first n of them (and zero dz) if kPartial.
+template <bool kPartial, Activation kActivation, typename T, typename C>
+TFOPS_INLINE Gradient<Param<T>> GradientOfVector(const GradientArrays<T>& arrays, const C& coefficients, int64_t i,
+                                                 int64_t n) {
+  using P = Param<T>;
+  const Vec<P> dy = LoadLanes<kPartial>(arrays.dy + i, n);
+  const Vec<P> xc = LoadLanes<kPartial>(arrays.x + i, n) - coefficients.Mean(i);
+  if constexpr (kActivation == Activation::kNone) return {dy, xc};
+  if constexpr (kIsPiecewiseLinear<kActivation>) {
+    if (arrays.bits) {
+      const IntVec<P> on = MaskFromBits<P>(LoadMaskBits<P>(arrays.bits, i, arrays.length));
+      return {on ? dy : OffGradient<kActivation>(dy), xc};
+    }
+  }
+  Vec<P> z = Affine<Vec<P>>(xc, coefficients.Slope(i), coefficients.Offset(i));
+  if (arrays.residual) z += LoadLanes<kPartial>(arrays.residual + i, n);
+  return {ActivationGradient<kActivation>(dy, z), xc};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Gradient moments, channels-last. Runs are the rows of a tile; their columns from i on are summed downwards.
+
+template <bool kPartial, int kVectors, Activation kActivation, typename T>
+TFOPS_INLINE void SumRows(const GradientArrays<T>* rows, int64_t count,
+                          const ColumnCoefficients<Param<T>>& coefficients, int64_t i, int64_t n, double* sum_dz,
+                          double* sum_dz_xc) {
+  using P = Param<T>;
+  constexpr int kL = kLanes<P>;
+  Vec<P> first[kVectors], second[kVectors];
+  for (int v = 0; v < kVectors; ++v) first[v] = second[v] = Vec<P>{};
+  for (int64_t r = 0; r < count; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      const Gradient<P> g = GradientOfVector<kPartial, kActivation>(rows[r], coefficients, i + v * kL, n);
+      first[v] += g.dz;
+      second[v] += g.dz * g.xc;
+    }
+  }
+  P sums[kVectors * kL], products[kVectors * kL];
+  for (int v = 0; v < kVectors; ++v) {
+    Store(sums + v * kL, first[v]);
+    Store(products + v * kL, second[v]);
+  }
+  const int64_t columns = kPartial ? n : kVectors * kL;
+  for (int64_t j = 0; j < columns; ++j) {
+    sum_dz[i + j] += static_cast<double>(sums[j]);
+    sum_dz_xc[i + j] += static_cast<double>(products[j]);
+  }
+}
+
+template <Activation kActivation, typename T>
+TFOPS_INLINE void SumTile(const GradientArrays<T>* rows, int64_t count,
+                          const ColumnCoefficients<Param<T>>& coefficients, double* sum_dz, double* sum_dz_xc) {
+  constexpr int kL = kLanes<Param<T>>;
+  constexpr int kVectors = 2;  // two accumulators each
+  const int64_t columns = rows[0].length;
+  int64_t i = 0;
+  for (; i + kVectors * kL <= columns; i += kVectors * kL) {
+    SumRows<false, kVectors, kActivation>(rows, count, coefficients, i, kL, sum_dz, sum_dz_xc);
+  }
+  for (; i < columns; i += kL) {
+    SumRows<true, 1, kActivation>(rows, count, coefficients, i, Min(kL, columns - i), sum_dz, sum_dz_xc);
+  }
+}
+
+template <typename T>
+void ColumnGradientMoments(const BackwardJob& job, int64_t item) {
+  const Plan& plan = job.plan;
+  const int64_t chunk = plan.Chunk(item);
+  const int64_t begin = plan.ColumnBegin(item);
+  const int64_t end = plan.ColumnEnd(item);
+  double* sum_dz = job.partials.first + chunk * plan.columns + begin;
+  double* sum_dz_xc = job.partials.second + chunk * plan.columns + begin;
+  for (int64_t j = 0; j < end - begin; ++j) sum_dz[j] = sum_dz_xc[j] = 0;
+  const ColumnCoefficients<Param<T>> coefficients(job.coefficients, begin);
+  WithActivation(job.problem.activation, [&](auto activation) {
+    constexpr Activation kActivation = decltype(activation)::value;
+    GradientArrays<T> rows[kChainRows];
+    uint8_t buffers[kChainRows][kRunMaskBytes];
+    const auto add_row = [&](int64_t i, const Run& run) {
+      rows[i] = ArraysOfRun<T>(job.arrays, run, MaskOfRun(job.problem, plan, run, job.arrays.mask, buffers[i]));
+    };
+    for (int64_t r = plan.RowBegin(chunk); r < plan.RowEnd(chunk); r += kChainRows) {
+      const int64_t count = Min(kChainRows, plan.RowEnd(chunk) - r);
+      for (int64_t i = 0; i < count; ++i) add_row(i, RowRun(plan, r + i, begin, end));
+      SumTile<kActivation>(rows, count, coefficients, sum_dz, sum_dz_xc);
+    }
+    if (plan.HasTail(chunk)) {
+      add_row(0, RowRun(plan, plan.rows, 0, plan.tail));
+      SumTile<kActivation>(rows, 1, coefficients, sum_dz, sum_dz_xc);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Gradient moments, channels-first. The elements of a segment are summed across, in chains of kChainRows a lane.
+
+template <Activation kActivation, typename T>
+TFOPS_INLINE void SumRun(const GradientArrays<T>& arrays, const ChannelCoefficients<Param<T>>& coefficients,
+                         double* sum_dz, double* sum_dz_xc) {
+  using P = Param<T>;
+  constexpr int kL = kLanes<P>;
+  constexpr int64_t kStep = kUnroll * kL;
+  int64_t i = 0;
+  while (i < arrays.length) {
+    Vec<P> first[kUnroll]{}, second[kUnroll]{};
+    const auto add = [&](int v, const Gradient<P>& g) {
+      first[v] += g.dz;
+      second[v] += g.dz * g.xc;
+    };
+    const int64_t end = Min(arrays.length, i + kChainRows * kStep);
+    for (; i + kStep <= end; i += kStep) {
+      for (int v = 0; v < kUnroll; ++v) {
+        add(v, GradientOfVector<false, kActivation>(arrays, coefficients, i + v * kL, kL));
+      }
+    }
+    for (; i + kL <= end; i += kL) add(0, GradientOfVector<false, kActivation>(arrays, coefficients, i, kL));
+    if (i < end) {
+      add(0, GradientOfVector<true, kActivation>(arrays, coefficients, i, end - i));
+      i = end;
+    }
+    *sum_dz += SumOfLanes<P>((first[0] + first[1]) + (first[2] + first[3]));
+    *sum_dz_xc += SumOfLanes<P>((second[0] + second[1]) + (second[2] + second[3]));
+  }
+}
+
+template <typename T>
+void PlaneGradientMoments(const BackwardJob& job, int64_t item) {
+  const Plan& plan = job.plan;
+  const int64_t chunk = plan.Chunk(item);
+  WithActivation(job.problem.activation, [&](auto activation) {
+    constexpr Activation kActivation = decltype(activation)::value;
+    for (int64_t c = plan.ColumnBegin(item); c < plan.ColumnEnd(item); ++c) {
+      const ChannelCoefficients<Param<T>> coefficients(job.coefficients, c);
+      double sum_dz = 0, sum_dz_xc = 0;
+      for (int64_t r = plan.RowBegin(chunk); r < plan.RowEnd(chunk); ++r) {
+        const Run run = SegmentRun(job.problem, plan, r, c);
+        const uint8_t* bits = MaskInPlace(job.problem, plan, run, job.arrays.mask);
+        SumRun<kActivation>(ArraysOfRun<T>(job.arrays, run, bits), coefficients, &sum_dz, &sum_dz_xc);
+      }
+      job.partials.first[chunk * plan.columns + c] = sum_dz;
+      job.partials.second[chunk * plan.columns + c] = sum_dz_xc;
+    }
+  });
+}
+
+template <typename T>
+void GradientMomentsItem(const BackwardJob& job, int64_t item) {
+  if (job.plan.channels_last) {
+    ColumnGradientMoments<T>(job, item);
+  } else {
+    PlaneGradientMoments<T>(job, item);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Channels: coefficients before the sums, gradients and the other coefficients after.
+
+template <typename T>
+void PrepareGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
+  using P = Param<T>;
+  const BackwardArrays& arrays = job.arrays;
+  for (int64_t c = begin; c < end; ++c) {
+    const double inv_std = InverseStd<P>(job.problem, arrays, c);
+    Spread(job, job.coefficients.mean, c, static_cast<const P*>(arrays.mean)[c]);
+    Spread(job, job.coefficients.slope, c, Slope<P>(static_cast<const P*>(arrays.scale)[c], inv_std));
+    Spread(job, job.coefficients.offset, c, static_cast<const P*>(arrays.offset)[c]);
+  }
+}
+
+template <typename T>
+void FinishGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
+  using P = Param<T>;
+  double* sum_dz = job.partials.first;
+  double* sum_dz_xc = job.partials.second;
+  ForEachPartial(job.problem, job.plan, [&](int64_t slot, int64_t) {
+    if (slot == 0) return;
+    for (int64_t c = begin; c < end; ++c) {
+      sum_dz[c] += sum_dz[slot + c];
+      sum_dz_xc[c] += sum_dz_xc[slot + c];
+    }
+  });
+  const bool empty = job.problem.Count() == 0;
+  for (int64_t c = begin; c < end; ++c) {
+    const GradientCoefficients<P> finished =
+        FinishGradient<P>(job.problem, job.arrays, empty ? 0 : sum_dz[c], empty ? 0 : sum_dz_xc[c], c);
+    Spread(job, job.coefficients.tilt, c, finished.tilt);
+    Spread(job, job.coefficients.shift, c, finished.shift);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// dx = dz * slope + (x - mean) * tilt + shift
+
+template <bool kPartial, Activation kActivation, typename T, typename C>
+TFOPS_INLINE void GradientNormalizeVector(const GradientArrays<T>& arrays, const C& coefficients, bool training,
+                                          int64_t i, int64_t n) {
+  using P = Param<T>;
+  const Gradient<P> g = GradientOfVector<kPartial, kActivation>(arrays, coefficients, i, n);
+  Vec<P> dx = g.dz * coefficients.Slope(i);
+  if (training) dx += g.xc * coefficients.Tilt(i) + coefficients.Shift(i);
+  // dresidual first: it may be dy itself, but so may dx, and both have been read.
+  if (arrays.dresidual) StoreLanes<kPartial>(arrays.dresidual + i, g.dz, n);
+  StoreLanes<kPartial>(arrays.dx + i, dx, n);
+}
+
+template <Activation kActivation, typename T, typename C>
+TFOPS_INLINE void GradientNormalizeRun(const GradientArrays<T>& arrays, const C& coefficients, bool training) {
+  constexpr int kL = kLanes<Param<T>>;
+  int64_t i = 0;
+  for (; i + kL <= arrays.length; i += kL) {
+    GradientNormalizeVector<false, kActivation>(arrays, coefficients, training, i, kL);
+  }
+  if (i < arrays.length) {
+    GradientNormalizeVector<true, kActivation>(arrays, coefficients, training, i, arrays.length - i);
+  }
+}
+
+template <typename T>
+void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
+  using P = Param<T>;
+  const bool training = job.problem.training;
+  WithActivation(job.problem.activation, [&](auto activation) {
+    constexpr Activation kActivation = decltype(activation)::value;
+    ForEachRunBackwards(job.problem, job.plan, item, [&](const Run& run) {
+      uint8_t buffer[kRunMaskBytes];
+      const uint8_t* bits = MaskOfRun(job.problem, job.plan, run, job.arrays.mask, buffer);
+      const GradientArrays<T> arrays = ArraysOfRun<T>(job.arrays, run, bits);
+      if (job.plan.channels_last) {
+        GradientNormalizeRun<kActivation>(arrays, ColumnCoefficients<P>(job.coefficients, run.column), training);
+      } else {
+        GradientNormalizeRun<kActivation>(arrays, ChannelCoefficients<P>(job.coefficients, run.column), training);
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace tfops::cpu::TFOPS_CPU_LEVEL
+
+#endif  // TFOPS_BATCH_NORM_CPU_GRADIENT_PASS_H_

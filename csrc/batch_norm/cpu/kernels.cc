@@ -1,0 +1,41 @@
+// The CPU kernels. Compiled once for each instruction set, as namespace TFOPS_CPU_LEVEL.
+//
+//   moments             x -> partial mean, m2 of each column          a column's accumulators stay in registers over
+//   gradient moments    dy, x -> partial sums of dz, dz * (x - mean)   a chain of rows, then join the doubles
+//   normalize           x -> y, mask                                   runs of contiguous elements, last run first:
+//   gradient normalize  dy, x -> dx, dresidual                         the moments' pass has left those in the cache
+//
+// Chains are short (kChainRows additions), so rounding in float stays small; everything longer is in double. See plan.h
+// for columns, rows and items, and ../moments.h for the arithmetic of a channel.
+
+#include "csrc/batch_norm/cpu/kernels.h"
+
+#include "csrc/batch_norm/cpu/gradient_pass.h"
+#include "csrc/batch_norm/cpu/moments_pass.h"
+#include "csrc/batch_norm/cpu/normalize_pass.h"
+
+namespace tfops::cpu::TFOPS_CPU_LEVEL {
+namespace {
+
+template <typename T>
+constexpr Kernels kKernels = {&MomentsItem<T>,          &FinishStatisticsOf<T>,  &NormalizeItem<T>,
+                              &PrepareGradientOf<T>,    &GradientMomentsItem<T>, &FinishGradientOf<T>,
+                              &GradientNormalizeItem<T>};
+
+}  // namespace
+
+const Kernels& KernelsFor(DataType dtype) {
+  switch (dtype) {
+    case DataType::kFloat16:
+      return kKernels<Half>;
+    case DataType::kBFloat16:
+      return kKernels<BFloat16>;
+    case DataType::kFloat32:
+      return kKernels<float>;
+    case DataType::kFloat64:
+      break;
+  }
+  return kKernels<double>;
+}
+
+}  // namespace tfops::cpu::TFOPS_CPU_LEVEL

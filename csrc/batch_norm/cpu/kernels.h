@@ -1,0 +1,70 @@
+// What a file of CPU kernels offers: the work of one item of each phase. cpu.cc calls them, in parallel.
+
+#ifndef TFOPS_BATCH_NORM_CPU_KERNELS_H_
+#define TFOPS_BATCH_NORM_CPU_KERNELS_H_
+
+#include "csrc/batch_norm/batch_norm.h"
+#include "csrc/batch_norm/cpu/plan.h"
+
+namespace tfops::cpu {
+
+// [chunks, columns]: what each chunk of rows contributes to a column.
+struct Partials {
+  double* first = nullptr;   // mean of x; or sum of dz
+  double* second = nullptr;  // m2 of x; or sum of dz * (x - mean)
+};
+
+// [columns], of the param type: y = act((x - mean) * slope + offset + residual); dx = dz * slope + (x - mean) * tilt +
+// shift.
+struct Coefficients {
+  void* mean = nullptr;
+  void* slope = nullptr;
+  void* offset = nullptr;
+  void* tilt = nullptr;
+  void* shift = nullptr;
+};
+
+struct ForwardJob {
+  Problem problem;
+  Plan plan;
+  ForwardArrays arrays;
+  Partials partials;
+  Coefficients coefficients;
+};
+
+struct BackwardJob {
+  Problem problem;
+  Plan plan;
+  BackwardArrays arrays;
+  Partials partials;
+  Coefficients coefficients;
+};
+
+// For one data type. Finish functions take a range of channels, the others an item of the plan.
+struct Kernels {
+  void (*moments)(const ForwardJob& job, int64_t item);
+  void (*finish_statistics)(const ForwardJob& job, int64_t begin, int64_t end);
+  void (*normalize)(const ForwardJob& job, int64_t item);
+  void (*prepare_gradient)(const BackwardJob& job, int64_t begin, int64_t end);
+  void (*gradient_moments)(const BackwardJob& job, int64_t item);
+  void (*finish_gradient)(const BackwardJob& job, int64_t begin, int64_t end);
+  void (*gradient_normalize)(const BackwardJob& job, int64_t item);
+};
+
+// One for each instruction set that this build holds kernels for (TFOPS_CPU_LEVELS, from CMake).
+#define TFOPS_DECLARE_KERNELS(level)         \
+  namespace level {                          \
+  const Kernels& KernelsFor(DataType dtype); \
+  }
+#ifdef __x86_64__
+TFOPS_DECLARE_KERNELS(x86_64_v2)
+TFOPS_DECLARE_KERNELS(x86_64_v3)
+TFOPS_DECLARE_KERNELS(x86_64_v4)
+#else
+TFOPS_DECLARE_KERNELS(generic)
+#endif
+#undef TFOPS_DECLARE_KERNELS
+
+}  // namespace tfops::cpu
+
+#endif  // TFOPS_BATCH_NORM_CPU_KERNELS_H_

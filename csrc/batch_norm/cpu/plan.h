@@ -1,0 +1,73 @@
+// How a problem is cut into work items, and where an item's intermediate results go.
+//
+// The cut depends on the problem alone, never on the number of threads: so the results don't either.
+
+#ifndef TFOPS_BATCH_NORM_CPU_PLAN_H_
+#define TFOPS_BATCH_NORM_CPU_PLAN_H_
+
+#include "csrc/batch_norm/batch_norm.h"
+
+namespace tfops::cpu {
+
+// Vector code works on blocks of 16 elements: one AVX-512 register of float32, two bytes of mask.
+inline constexpr int64_t kBlock = 16;
+
+// Channels-last data are a matrix of `rows` x `columns`. A column is a channel, unless few or ragged channels would
+// leave vectors part empty: then `fold` consecutive rows are laid side by side and seen as one, column j holding
+// channel j % channels, with fold * channels a multiple of kBlock. What does not fill a row of the matrix is its last,
+// shorter row, of `tail` columns.
+//
+// Channels-first data are planes of `inner` elements. A column is a channel, a row is a segment of a plane.
+struct Plan {
+  bool channels_last = true;
+  int64_t columns = 0;
+  int64_t rows = 0;  // whole ones
+  int64_t fold = 1;
+  int64_t tail = 0;
+
+  int64_t segment = 0;             // channels-first: elements of a segment (the last of a plane may be shorter)
+  int64_t segments_per_plane = 0;  // rows = outer * segments_per_plane
+
+  // Work items are column blocks x chunks of rows. Each chunk has statistics of its own for every column.
+  int64_t column_block = 0;
+  int64_t column_blocks = 0;
+  int64_t chunks = 0;
+
+  TFOPS_INLINE int64_t Items() const { return column_blocks * chunks; }
+  TFOPS_INLINE int64_t ColumnBegin(int64_t item) const { return item % column_blocks * column_block; }
+  TFOPS_INLINE int64_t ColumnEnd(int64_t item) const {
+    const int64_t end = ColumnBegin(item) + column_block;
+    return end < columns ? end : columns;
+  }
+  TFOPS_INLINE int64_t Chunk(int64_t item) const { return item / column_blocks; }
+  TFOPS_INLINE int64_t RowBegin(int64_t chunk) const {
+    return rows / chunks * chunk + (chunk < rows % chunks ? chunk : rows % chunks);
+  }
+  TFOPS_INLINE int64_t RowEnd(int64_t chunk) const { return RowBegin(chunk + 1); }
+  TFOPS_INLINE bool HasTail(int64_t chunk) const { return tail > 0 && chunk == chunks - 1; }
+};
+
+Plan MakePlan(const Problem& problem);
+
+// Hands out a workspace piece by piece; without memory, it adds up what is needed.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <typename T>
+  T* Take(int64_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  char* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace tfops::cpu
+
+#endif  // TFOPS_BATCH_NORM_CPU_PLAN_H_

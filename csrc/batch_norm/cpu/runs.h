@@ -1,0 +1,130 @@
+// Runs: stretches of contiguous elements that a kernel walks through, and where the bits of their mask are.
+
+#ifndef TFOPS_BATCH_NORM_CPU_RUNS_H_
+#define TFOPS_BATCH_NORM_CPU_RUNS_H_
+
+#include "csrc/batch_norm/cpu/kernels.h"
+#include "csrc/batch_norm/cpu/simd.h"
+
+namespace tfops::cpu::TFOPS_CPU_LEVEL {
+namespace {
+
+// Vectors a group: as many independent accumulators hide the latency of an addition.
+constexpr int kUnroll = 4;
+// Additions of the compute type before the sums join others in double.
+constexpr int64_t kChainRows = 32;
+// The same for moments. Each join rounds the mean by half an ulp of double: noticeable where the data are double too,
+// whose own chains may be longer.
+template <typename P>
+constexpr int64_t kMomentsChainRows = sizeof(P) == 4 ? kChainRows : 4 * kChainRows;
+
+TFOPS_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+struct Run {
+  int64_t offset = 0;  // of its first element in the tensor
+  int64_t length = 0;
+  int64_t row = 0;     // see plan.h
+  int64_t column = 0;  // of its first element; channels-first: the channel of all
+};
+
+TFOPS_INLINE Run RowRun(const Plan& plan, int64_t row, int64_t column_begin, int64_t column_end) {
+  return {row * plan.columns + column_begin, column_end - column_begin, row, column_begin};
+}
+
+TFOPS_INLINE Run SegmentRun(const Problem& problem, const Plan& plan, int64_t row, int64_t channel) {
+  const int64_t plane = row / plan.segments_per_plane * problem.channels + channel;
+  const int64_t begin = row % plan.segments_per_plane * plan.segment;
+  return {plane * problem.inner + begin, Min(plan.segment, problem.inner - begin), row, channel};
+}
+
+// Elements of a channel in the rows before `row`, channels-first.
+TFOPS_INLINE int64_t ElementsBefore(const Problem& problem, const Plan& plan, int64_t row) {
+  return row / plan.segments_per_plane * problem.inner + row % plan.segments_per_plane * plan.segment;
+}
+
+// Every run of an item, the last first.
+template <typename Body>
+TFOPS_INLINE void ForEachRunBackwards(const Problem& problem, const Plan& plan, int64_t item, Body body) {
+  const int64_t chunk = plan.Chunk(item);
+  const int64_t begin = plan.ColumnBegin(item);
+  const int64_t end = plan.ColumnEnd(item);
+  if (plan.channels_last) {
+    if (plan.HasTail(chunk)) body(RowRun(plan, plan.rows, 0, plan.tail));
+    for (int64_t r = plan.RowEnd(chunk) - 1; r >= plan.RowBegin(chunk); --r) body(RowRun(plan, r, begin, end));
+  } else {
+    for (int64_t c = end - 1; c >= begin; --c) {
+      for (int64_t r = plan.RowEnd(chunk) - 1; r >= plan.RowBegin(chunk); --r) body(SegmentRun(problem, plan, r, c));
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Masks. Rows of bits begin at whole bytes, and so do runs, but for one case: folded rows of C % 8 != 0 channels. Their
+// bits pass through a buffer, where they lie side by side as the elements do.
+
+constexpr int64_t kRunMaskBytes = 4096 / 8;  // a folded row has fewer columns
+
+TFOPS_INLINE bool IsMaskBuffered(const Problem& problem, const Plan& plan) {
+  return plan.fold > 1 && problem.channels % 8 != 0;
+}
+
+TFOPS_INLINE int64_t MaskOffset(const Problem& problem, const Plan& plan, const Run& run) {
+  if (plan.fold > 1) return run.offset / 8;
+  if (plan.channels_last) return run.row * ((problem.channels + 7) / 8) + run.column / 8;
+  return run.offset / problem.inner * ((problem.inner + 7) / 8) + run.offset % problem.inner / 8;
+}
+
+// Where the bits of a run lie in the mask, unless buffered. Null without a mask. Byte: uint8_t or const uint8_t.
+template <typename Byte>
+TFOPS_INLINE Byte* MaskInPlace(const Problem& problem, const Plan& plan, const Run& run, Byte* mask) {
+  return mask ? mask + MaskOffset(problem, plan, run) : nullptr;
+}
+
+// From the buffer to the rows of `run`.
+TFOPS_INLINE void ScatterMask(const Problem& problem, const Plan& plan, const Run& run, const uint8_t* buffer,
+                              uint8_t* mask) {
+  const int64_t row_bytes = (problem.channels + 7) / 8;
+  const int64_t bytes = (run.length + 7) / 8;
+  const uint8_t last = static_cast<uint8_t>(0xFF >> (row_bytes * 8 - problem.channels));
+  uint8_t* out = mask + run.row * plan.fold * row_bytes;
+  for (int64_t bit = 0; bit < run.length; bit += problem.channels) {
+    for (int64_t i = 0; i < row_bytes; ++i) {
+      const int64_t from = bit / 8 + i;
+      const uint32_t two = buffer[from] | (from + 1 < bytes ? buffer[from + 1] << 8 : 0);
+      out[i] = static_cast<uint8_t>(two >> (bit % 8));
+    }
+    out[row_bytes - 1] &= last;
+    out += row_bytes;
+  }
+}
+
+// The reverse.
+TFOPS_INLINE void GatherMask(const Problem& problem, const Plan& plan, const Run& run, const uint8_t* mask,
+                             uint8_t* buffer) {
+  const int64_t row_bytes = (problem.channels + 7) / 8;
+  const int64_t bytes = (run.length + 7) / 8;
+  std::memset(buffer, 0, static_cast<size_t>(bytes));
+  const uint8_t* in = mask + run.row * plan.fold * row_bytes;
+  for (int64_t bit = 0; bit < run.length; bit += problem.channels) {
+    for (int64_t i = 0; i < row_bytes; ++i) {
+      const int64_t to = bit / 8 + i;
+      const uint32_t two = static_cast<uint32_t>(in[i]) << (bit % 8);
+      buffer[to] |= static_cast<uint8_t>(two);
+      if (to + 1 < bytes) buffer[to + 1] |= static_cast<uint8_t>(two >> 8);
+    }
+    in += row_bytes;
+  }
+}
+
+// The bits of a run as the gradient reads them: in place, or gathered into the buffer. Null without a mask.
+TFOPS_INLINE const uint8_t* MaskOfRun(const Problem& problem, const Plan& plan, const Run& run, const uint8_t* mask,
+                                      uint8_t* buffer) {
+  if (!mask || !IsMaskBuffered(problem, plan)) return MaskInPlace(problem, plan, run, mask);
+  GatherMask(problem, plan, run, mask, buffer);
+  return buffer;
+}
+
+}  // namespace
+}  // namespace tfops::cpu::TFOPS_CPU_LEVEL
+
+#endif  // TFOPS_BATCH_NORM_CPU_RUNS_H_

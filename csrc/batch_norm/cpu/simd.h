@@ -1,0 +1,293 @@
+// Vectors of the instruction set at hand, in GCC's vector extension: plain operators on any machine.
+//
+// A file that includes this is compiled once for each instruction set, with TFOPS_CPU_LEVEL naming the copy. All of it
+// has internal linkage or is always inlined, so that no copy's code can be called from another.
+
+#ifndef TFOPS_BATCH_NORM_CPU_SIMD_H_
+#define TFOPS_BATCH_NORM_CPU_SIMD_H_
+
+#include <cstring>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#include "csrc/batch_norm/activation.h"
+#include "csrc/batch_norm/cpu/plan.h"
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#define TFOPS_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define TFOPS_VECTOR_BYTES 32
+#else
+#define TFOPS_VECTOR_BYTES 16
+#endif
+
+namespace tfops::cpu::TFOPS_CPU_LEVEL {
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// The type that data of type T are computed in, and that their parameters have.
+template <typename T>
+struct ParamOf {
+  using Type = float;
+};
+template <>
+struct ParamOf<double> {
+  using Type = double;
+};
+template <typename T>
+using Param = typename ParamOf<T>::Type;
+
+template <typename T, int kCount>
+struct VectorOf {
+  typedef T Type __attribute__((vector_size(sizeof(T) * kCount)));
+};
+template <typename P>
+struct IntOf;
+template <>
+struct IntOf<float> {
+  using Type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using Type = int64_t;
+};
+
+template <typename P>
+inline constexpr int kLanes = TFOPS_VECTOR_BYTES / sizeof(P);
+template <typename P>
+using Vec = typename VectorOf<P, kLanes<P>>::Type;
+template <typename P>
+using IntVec = typename VectorOf<typename IntOf<P>::Type, kLanes<P>>::Type;
+
+template <typename To, typename From>
+TFOPS_INLINE To BitCast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <typename V>
+TFOPS_INLINE V LoadBits(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <typename P>
+TFOPS_INLINE Vec<P> Splat(P value) {
+  return Vec<P>{} + value;
+}
+
+// Zeros in lanes from n on.
+template <typename P>
+TFOPS_INLINE Vec<P> KeepFirst(Vec<P> v, int64_t n) {
+  IntVec<P> lane;
+  for (int i = 0; i < kLanes<P>; ++i) lane[i] = i;
+  return lane < static_cast<typename IntOf<P>::Type>(n) ? v : Vec<P>{};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Float vectors from data in memory, and back, rounding to nearest even.
+
+using FloatVec = Vec<float>;
+using WordVec = typename VectorOf<uint32_t, kLanes<float>>::Type;
+using HalfwordVec = typename VectorOf<uint16_t, kLanes<float>>::Type;
+
+TFOPS_INLINE FloatVec Load(const float* p) { return LoadBits<FloatVec>(p); }
+TFOPS_INLINE Vec<double> Load(const double* p) { return LoadBits<Vec<double>>(p); }
+TFOPS_INLINE void Store(float* p, FloatVec v) { std::memcpy(p, &v, sizeof(v)); }
+TFOPS_INLINE void Store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
+
+TFOPS_INLINE FloatVec Load(const BFloat16* p) {
+  return BitCast<FloatVec>(__builtin_convertvector(LoadBits<HalfwordVec>(p), WordVec) << 16);
+}
+
+TFOPS_INLINE void Store(BFloat16* p, FloatVec v) {
+  const WordVec word = BitCast<WordVec>(v);
+  const WordVec rounded = (word + (0x7FFF + ((word >> 16) & 1))) >> 16;
+  const WordVec quiet_nan = (word >> 16) | 0x40;
+  const HalfwordVec halfword = __builtin_convertvector(v == v ? rounded : quiet_nan, HalfwordVec);
+  std::memcpy(p, &halfword, sizeof(halfword));
+}
+
+#if TFOPS_VECTOR_BYTES == 64
+
+TFOPS_INLINE FloatVec Load(const Half* p) { return (FloatVec)_mm512_cvtph_ps(LoadBits<__m256i>(p)); }
+TFOPS_INLINE void Store(Half* p, FloatVec v) {
+  const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &bits, sizeof(bits));
+}
+
+#elif TFOPS_VECTOR_BYTES == 32 && defined(__F16C__)
+
+TFOPS_INLINE FloatVec Load(const Half* p) { return (FloatVec)_mm256_cvtph_ps(LoadBits<__m128i>(p)); }
+TFOPS_INLINE void Store(Half* p, FloatVec v) {
+  const __m128i bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &bits, sizeof(bits));
+}
+
+#else
+
+// Without instructions for it. Subnormal halves go through integers: TensorFlow's threads treat subnormal floats as 0.
+TFOPS_INLINE FloatVec Load(const Half* p) {
+  const WordVec half = __builtin_convertvector(LoadBits<HalfwordVec>(p), WordVec);
+  const WordVec magnitude = half & 0x7FFF;
+  const WordVec normal = (magnitude << 13) + ((127 - 15) << 23);
+  const WordVec special = (magnitude << 13) | 0x7F800000;
+  typename VectorOf<int32_t, kLanes<float>>::Type integer = BitCast<decltype(integer)>(magnitude);
+  const WordVec subnormal = BitCast<WordVec>(__builtin_convertvector(integer, FloatVec) * 0x1p-24f);
+  const WordVec finite = magnitude < 0x0400 ? subnormal : normal;
+  return BitCast<FloatVec>((magnitude < 0x7C00 ? finite : special) | ((half & 0x8000) << 16));
+}
+
+TFOPS_INLINE void Store(Half* p, FloatVec v) {
+  const WordVec word = BitCast<WordVec>(v);
+  const WordVec magnitude = word & 0x7FFFFFFF;
+  const WordVec normal = (magnitude + (0xFFF + ((magnitude >> 13) & 1)) - ((127 - 15) << 23)) >> 13;
+  // Adding 0.5 leaves a multiple of 2^-24, the subnormals' step, in the low bits.
+  const WordVec subnormal = BitCast<WordVec>(BitCast<FloatVec>(magnitude) + 0.5f) - BitCast<uint32_t>(0.5f);
+  const WordVec finite = magnitude < 0x38800000 ? subnormal : normal;
+  const WordVec infinite = WordVec{} + 0x7C00;
+  const WordVec nan = ((word >> 13) & 0x3FF) | 0x7E00;
+  const WordVec half = magnitude < 0x477FF000 ? finite : (magnitude > 0x7F800000 ? nan : infinite);
+  const HalfwordVec bits = __builtin_convertvector(half | ((word >> 16) & 0x8000), HalfwordVec);
+  std::memcpy(p, &bits, sizeof(bits));
+}
+
+#endif
+
+// The first n <= lanes elements, and zeros.
+template <typename T>
+TFOPS_INLINE Vec<Param<T>> LoadFirst(const T* p, int64_t n) {
+  T buffer[kLanes<Param<T>>] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+  return Load(buffer);
+}
+
+template <typename T>
+TFOPS_INLINE void StoreFirst(T* p, Vec<Param<T>> v, int64_t n) {
+  T buffer[kLanes<Param<T>>];
+  Store(buffer, v);
+  std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+// All lanes; or, at the ragged end of a run, the first n.
+template <bool kPartial, typename T>
+TFOPS_INLINE Vec<Param<T>> LoadLanes(const T* p, int64_t n) {
+  if constexpr (kPartial) {
+    return LoadFirst(p, n);
+  } else {
+    return Load(p);
+  }
+}
+
+template <bool kPartial, typename T>
+TFOPS_INLINE void StoreLanes(T* p, Vec<Param<T>> v, int64_t n) {
+  if constexpr (kPartial) {
+    StoreFirst(p, v, n);
+  } else {
+    Store(p, v);
+  }
+}
+
+template <typename P>
+TFOPS_INLINE double SumOfLanes(Vec<P> v) {
+  double sum = 0;
+  for (int lane = 0; lane < kLanes<P>; ++lane) sum += static_cast<double>(v[lane]);
+  return sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Masks: a comparison's result, as bits.
+
+// 1 << lane.
+template <typename P>
+TFOPS_INLINE IntVec<P> LaneBits() {
+  IntVec<P> bits;
+  for (int i = 0; i < kLanes<P>; ++i) bits[i] = typename IntOf<P>::Type{1} << i;
+  return bits;
+}
+
+template <typename P>
+TFOPS_INLINE IntVec<P> MaskFromBits(uint32_t bits) {
+  return (LaneBits<P>() & static_cast<typename IntOf<P>::Type>(bits)) != 0;
+}
+
+template <typename P>
+TFOPS_INLINE uint32_t BitsFromMask(IntVec<P> mask) {
+#if TFOPS_VECTOR_BYTES == 64
+  if constexpr (sizeof(P) == 4) return _mm512_movepi32_mask((__m512i)mask);
+  if constexpr (sizeof(P) == 8) return _mm512_movepi64_mask((__m512i)mask);
+#else
+  const IntVec<P> selected = mask & LaneBits<P>();
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<P>; ++i) bits |= static_cast<uint32_t>(selected[i]);
+  return bits;
+#endif
+}
+
+// Bits i to i + lanes - 1 of a row of bits, of which n - i remain. i is a multiple of the lanes.
+template <typename P>
+TFOPS_INLINE uint32_t LoadMaskBits(const uint8_t* row, int64_t i, int64_t n) {
+  uint32_t bits = row[i / 8];
+  if (kLanes<P> > 8 && i + 8 < n) bits |= static_cast<uint32_t>(row[i / 8 + 1]) << 8;
+  return bits >> (i % 8);
+}
+
+}  // namespace
+}  // namespace tfops::cpu::TFOPS_CPU_LEVEL
+
+// ---------------------------------------------------------------------------------------------------------------------
+// exp of vectors, for activation.h.
+
+namespace tfops {
+
+// Cephes' expf: x = k ln 2 + r, |r| <= ln 2 / 2, and a polynomial for exp(r). Error < 2 ulp; inf above 88.73, 0 (or a
+// subnormal) below -87.33.
+template <>
+struct Exponential<cpu::TFOPS_CPU_LEVEL::FloatVec> {
+  using V = cpu::TFOPS_CPU_LEVEL::FloatVec;
+
+  static TFOPS_INLINE V Of(V x) {
+    using cpu::TFOPS_CPU_LEVEL::BitCast;
+    using Int = cpu::TFOPS_CPU_LEVEL::IntVec<float>;
+    constexpr float kRound = 0x1.8p23f;  // adding and subtracting it rounds to an integer
+    const V low = V{} - 88.0f;
+    const V high = V{} + 89.0f;
+    const V clamped = x < low ? low : (x > high ? high : x);
+    const V k = (clamped * 1.44269504088896341f + kRound) - kRound;
+    const V r = (clamped - k * 0.693359375f) - k * -2.12194440e-4f;
+    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    // 2^k as a product of two: k reaches 128 and -127. NaN comes through p.
+    const Int exponent = __builtin_convertvector(x == x ? k : V{}, Int);
+    const Int half = exponent >> 1;
+    return p * BitCast<V>((half + 127) << 23) * BitCast<V>((exponent - half + 127) << 23);
+  }
+};
+
+template <>
+struct Exponential<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
+  using V = cpu::TFOPS_CPU_LEVEL::Vec<double>;
+
+  static TFOPS_INLINE V Of(V x) {
+    for (int i = 0; i < cpu::TFOPS_CPU_LEVEL::kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+    return x;
+  }
+};
+
+}  // namespace tfops
+
+#endif  // TFOPS_BATCH_NORM_CPU_SIMD_H_

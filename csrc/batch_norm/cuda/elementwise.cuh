@@ -1,0 +1,97 @@
+// What happens to each element: z = (x - mean) * (inv_std * scale) + offset + residual, the activation, its gradient,
+// and the mask's bits. Forward and backward share the code of z, and so agree on it to the last bit.
+
+#ifndef TFOPS_BATCH_NORM_CUDA_ELEMENTWISE_CUH_
+#define TFOPS_BATCH_NORM_CUDA_ELEMENTWISE_CUH_
+
+#include "csrc/batch_norm/activation.h"
+#include "csrc/batch_norm/batch_norm.h"
+#include "csrc/batch_norm/cuda/dispatch.h"
+#include "csrc/batch_norm/cuda/types.cuh"
+
+namespace tfops::cuda {
+
+// What z takes from the channel, as arrays [C] of the param type.
+struct AffineArrays {
+  const void* mean = nullptr;
+  const void* spread = nullptr;  // inv_std, or the variance
+  const void* scale = nullptr;
+  const void* offset = nullptr;
+  bool spread_is_variance = false;
+  double epsilon = 0;
+};
+
+// The same in registers: of each lane's channel, or of the one that all lanes share.
+template <typename F, int kLanes>
+struct Affine {
+  F mean[kLanes];
+  F slope[kLanes];
+  F offset[kLanes];
+
+  // `lane_stride` is 1 where each lane has a channel of its own, else 0.
+  __device__ __forceinline__ Affine(const AffineArrays& arrays, int64_t channel, int lane_stride) {
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t c = channel + lane * lane_stride;
+      const F spread = static_cast<const F*>(arrays.spread)[c];
+      const F inv_std = arrays.spread_is_variance ? InverseRoot(spread + static_cast<F>(arrays.epsilon)) : spread;
+      mean[lane] = static_cast<const F*>(arrays.mean)[c];
+      slope[lane] = static_cast<const F*>(arrays.scale)[c] * inv_std;
+      offset[lane] = static_cast<const F*>(arrays.offset)[c];
+    }
+  }
+
+  // z without the residual.
+  __device__ __forceinline__ F Apply(F xc, int lane) const { return MultiplyAdd(xc, slope[lane], offset[lane]); }
+};
+
+// y = act(z), in place. Returns a bit for each lane whose slope is 1, if the activation is one of those that have them.
+template <typename F, int kLanes>
+__device__ __forceinline__ unsigned ActivateVector(Activation activation, F (&z)[kLanes]) {
+  unsigned bits = 0;
+  WithActivation(activation, [&](auto tag) {
+    constexpr Activation kActivation = decltype(tag)::value;
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if constexpr (kIsPiecewiseLinear<kActivation>) bits |= (IsOn<kActivation>(z[lane]) ? 1u : 0u) << lane;
+      z[lane] = Activate<kActivation>(z[lane]);
+    }
+  });
+  return bits;
+}
+
+// dz = dy * act'(z), in place, where z is known.
+template <typename F, int kLanes>
+__device__ __forceinline__ void ActivationGradientVector(Activation activation, const F (&z)[kLanes],
+                                                         F (&gradient)[kLanes]) {
+  WithActivation(activation, [&](auto tag) {
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) {
+      gradient[lane] = ActivationGradient<decltype(tag)::value>(gradient[lane], z[lane]);
+    }
+  });
+}
+
+// The same where the mask's bits are known instead.
+template <typename F, int kLanes>
+__device__ __forceinline__ void MaskedGradientVector(Activation activation, unsigned bits, F (&gradient)[kLanes]) {
+  WithActivation(activation, [&](auto tag) {
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (!(bits >> lane & 1)) gradient[lane] = OffGradient<decltype(tag)::value>(gradient[lane]);
+    }
+  });
+}
+
+// The mask's byte from the bits of 8 / kLanes neighbours in a warp. All threads of the warp take part; the result is
+// the first neighbour's.
+template <int kLanes>
+__device__ __forceinline__ unsigned GatherByte(unsigned bits) {
+#pragma unroll
+  for (int have = kLanes; have < 8; have *= 2) bits |= __shfl_down_sync(0xffffffffu, bits, have / kLanes) << have;
+  return bits & 0xffu;
+}
+
+}  // namespace tfops::cuda
+
+#endif  // TFOPS_BATCH_NORM_CUDA_ELEMENTWISE_CUH_

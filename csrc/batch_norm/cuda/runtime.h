@@ -1,0 +1,16 @@
+// The machine: whether kernels can run here, and on what.
+
+#ifndef TFOPS_BATCH_NORM_CUDA_RUNTIME_H_
+#define TFOPS_BATCH_NORM_CUDA_RUNTIME_H_
+
+#include "csrc/batch_norm/batch_norm.h"
+
+namespace tfops::cuda {
+
+// The multiprocessors of the calling thread's current device. Unavailable, with the remedy, where no kernel can run: no
+// driver, one too old for the CUDA runtime that is linked in, or no GPU. The machine is looked at once a process.
+Status Multiprocessors(int* count);
+
+}  // namespace tfops::cuda
+
+#endif  // TFOPS_BATCH_NORM_CUDA_RUNTIME_H_

@@ -1,0 +1,98 @@
+// The forward phases of the streaming tier. How the tensor maps to threads: streaming.h.
+
+#ifndef TFOPS_BATCH_NORM_CUDA_STREAMING_FORWARD_CUH_
+#define TFOPS_BATCH_NORM_CUDA_STREAMING_FORWARD_CUH_
+
+#include "csrc/batch_norm/cuda/accumulate.cuh"
+#include "csrc/batch_norm/cuda/elementwise.cuh"
+#include "csrc/batch_norm/cuda/streaming.cuh"
+#include "csrc/batch_norm/cuda/tuning.h"
+
+namespace tfops::cuda {
+
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kBlocks)
+    MomentsKernel(Tiling tiling, const void* x, PartialMoments<double>* partials) {
+  using F = Arithmetic<T>;
+  constexpr int kBatch = StreamingBatch<kLanes>::kMoments;
+  MomentsAccumulator<F, kLanes> accumulator;
+  Walk<kLanes, Direction::kForward> walk(tiling);
+  while (!walk.Done()) {
+    Vector<T, kLanes> batch[kBatch];
+    bool inside[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      inside[i] = walk.Inside();
+      if (inside[i]) batch[i].Load(x, walk.Offset());
+      walk.Advance();
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (!inside[i]) continue;
+      F values[kLanes];
+      batch[i].Unpack(values);
+      accumulator.Add(values);
+    }
+    accumulator.CloseLongChain(kBatch);
+  }
+  accumulator.CloseChain();
+  StoreBlock<kLanes>(accumulator, tiling, walk, partials);
+}
+
+struct NormalizeArrays {
+  const void* x = nullptr;
+  const void* residual = nullptr;  // or null
+  void* y = nullptr;
+  uint8_t* mask = nullptr;  // or null
+};
+
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kBlocks)
+    NormalizeKernel(Tiling tiling, AffineArrays affine_arrays, NormalizeArrays arrays, Activation activation) {
+  using F = Arithmetic<T>;
+  constexpr int kBatch = StreamingBatch<kLanes>::kNormalize;
+  Walk<kLanes, Direction::kBackward> walk(tiling);
+  const Affine<F, kLanes> affine(affine_arrays, min(walk.Channel(), tiling.channels - 1), tiling.planes ? 0 : 1);
+  while (!walk.Done()) {
+    Vector<T, kLanes> x[kBatch];
+    Vector<T, kLanes> residual[kBatch];
+    auto ahead = walk;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (ahead.Inside()) {
+        x[i].LoadLast(arrays.x, ahead.Offset());
+        if (arrays.residual) residual[i].LoadLast(arrays.residual, ahead.Offset());
+      }
+      ahead.Advance();
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      unsigned bits = 0;
+      if (walk.Inside()) {
+        F z[kLanes];
+        x[i].Unpack(z);
+#pragma unroll
+        for (int lane = 0; lane < kLanes; ++lane) z[lane] = affine.Apply(z[lane] - affine.mean[lane], lane);
+        if (arrays.residual) {
+          F added[kLanes];
+          residual[i].Unpack(added);
+#pragma unroll
+          for (int lane = 0; lane < kLanes; ++lane) z[lane] += added[lane];
+        }
+        bits = ActivateVector(activation, z);
+        Vector<T, kLanes> y;
+        y.Pack(z);
+        y.Store(arrays.y, walk.Offset());
+      }
+      if (arrays.mask) {
+        const unsigned byte = GatherByte<kLanes>(bits);
+        if (walk.Inside() && walk.MaskBit() == 0) arrays.mask[walk.MaskOffset(tiling)] = static_cast<uint8_t>(byte);
+      }
+      walk.Advance();
+    }
+  }
+}
+
+}  // namespace tfops::cuda
+
+#endif  // TFOPS_BATCH_NORM_CUDA_STREAMING_FORWARD_CUH_

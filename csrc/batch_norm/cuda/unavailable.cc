@@ -1,0 +1,22 @@
+// The entry points of namespace cuda in a build without CUDA.
+
+#include "csrc/batch_norm/batch_norm.h"
+
+namespace tfops::cuda {
+namespace {
+
+Status NotBuilt() {
+  return {StatusCode::kUnavailable, "this build of tfops has no CUDA kernels; install one that has, or run on the CPU"};
+}
+
+}  // namespace
+
+Status ForwardWorkspaceBytes(const Problem&, size_t*) { return NotBuilt(); }
+Status BackwardWorkspaceBytes(const Problem&, size_t*) { return NotBuilt(); }
+Status Forward(const Problem&, const ForwardArrays&, void*, void*) { return NotBuilt(); }
+Status Backward(const Problem&, const BackwardArrays&, void*, void*) { return NotBuilt(); }
+BuildInfo Build() { return {}; }
+Status Driver(int*, int*) { return NotBuilt(); }
+Status Describe(int, Gpu*) { return NotBuilt(); }
+
+}  // namespace tfops::cuda

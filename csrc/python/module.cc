@@ -1,0 +1,204 @@
+// The contract of batch_norm.h, as it is, for Python: structs with their fields, pointers as integers.
+// What makes it convenient and safe is in tfops_kernels/__init__.py.
+
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "csrc/batch_norm/batch_norm.h"
+
+namespace py = pybind11;
+
+namespace tfops {
+namespace {
+
+void ThrowUnlessOk(const Status& status) {
+  if (status.ok()) return;
+  if (status.code == StatusCode::kInvalidArgument) throw py::value_error(status.message);
+  throw std::runtime_error(status.message);
+}
+
+// A pointer member of any type, seen as an integer.
+template <typename Struct, typename T>
+void DefinePointer(py::class_<Struct>& type, const char* name, T* Struct::* member) {
+  type.def_property(
+      name, [member](const Struct& self) { return reinterpret_cast<uintptr_t>(self.*member); },
+      [member](Struct& self, uintptr_t address) { self.*member = reinterpret_cast<T*>(address); });
+}
+
+cpu::ParallelFor Threads(int threads) {
+  return [threads](int64_t items, const std::function<void(int64_t)>& body) {
+    std::atomic<int64_t> next{0};
+    const auto work = [&] {
+      for (int64_t i = next++; i < items; i = next++) body(i);
+    };
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < std::min<int64_t>(threads, items); ++i) others.emplace_back(work);
+    work();
+    for (std::thread& other : others) other.join();
+  };
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+std::unique_ptr<void, Free> AllocateAligned(size_t bytes) {
+  constexpr size_t kAlignment = 64;
+  std::unique_ptr<void, Free> memory(std::aligned_alloc(kAlignment, (bytes / kAlignment + 1) * kAlignment));
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+
+void CpuForward(const Problem& problem, const ForwardArrays& arrays, int threads) {
+  const auto workspace = AllocateAligned(cpu::ForwardWorkspaceBytes(problem));
+  ThrowUnlessOk(cpu::Forward(problem, arrays, workspace.get(), Threads(threads)));
+}
+
+void CpuBackward(const Problem& problem, const BackwardArrays& arrays, int threads) {
+  const auto workspace = AllocateAligned(cpu::BackwardWorkspaceBytes(problem));
+  ThrowUnlessOk(cpu::Backward(problem, arrays, workspace.get(), Threads(threads)));
+}
+
+size_t CudaForwardWorkspaceBytes(const Problem& problem) {
+  size_t bytes = 0;
+  ThrowUnlessOk(cuda::ForwardWorkspaceBytes(problem, &bytes));
+  return bytes;
+}
+
+size_t CudaBackwardWorkspaceBytes(const Problem& problem) {
+  size_t bytes = 0;
+  ThrowUnlessOk(cuda::BackwardWorkspaceBytes(problem, &bytes));
+  return bytes;
+}
+
+void CudaForward(const Problem& problem, const ForwardArrays& arrays, uintptr_t workspace, uintptr_t stream) {
+  ThrowUnlessOk(cuda::Forward(problem, arrays, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
+}
+
+void CudaBackward(const Problem& problem, const BackwardArrays& arrays, uintptr_t workspace, uintptr_t stream) {
+  ThrowUnlessOk(cuda::Backward(problem, arrays, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
+}
+
+Problem MakeProblem(const std::vector<int64_t>& shape, int64_t axis, DataType dtype, const std::string& activation,
+                    bool has_residual, bool training, double epsilon, double exponential_avg_factor, bool unbiased) {
+  Problem problem;
+  ThrowUnlessOk(Fold(shape.data(), static_cast<int>(shape.size()), axis, &problem));
+  ThrowUnlessOk(ParseActivation(activation, &problem.activation));
+  problem.dtype = dtype;
+  problem.has_residual = has_residual;
+  problem.training = training;
+  problem.epsilon = epsilon;
+  problem.exponential_avg_factor = exponential_avg_factor;
+  problem.unbiased = unbiased;
+  ThrowUnlessOk(Validate(problem));
+  return problem;
+}
+
+py::dict Driver() {
+  int version = 0, count = 0;
+  const Status status = cuda::Driver(&version, &count);
+  py::list gpus;
+  for (int i = 0; i < count; ++i) {
+    cuda::Gpu gpu;
+    ThrowUnlessOk(cuda::Describe(i, &gpu));
+    py::dict entry;
+    entry["name"] = gpu.name;
+    entry["compute_capability"] =
+        std::to_string(gpu.compute_capability / 10) + "." + std::to_string(gpu.compute_capability % 10);
+    entry["multiprocessors"] = gpu.multiprocessors;
+    entry["memory_bytes"] = gpu.memory_bytes;
+    gpus.append(entry);
+  }
+  py::dict driver;
+  driver["cuda_driver"] =
+      version == 0 ? std::string() : std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  driver["gpus"] = gpus;
+  driver["cuda_problem"] = status.message;
+  return driver;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_kernels, m) {
+  m.doc() = "csrc/batch_norm/batch_norm.h";
+
+  py::enum_<DataType>(m, "DataType")
+      .value("float16", DataType::kFloat16)
+      .value("bfloat16", DataType::kBFloat16)
+      .value("float32", DataType::kFloat32)
+      .value("float64", DataType::kFloat64);
+
+  py::class_<Problem>(m, "Problem")
+      .def(py::init(&MakeProblem), py::kw_only(), py::arg("shape"), py::arg("axis"), py::arg("dtype"),
+           py::arg("activation"), py::arg("has_residual"), py::arg("training"), py::arg("epsilon"),
+           py::arg("exponential_avg_factor"), py::arg("unbiased"))
+      .def_readonly("channels", &Problem::channels)
+      .def_property_readonly("mask_bytes", [](const Problem& p) { return NeedsMask(p) ? LayoutOfMask(p).Bytes() : 0; })
+      .def_property_readonly("needs_mask", &NeedsMask)
+      .def_property_readonly("needs_residual", &NeedsResidual);
+
+  py::class_<ForwardArrays> forward(m, "ForwardArrays");
+  forward.def(py::init<>());
+  DefinePointer(forward, "x", &ForwardArrays::x);
+  DefinePointer(forward, "scale", &ForwardArrays::scale);
+  DefinePointer(forward, "offset", &ForwardArrays::offset);
+  DefinePointer(forward, "residual", &ForwardArrays::residual);
+  DefinePointer(forward, "mean", &ForwardArrays::mean);
+  DefinePointer(forward, "variance", &ForwardArrays::variance);
+  DefinePointer(forward, "y", &ForwardArrays::y);
+  DefinePointer(forward, "mean_out", &ForwardArrays::mean_out);
+  DefinePointer(forward, "variance_out", &ForwardArrays::variance_out);
+  DefinePointer(forward, "saved_mean", &ForwardArrays::saved_mean);
+  DefinePointer(forward, "saved_inv_std", &ForwardArrays::saved_inv_std);
+  DefinePointer(forward, "mask", &ForwardArrays::mask);
+
+  py::class_<BackwardArrays> backward(m, "BackwardArrays");
+  backward.def(py::init<>());
+  DefinePointer(backward, "dy", &BackwardArrays::dy);
+  DefinePointer(backward, "x", &BackwardArrays::x);
+  DefinePointer(backward, "scale", &BackwardArrays::scale);
+  DefinePointer(backward, "offset", &BackwardArrays::offset);
+  DefinePointer(backward, "mean", &BackwardArrays::mean);
+  DefinePointer(backward, "spread", &BackwardArrays::spread);
+  DefinePointer(backward, "dmean", &BackwardArrays::dmean);
+  DefinePointer(backward, "dvariance", &BackwardArrays::dvariance);
+  DefinePointer(backward, "residual", &BackwardArrays::residual);
+  DefinePointer(backward, "mask", &BackwardArrays::mask);
+  DefinePointer(backward, "dx", &BackwardArrays::dx);
+  DefinePointer(backward, "dscale", &BackwardArrays::dscale);
+  DefinePointer(backward, "doffset", &BackwardArrays::doffset);
+  DefinePointer(backward, "dmean_in", &BackwardArrays::dmean_in);
+  DefinePointer(backward, "dvariance_in", &BackwardArrays::dvariance_in);
+  DefinePointer(backward, "dresidual", &BackwardArrays::dresidual);
+
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("cpu_forward", &CpuForward, release);
+  m.def("cpu_backward", &CpuBackward, release);
+  m.def("cuda_forward", &CudaForward, release);
+  m.def("cuda_backward", &CudaBackward, release);
+  m.def("cuda_forward_workspace_bytes", &CudaForwardWorkspaceBytes);
+  m.def("cuda_backward_workspace_bytes", &CudaBackwardWorkspaceBytes);
+
+  m.def("instruction_set", &cpu::InstructionSet);
+  m.def("cuda_build", [] {
+    const cuda::BuildInfo info = cuda::Build();
+    py::dict build;
+    build["cuda"] = info.built;
+    build["cuda_toolkit"] = info.toolkit;
+    build["cuda_architectures"] = info.architectures;
+    return build;
+  });
+  m.def("driver", &Driver);
+}
+
+}  // namespace tfops

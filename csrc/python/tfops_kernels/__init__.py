@@ -1,0 +1,9 @@
+"""The kernels of tfops on plain arrays, without TensorFlow: NumPy on the CPU, PyTorch's CUDA tensors on a GPU.
+
+These are the entry points that the TensorFlow ops call, for tests, benchmarks and other frameworks. Formulas:
+``csrc/batch_norm/batch_norm.h``.
+"""
+
+from tfops_kernels._api import Backward, Forward, backward, build_info, forward
+
+__all__ = ["Backward", "Forward", "backward", "build_info", "forward"]

@@ -1,0 +1,239 @@
+"""Forward and backward on arrays: checks, allocation, one call."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+from tfops_kernels import _build, _kernels
+from tfops_kernels._arrays import PARAM_TYPES, Library, check, library_of
+
+Array = Any  # numpy.ndarray, or torch.Tensor on a CUDA device
+
+
+class Forward(NamedTuple):
+    """What `forward` returns. In inference all but y are None; mask is None where the gradient needs none."""
+
+    y: Array
+    mean: Array | None
+    variance: Array | None
+    saved_mean: Array | None
+    saved_inv_std: Array | None
+    mask: Array | None
+
+
+class Backward(NamedTuple):
+    """What `backward` returns. mean and variance are None in training; residual is None if there is none."""
+
+    x: Array
+    scale: Array
+    offset: Array
+    mean: Array | None
+    variance: Array | None
+    residual: Array | None
+
+
+def _problem(x: Array, library: Library, residual: bool, **settings: Any) -> tuple[_kernels.Problem, str]:
+    dtype = library.dtype(x)
+    if dtype not in PARAM_TYPES:
+        raise TypeError(f"x must be of dtype {', '.join(PARAM_TYPES)}, but it is {dtype}")
+    activation = settings.pop("activation") or ""
+    problem = _kernels.Problem(
+        shape=list(x.shape),
+        dtype=getattr(_kernels.DataType, dtype),
+        has_residual=residual,
+        activation=activation,
+        **settings,
+    )
+    return problem, dtype
+
+
+def _device(library: Library, x: Array) -> contextlib.AbstractContextManager:
+    if not library.is_cuda:
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.cuda.device(x.device)
+
+
+def forward(
+    x: Array,
+    scale: Array,
+    offset: Array,
+    mean: Array | None = None,
+    variance: Array | None = None,
+    *,
+    residual: Array | None = None,
+    axis: int = -1,
+    epsilon: float = 1e-3,
+    exponential_avg_factor: float = 1.0,
+    training: bool = True,
+    activation: str | None = None,
+    unbiased: bool = True,
+    threads: int = 1,
+) -> Forward:
+    """y = act((x - mean) / sqrt(variance + epsilon) * scale + offset + residual).
+
+    Args:
+      x: float16, bfloat16, float32 or float64, of rank >= 2, dense.
+      scale, offset: [C], float32 (float64 if x is), C = x.shape[axis].
+      mean, variance: likewise; the statistics in inference. In training the running ones: needed if
+        exponential_avg_factor != 1.
+      residual: of x's shape and dtype.
+      training: normalize with the statistics of the batch, and return what running ones become.
+      activation: None, "relu", "relu6", "leaky_relu" or "silu".
+      unbiased: the returned variance takes the sum of squares over n - 1, not n.
+      threads: on the CPU. The result does not depend on it.
+
+    Returns:
+      A `Forward`.
+
+    Raises:
+      TypeError, ValueError: naming the argument and its value.
+      RuntimeError: no CUDA in this build, no GPU, a driver too old, or a CUDA error.
+    """
+    library = library_of(x)
+    problem, dtype = _problem(
+        x,
+        library,
+        residual is not None,
+        axis=axis,
+        activation=activation,
+        training=training,
+        epsilon=epsilon,
+        exponential_avg_factor=exponential_avg_factor,
+        unbiased=unbiased,
+    )
+    shape, channels, param = tuple(x.shape), (problem.channels,), PARAM_TYPES[dtype]
+    arrays = _kernels.ForwardArrays()
+    arrays.x = check(library, "x", x, shape, dtype, x)
+    arrays.scale = check(library, "scale", scale, channels, param, x)
+    arrays.offset = check(library, "offset", offset, channels, param, x)
+    if residual is not None:
+        arrays.residual = check(library, "residual", residual, shape, dtype, x)
+    if mean is not None or not training or exponential_avg_factor != 1:
+        arrays.mean = check(library, "mean", mean, channels, param, x)
+    if variance is not None or not training or exponential_avg_factor != 1:
+        arrays.variance = check(library, "variance", variance, channels, param, x)
+
+    def new(field: str, shape: tuple[int, ...], dtype: str) -> Array:
+        array = library.empty(shape, dtype, x)
+        setattr(arrays, field, library.address(array))
+        return array
+
+    y = new("y", shape, dtype)
+    mask = new("mask", (problem.mask_bytes,), "uint8") if problem.needs_mask else None
+    statistics = [None] * 4
+    if training:
+        names = ("mean_out", "variance_out", "saved_mean", "saved_inv_std")
+        statistics = [new(name, channels, param) for name in names]
+    with _device(library, x):
+        if library.is_cuda:
+            workspace = library.empty((_kernels.cuda_forward_workspace_bytes(problem),), "uint8", x)
+            _kernels.cuda_forward(problem, arrays, library.address(workspace), library.stream(x))
+        else:
+            _kernels.cpu_forward(problem, arrays, threads)
+    return Forward(y, *statistics, mask)
+
+
+def backward(
+    dy: Array,
+    x: Array,
+    scale: Array,
+    offset: Array,
+    mean: Array,
+    spread: Array,
+    *,
+    dmean: Array | None = None,
+    dvariance: Array | None = None,
+    residual: Array | bool = False,
+    mask: Array | None = None,
+    axis: int = -1,
+    epsilon: float = 1e-3,
+    exponential_avg_factor: float = 1.0,
+    training: bool = True,
+    activation: str | None = None,
+    unbiased: bool = True,
+    threads: int = 1,
+) -> Backward:
+    """The gradient of `forward`, whose arguments of the same names have the same meaning.
+
+    Args:
+      dy: the gradient of y; of x's shape and dtype.
+      mean: `saved_mean` in training, the mean in inference; [C].
+      spread: `saved_inv_std` in training, the variance in inference; [C].
+      dmean, dvariance: training: the gradients of the returned mean and variance; [C], or None.
+      residual: the array if the gradient needs it (silu, or an activation in inference), else whether there was one.
+      mask: as `forward` returned it.
+
+    Returns:
+      A `Backward`.
+
+    Raises:
+      As `forward`.
+    """
+    library = library_of(x)
+    has_residual = residual is not False and residual is not None
+    problem, dtype = _problem(
+        x,
+        library,
+        has_residual,
+        axis=axis,
+        activation=activation,
+        training=training,
+        epsilon=epsilon,
+        exponential_avg_factor=exponential_avg_factor,
+        unbiased=unbiased,
+    )
+    shape, channels, param = tuple(x.shape), (problem.channels,), PARAM_TYPES[dtype]
+    arrays = _kernels.BackwardArrays()
+    arrays.x = check(library, "x", x, shape, dtype, x)
+    arrays.dy = check(library, "dy", dy, shape, dtype, x)
+    for name, array in (("scale", scale), ("offset", offset), ("mean", mean), ("spread", spread)):
+        setattr(arrays, name, check(library, name, array, channels, param, x))
+    for name, array in (("dmean", dmean), ("dvariance", dvariance)):
+        if array is not None:
+            setattr(arrays, name, check(library, name, array, channels, param, x))
+    if problem.needs_residual:
+        arrays.residual = check(library, "residual", residual, shape, dtype, x)
+    if problem.needs_mask:
+        arrays.mask = check(library, "mask", mask, (problem.mask_bytes,), "uint8", x)
+
+    def new(field: str, shape: tuple[int, ...], dtype: str) -> Array:
+        array = library.empty(shape, dtype, x)
+        setattr(arrays, field, library.address(array))
+        return array
+
+    dx = new("dx", shape, dtype)
+    dscale, doffset = new("dscale", channels, param), new("doffset", channels, param)
+    dmean_in = dvariance_in = dresidual = None
+    if not training:
+        dmean_in, dvariance_in = new("dmean_in", channels, param), new("dvariance_in", channels, param)
+    if has_residual:
+        dresidual = new("dresidual", shape, dtype) if activation else dy
+    with _device(library, x):
+        if library.is_cuda:
+            workspace = library.empty((_kernels.cuda_backward_workspace_bytes(problem),), "uint8", x)
+            _kernels.cuda_backward(problem, arrays, library.address(workspace), library.stream(x))
+        else:
+            _kernels.cpu_backward(problem, arrays, threads)
+    return Backward(dx, dscale, doffset, dmean_in, dvariance_in, dresidual)
+
+
+def build_info() -> dict[str, Any]:
+    """What this build holds and what is on this machine.
+
+    Returns:
+      A dict with `version`, `tensorflow` (built for; "" if without), `compiler`, `build_type`, `cuda` (bool),
+      `cuda_toolkit`, `cuda_architectures`, `cpu_instruction_set` (chosen now), `cuda_driver` (the CUDA version that the
+      driver serves; "" if none), `gpus` (a list of dicts) and `cuda_problem` (why no GPU can be used; "" if one can).
+    """
+    return {
+        "version": _build.VERSION,
+        "tensorflow": _build.TENSORFLOW,
+        "compiler": _build.COMPILER,
+        "build_type": _build.BUILD_TYPE,
+        "cpu_instruction_set": _kernels.instruction_set(),
+        **_kernels.cuda_build(),
+        **_kernels.driver(),
+    }

@@ -1,0 +1,351 @@
+// The ops' kernels: they check shapes, allocate outputs, and call batch_norm.h on the op's device.
+
+#include <string>
+#include <vector>
+
+#include "csrc/tensorflow/problem.h"
+#include "tensorflow/core/framework/device_base.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/register_types.h"
+#include "tensorflow/core/framework/tensor.h"
+#include "tensorflow/core/platform/threadpool.h"
+#ifdef TFOPS_WITH_CUDA
+#include "tensorflow/core/framework/device_base.h"
+#include "xla/stream_executor/stream.h"
+#endif
+
+namespace tfops {
+namespace {
+
+using tensorflow::OpKernel;
+using tensorflow::OpKernelConstruction;
+using tensorflow::OpKernelContext;
+using tensorflow::Tensor;
+using tensorflow::TensorShape;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Devices
+
+absl::Status AllocateWorkspace(OpKernelContext* context, size_t bytes, Tensor* workspace) {
+  return context->allocate_temp(tensorflow::DT_UINT8, TensorShape({static_cast<int64_t>(bytes)}), workspace);
+}
+
+class CpuDevice {
+ public:
+  static absl::Status Run(OpKernelContext* context, const Problem& problem, const ForwardArrays& arrays) {
+    Tensor workspace;
+    TF_RETURN_IF_ERROR(AllocateWorkspace(context, cpu::ForwardWorkspaceBytes(problem), &workspace));
+    return ToAbsl(cpu::Forward(problem, arrays, workspace.data(), IntraOpPool(context)));
+  }
+
+  static absl::Status Run(OpKernelContext* context, const Problem& problem, const BackwardArrays& arrays) {
+    Tensor workspace;
+    TF_RETURN_IF_ERROR(AllocateWorkspace(context, cpu::BackwardWorkspaceBytes(problem), &workspace));
+    return ToAbsl(cpu::Backward(problem, arrays, workspace.data(), IntraOpPool(context)));
+  }
+
+ private:
+  static cpu::ParallelFor IntraOpPool(OpKernelContext* context) {
+    tensorflow::thread::ThreadPool* pool = context->device()->tensorflow_cpu_worker_threads()->workers;
+    return [pool](int64_t items, const std::function<void(int64_t)>& body) {
+      using Scheduling = tensorflow::thread::ThreadPool::SchedulingParams;
+      const Scheduling one_by_one(tensorflow::thread::ThreadPool::SchedulingStrategy::kFixedBlockSize, std::nullopt, 1);
+      pool->ParallelFor(items, one_by_one, [&body](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) body(i);
+      });
+    };
+  }
+};
+
+#ifdef TFOPS_WITH_CUDA
+class GpuDevice {
+ public:
+  static absl::Status Run(OpKernelContext* context, const Problem& problem, const ForwardArrays& arrays) {
+    size_t bytes = 0;
+    TF_RETURN_IF_ERROR(ToAbsl(cuda::ForwardWorkspaceBytes(problem, &bytes)));
+    Tensor workspace;
+    TF_RETURN_IF_ERROR(AllocateWorkspace(context, bytes, &workspace));
+    return ToAbsl(cuda::Forward(problem, arrays, workspace.data(), Stream(context)));
+  }
+
+  static absl::Status Run(OpKernelContext* context, const Problem& problem, const BackwardArrays& arrays) {
+    size_t bytes = 0;
+    TF_RETURN_IF_ERROR(ToAbsl(cuda::BackwardWorkspaceBytes(problem, &bytes)));
+    Tensor workspace;
+    TF_RETURN_IF_ERROR(AllocateWorkspace(context, bytes, &workspace));
+    return ToAbsl(cuda::Backward(problem, arrays, workspace.data(), Stream(context)));
+  }
+
+ private:
+  static void* Stream(OpKernelContext* context) {
+    return context->op_device_context()->stream()->platform_specific_handle().stream;
+  }
+};
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checks. Shape functions made them too, but only where shapes were known, and not for eager execution.
+
+absl::Status CheckShape(const char* name, const Tensor& tensor, const TensorShape& wanted) {
+  if (tensor.shape() == wanted) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(name, " must have shape ", wanted.DebugString(), ", but it has ", tensor.shape().DebugString()));
+}
+
+absl::Status FoldShape(const Tensor& x, const Attributes& attributes, Problem* problem) {
+  *problem = attributes.problem;
+  const auto dims = x.shape().dim_sizes();
+  return ToAbsl(Fold(dims.data(), x.dims(), attributes.axis, problem));
+}
+
+// Takes an op's inputs by name, in a row, each checked.
+class Inputs {
+ public:
+  Inputs(OpKernelContext* context, const Tensor& x, const Problem& problem)
+      : context_(context), data_shape_(x.shape()), vector_shape_({problem.channels}) {}
+
+  absl::Status Data(const char* name, const void** data) { return Take(name, data_shape_, data); }
+  absl::Status Vector(const char* name, const void** data) { return Take(name, vector_shape_, data); }
+  absl::Status Mask(const char* name, int64_t bytes, const uint8_t** mask) {
+    const void* data = nullptr;
+    TF_RETURN_IF_ERROR(Take(name, TensorShape({bytes}), &data));
+    *mask = static_cast<const uint8_t*>(data);
+    return absl::OkStatus();
+  }
+
+  // A list of nothing, or of what `data` points to.
+  absl::Status OptionalData(const char* name, const void** data) { return TakeList(name, data_shape_, {data}); }
+  absl::Status OptionalVectors(const char* name, const void** first, const void** second) {
+    return TakeList(name, vector_shape_, {first, second});
+  }
+
+  const TensorShape& data_shape() const { return data_shape_; }
+  const TensorShape& vector_shape() const { return vector_shape_; }
+
+ private:
+  absl::Status Take(const char* name, const TensorShape& shape, const void** data) {
+    const Tensor* tensor = nullptr;
+    TF_RETURN_IF_ERROR(context_->input(name, &tensor));
+    TF_RETURN_IF_ERROR(CheckShape(name, *tensor, shape));
+    *data = tensor->data();
+    return absl::OkStatus();
+  }
+
+  absl::Status TakeList(const char* name, const TensorShape& shape, const std::vector<const void**>& data) {
+    tensorflow::OpInputList list;
+    TF_RETURN_IF_ERROR(context_->input_list(name, &list));
+    for (int i = 0; i < list.size(); ++i) {
+      TF_RETURN_IF_ERROR(CheckShape(name, list[i], shape));
+      *data[static_cast<size_t>(i)] = list[i].data();
+    }
+    return absl::OkStatus();
+  }
+
+  OpKernelContext* context_;
+  TensorShape data_shape_;
+  TensorShape vector_shape_;
+};
+
+// Allocates outputs in order.
+class Outputs {
+ public:
+  explicit Outputs(OpKernelContext* context) : context_(context) {}
+
+  absl::Status Allocate(const TensorShape& shape, void** data) {
+    Tensor* output = nullptr;
+    TF_RETURN_IF_ERROR(context_->allocate_output(next_++, shape, &output));
+    *data = output->data();
+    return absl::OkStatus();
+  }
+
+  // In the buffer of one of those inputs, if nobody else will read it.
+  absl::Status Reuse(const std::vector<int>& inputs, const TensorShape& shape, void** data) {
+    Tensor* output = nullptr;
+    TF_RETURN_IF_ERROR(context_->forward_input_or_allocate_output(inputs, next_++, shape, &output));
+    *data = output->data();
+    return absl::OkStatus();
+  }
+
+ private:
+  OpKernelContext* context_;
+  int next_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Ops
+
+class BatchNormOp : public OpKernel {
+ public:
+  BatchNormOp(OpKernelConstruction* context, bool training) : OpKernel(context) {
+    OP_REQUIRES_OK(context, ReadAttributes(context, training, &attributes_));
+  }
+
+  void Compute(OpKernelContext* context) final { OP_REQUIRES_OK(context, Run(context)); }
+
+ protected:
+  virtual absl::Status Run(OpKernelContext* context) = 0;
+
+  const Attributes& attributes() const { return attributes_; }
+
+  // The last input, where there is a residual.
+  static std::vector<int> ResidualInput(OpKernelContext* context, const Problem& problem) {
+    return problem.has_residual ? std::vector<int>{context->num_inputs() - 1} : std::vector<int>{};
+  }
+
+ private:
+  Attributes attributes_;
+};
+
+template <typename Device>
+class TrainingOp final : public BatchNormOp {
+ public:
+  explicit TrainingOp(OpKernelConstruction* context) : BatchNormOp(context, /*training=*/true) {}
+
+ private:
+  absl::Status Run(OpKernelContext* context) override {
+    const Tensor& x = context->input(0);
+    Problem problem;
+    TF_RETURN_IF_ERROR(FoldShape(x, attributes(), &problem));
+    ForwardArrays arrays;
+    Inputs inputs(context, x, problem);
+    TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
+    TF_RETURN_IF_ERROR(inputs.Vector("scale", &arrays.scale));
+    TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
+    TF_RETURN_IF_ERROR(inputs.OptionalVectors("running", &arrays.mean, &arrays.variance));
+    TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
+    if (!arrays.mean && problem.channels > 0 && problem.exponential_avg_factor != 1) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("running must hold mean and variance where exponential_avg_factor != 1, but that is ",
+                       problem.exponential_avg_factor, " and running is empty"));
+    }
+
+    Outputs outputs(context);
+    TF_RETURN_IF_ERROR(outputs.Reuse(ResidualInput(context, problem), inputs.data_shape(), &arrays.y));
+    for (void** vector : {&arrays.mean_out, &arrays.variance_out, &arrays.saved_mean, &arrays.saved_inv_std}) {
+      TF_RETURN_IF_ERROR(outputs.Allocate(inputs.vector_shape(), vector));
+    }
+    const bool needs_mask = NeedsMask(problem);
+    void* mask = nullptr;
+    TF_RETURN_IF_ERROR(outputs.Allocate(TensorShape({needs_mask ? LayoutOfMask(problem).Bytes() : 0}), &mask));
+    arrays.mask = needs_mask ? static_cast<uint8_t*>(mask) : nullptr;
+    return Device::Run(context, problem, arrays);
+  }
+};
+
+template <typename Device>
+class InferenceOp final : public BatchNormOp {
+ public:
+  explicit InferenceOp(OpKernelConstruction* context) : BatchNormOp(context, /*training=*/false) {}
+
+ private:
+  absl::Status Run(OpKernelContext* context) override {
+    const Tensor& x = context->input(0);
+    Problem problem;
+    TF_RETURN_IF_ERROR(FoldShape(x, attributes(), &problem));
+    ForwardArrays arrays;
+    Inputs inputs(context, x, problem);
+    TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
+    TF_RETURN_IF_ERROR(inputs.Vector("scale", &arrays.scale));
+    TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
+    TF_RETURN_IF_ERROR(inputs.Vector("mean", &arrays.mean));
+    TF_RETURN_IF_ERROR(inputs.Vector("variance", &arrays.variance));
+    TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
+
+    Outputs outputs(context);
+    std::vector<int> reusable = ResidualInput(context, problem);
+    reusable.push_back(0);
+    TF_RETURN_IF_ERROR(outputs.Reuse(reusable, inputs.data_shape(), &arrays.y));
+    return Device::Run(context, problem, arrays);
+  }
+};
+
+// What the two gradient ops share: dx in dy's buffer, the vectors, and dresidual.
+absl::Status AllocateGradients(Outputs* outputs, const Inputs& inputs, const Problem& problem,
+                               const std::vector<void**>& vectors, BackwardArrays* arrays) {
+  TF_RETURN_IF_ERROR(outputs->Reuse({0}, inputs.data_shape(), &arrays->dx));
+  for (void** vector : vectors) TF_RETURN_IF_ERROR(outputs->Allocate(inputs.vector_shape(), vector));
+  const bool wanted = HasResidualGradient(problem);
+  void* dresidual = nullptr;
+  TF_RETURN_IF_ERROR(outputs->Allocate(wanted ? inputs.data_shape() : TensorShape({0}), &dresidual));
+  if (wanted) arrays->dresidual = dresidual;
+  return absl::OkStatus();
+}
+
+template <typename Device>
+class TrainingGradOp final : public BatchNormOp {
+ public:
+  explicit TrainingGradOp(OpKernelConstruction* context) : BatchNormOp(context, /*training=*/true) {}
+
+ private:
+  absl::Status Run(OpKernelContext* context) override {
+    const Tensor& x = context->input(1);
+    Problem problem;
+    TF_RETURN_IF_ERROR(FoldShape(x, attributes(), &problem));
+    BackwardArrays arrays;
+    Inputs inputs(context, x, problem);
+    TF_RETURN_IF_ERROR(inputs.Data("dy", &arrays.dy));
+    TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
+    TF_RETURN_IF_ERROR(inputs.Vector("scale", &arrays.scale));
+    TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
+    TF_RETURN_IF_ERROR(inputs.Vector("saved_mean", &arrays.mean));
+    TF_RETURN_IF_ERROR(inputs.Vector("saved_inv_std", &arrays.spread));
+    const bool needs_mask = NeedsMask(problem);
+    TF_RETURN_IF_ERROR(inputs.Mask("mask", needs_mask ? LayoutOfMask(problem).Bytes() : 0, &arrays.mask));
+    if (!needs_mask) arrays.mask = nullptr;
+    TF_RETURN_IF_ERROR(inputs.OptionalVectors("drunning", &arrays.dmean, &arrays.dvariance));
+    TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
+
+    Outputs outputs(context);
+    TF_RETURN_IF_ERROR(AllocateGradients(&outputs, inputs, problem, {&arrays.dscale, &arrays.doffset}, &arrays));
+    return Device::Run(context, problem, arrays);
+  }
+};
+
+template <typename Device>
+class InferenceGradOp final : public BatchNormOp {
+ public:
+  explicit InferenceGradOp(OpKernelConstruction* context) : BatchNormOp(context, /*training=*/false) {}
+
+ private:
+  absl::Status Run(OpKernelContext* context) override {
+    const Tensor& x = context->input(1);
+    Problem problem;
+    TF_RETURN_IF_ERROR(FoldShape(x, attributes(), &problem));
+    BackwardArrays arrays;
+    Inputs inputs(context, x, problem);
+    TF_RETURN_IF_ERROR(inputs.Data("dy", &arrays.dy));
+    TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
+    TF_RETURN_IF_ERROR(inputs.Vector("scale", &arrays.scale));
+    TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
+    TF_RETURN_IF_ERROR(inputs.Vector("mean", &arrays.mean));
+    TF_RETURN_IF_ERROR(inputs.Vector("variance", &arrays.spread));
+    TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
+
+    Outputs outputs(context);
+    const std::vector<void**> vectors = {&arrays.dscale, &arrays.doffset, &arrays.dmean_in, &arrays.dvariance_in};
+    TF_RETURN_IF_ERROR(AllocateGradients(&outputs, inputs, problem, vectors, &arrays));
+    return Device::Run(context, problem, arrays);
+  }
+};
+
+#define TFOPS_REGISTER_OP(name, op, device, DeviceClass, T, U)                                                 \
+  REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::device).TypeConstraint<T>("T").TypeConstraint<U>("U"), \
+                          op<DeviceClass>)
+#define TFOPS_REGISTER_OPS(device, DeviceClass, T, U)                                          \
+  TFOPS_REGISTER_OP("Tfops>BatchNormTraining", TrainingOp, device, DeviceClass, T, U);         \
+  TFOPS_REGISTER_OP("Tfops>BatchNormTrainingGrad", TrainingGradOp, device, DeviceClass, T, U); \
+  TFOPS_REGISTER_OP("Tfops>BatchNormInference", InferenceOp, device, DeviceClass, T, U);       \
+  TFOPS_REGISTER_OP("Tfops>BatchNormInferenceGrad", InferenceGradOp, device, DeviceClass, T, U)
+#define TFOPS_REGISTER_DEVICE(device, DeviceClass)                      \
+  TFOPS_REGISTER_OPS(device, DeviceClass, Eigen::half, float);          \
+  TFOPS_REGISTER_OPS(device, DeviceClass, tensorflow::bfloat16, float); \
+  TFOPS_REGISTER_OPS(device, DeviceClass, float, float);                \
+  TFOPS_REGISTER_OPS(device, DeviceClass, double, double)
+
+TFOPS_REGISTER_DEVICE(DEVICE_CPU, CpuDevice);
+#ifdef TFOPS_WITH_CUDA
+TFOPS_REGISTER_DEVICE(DEVICE_GPU, GpuDevice);
+#endif
+
+}  // namespace
+}  // namespace tfops

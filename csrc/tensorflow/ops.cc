@@ -1,0 +1,250 @@
+// The ops' signatures and shape functions. Names and attributes are frozen: saved models hold them.
+//
+// T is the data type, U the param type: float, or double with double data. [C] is a vector of x's dimension `axis`.
+
+#include "csrc/tensorflow/problem.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/shape_inference.h"
+
+namespace tfops {
+namespace {
+
+using tensorflow::shape_inference::DimensionHandle;
+using tensorflow::shape_inference::InferenceContext;
+using tensorflow::shape_inference::ShapeHandle;
+
+// Shape inference of one op: takes the inputs by name, and merges what is known of x's shape and of C.
+class Shapes {
+ public:
+  Shapes(InferenceContext* context, bool training) : context_(context), training_(training) {}
+
+  absl::Status Init() {
+    TF_RETURN_IF_ERROR(ReadAttributes(context_, training_, &attributes_));
+    TF_RETURN_IF_ERROR(Input("x", &x_));
+    channels_ = context_->UnknownDim();
+    if (!context_->RankKnown(x_)) return absl::OkStatus();
+    const int rank = context_->Rank(x_);
+    TF_RETURN_IF_ERROR(CheckAxis(rank, attributes_.axis));
+    channels_ = context_->Dim(x_, attributes_.axis);
+    return absl::OkStatus();
+  }
+
+  // An input of x's shape.
+  absl::Status Data(const char* name) {
+    ShapeHandle shape;
+    TF_RETURN_IF_ERROR(Input(name, &shape));
+    return MergeData(name, shape);
+  }
+
+  // A list of none or one of x's shape.
+  absl::Status OptionalData(const char* name) {
+    std::vector<ShapeHandle> shapes;
+    TF_RETURN_IF_ERROR(context_->input(name, &shapes));
+    for (const ShapeHandle& shape : shapes) TF_RETURN_IF_ERROR(MergeData(name, shape));
+    return absl::OkStatus();
+  }
+
+  // A vector of C elements.
+  absl::Status Vector(const char* name) {
+    ShapeHandle shape;
+    TF_RETURN_IF_ERROR(Input(name, &shape));
+    return MergeVector(name, shape);
+  }
+
+  // A list of none or two vectors.
+  absl::Status OptionalVectors(const char* name) {
+    std::vector<ShapeHandle> shapes;
+    TF_RETURN_IF_ERROR(context_->input(name, &shapes));
+    for (const ShapeHandle& shape : shapes) TF_RETURN_IF_ERROR(MergeVector(name, shape));
+    return absl::OkStatus();
+  }
+
+  // The shape of x, its channels known if any input told them.
+  ShapeHandle DataShape() {
+    if (!context_->RankKnown(x_)) return x_;
+    ShapeHandle shape;
+    const absl::Status status = context_->ReplaceDim(x_, attributes_.axis, channels_, &shape);
+    return status.ok() ? shape : x_;
+  }
+
+  ShapeHandle VectorShape() { return context_->Vector(channels_); }
+
+  ShapeHandle MaskShape() {
+    if (!NeedsMask(attributes_.problem)) return context_->Vector(0);
+    const ShapeHandle shape = DataShape();
+    if (!context_->FullyDefined(shape)) return context_->Vector(context_->UnknownDim());
+    Problem problem = attributes_.problem;
+    std::vector<int64_t> dims;
+    for (int i = 0; i < context_->Rank(shape); ++i) dims.push_back(context_->Value(context_->Dim(shape, i)));
+    const Status status = Fold(dims.data(), static_cast<int>(dims.size()), attributes_.axis, &problem);
+    return context_->Vector(status.ok() ? context_->MakeDim(LayoutOfMask(problem).Bytes()) : context_->UnknownDim());
+  }
+
+  const Attributes& attributes() const { return attributes_; }
+
+ private:
+  absl::Status Input(const char* name, ShapeHandle* shape) {
+    std::vector<ShapeHandle> shapes;
+    TF_RETURN_IF_ERROR(context_->input(name, &shapes));
+    *shape = shapes[0];
+    return absl::OkStatus();
+  }
+
+  absl::Status MergeData(const char* name, ShapeHandle shape) {
+    ShapeHandle merged;
+    if (!context_->Merge(x_, shape, &merged).ok()) {
+      return absl::InvalidArgumentError(absl::StrCat(name, " must have the shape of x, ", context_->DebugString(x_),
+                                                     ", but it has ", context_->DebugString(shape)));
+    }
+    x_ = merged;
+    return absl::OkStatus();
+  }
+
+  absl::Status MergeVector(const char* name, ShapeHandle shape) {
+    ShapeHandle vector;
+    DimensionHandle merged;
+    if (!context_->WithRank(shape, 1, &vector).ok() ||
+        !context_->Merge(channels_, context_->Dim(vector, 0), &merged).ok()) {
+      return absl::InvalidArgumentError(absl::StrCat(name, " must have shape [", context_->DebugString(channels_),
+                                                     "], x's dimension ", attributes_.axis, ", but it has ",
+                                                     context_->DebugString(shape)));
+    }
+    channels_ = merged;
+    return absl::OkStatus();
+  }
+
+  InferenceContext* context_;
+  bool training_;
+  Attributes attributes_;
+  ShapeHandle x_;
+  DimensionHandle channels_;
+};
+
+absl::Status TrainingShapes(InferenceContext* context) {
+  Shapes shapes(context, /*training=*/true);
+  TF_RETURN_IF_ERROR(shapes.Init());
+  for (const char* name : {"scale", "offset"}) TF_RETURN_IF_ERROR(shapes.Vector(name));
+  TF_RETURN_IF_ERROR(shapes.OptionalVectors("running"));
+  TF_RETURN_IF_ERROR(shapes.OptionalData("residual"));
+  context->set_output(0, shapes.DataShape());
+  for (int i = 1; i <= 4; ++i) context->set_output(i, shapes.VectorShape());
+  context->set_output(5, shapes.MaskShape());
+  return absl::OkStatus();
+}
+
+absl::Status TrainingGradShapes(InferenceContext* context) {
+  Shapes shapes(context, /*training=*/true);
+  TF_RETURN_IF_ERROR(shapes.Init());
+  TF_RETURN_IF_ERROR(shapes.Data("dy"));
+  for (const char* name : {"scale", "offset", "saved_mean", "saved_inv_std"}) {
+    TF_RETURN_IF_ERROR(shapes.Vector(name));
+  }
+  TF_RETURN_IF_ERROR(shapes.OptionalVectors("drunning"));
+  TF_RETURN_IF_ERROR(shapes.OptionalData("residual"));
+  context->set_output(0, shapes.DataShape());
+  for (int i = 1; i <= 2; ++i) context->set_output(i, shapes.VectorShape());
+  context->set_output(3, HasResidualGradient(shapes.attributes().problem) ? shapes.DataShape() : context->Vector(0));
+  return absl::OkStatus();
+}
+
+absl::Status InferenceShapes(InferenceContext* context) {
+  Shapes shapes(context, /*training=*/false);
+  TF_RETURN_IF_ERROR(shapes.Init());
+  for (const char* name : {"scale", "offset", "mean", "variance"}) TF_RETURN_IF_ERROR(shapes.Vector(name));
+  TF_RETURN_IF_ERROR(shapes.OptionalData("residual"));
+  context->set_output(0, shapes.DataShape());
+  return absl::OkStatus();
+}
+
+absl::Status InferenceGradShapes(InferenceContext* context) {
+  Shapes shapes(context, /*training=*/false);
+  TF_RETURN_IF_ERROR(shapes.Init());
+  TF_RETURN_IF_ERROR(shapes.Data("dy"));
+  for (const char* name : {"scale", "offset", "mean", "variance"}) TF_RETURN_IF_ERROR(shapes.Vector(name));
+  TF_RETURN_IF_ERROR(shapes.OptionalData("residual"));
+  context->set_output(0, shapes.DataShape());
+  for (int i = 1; i <= 4; ++i) context->set_output(i, shapes.VectorShape());
+  context->set_output(5, HasResidualGradient(shapes.attributes().problem) ? shapes.DataShape() : context->Vector(0));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+#define TFOPS_COMMON_ATTRIBUTES                                             \
+  Attr("T: {half, bfloat16, float, double}")                                \
+      .Attr("U: {float, double}")                                           \
+      .Attr("axis: int = -1")                                               \
+      .Attr("epsilon: float = 0.001")                                       \
+      .Attr("activation: {'', 'relu', 'relu6', 'leaky_relu', 'silu'} = ''") \
+      .Attr("num_residuals: int >= 0 = 0")
+
+// running: nothing, or the running mean and variance. saved_mean, saved_inv_std and mask are for the gradient alone.
+REGISTER_OP("Tfops>BatchNormTraining")
+    .Input("x: T")
+    .Input("scale: U")
+    .Input("offset: U")
+    .Input("running: num_running * U")
+    .Input("residual: num_residuals * T")
+    .Output("y: T")
+    .Output("mean: U")
+    .Output("variance: U")
+    .Output("saved_mean: U")
+    .Output("saved_inv_std: U")
+    .Output("mask: uint8")
+    .TFOPS_COMMON_ATTRIBUTES.Attr("num_running: int >= 0 = 0")
+    .Attr("exponential_avg_factor: float = 1.0")
+    .Attr("unbiased: bool = true")
+    .SetShapeFn(TrainingShapes);
+
+// drunning: nothing, or the gradients of the outputs mean and variance. residual: if the gradient needs it (silu).
+// dresidual: empty if it is dy itself, or if there was no residual.
+REGISTER_OP("Tfops>BatchNormTrainingGrad")
+    .Input("dy: T")
+    .Input("x: T")
+    .Input("scale: U")
+    .Input("offset: U")
+    .Input("saved_mean: U")
+    .Input("saved_inv_std: U")
+    .Input("mask: uint8")
+    .Input("drunning: num_running * U")
+    .Input("residual: num_residuals * T")
+    .Output("dx: T")
+    .Output("dscale: U")
+    .Output("doffset: U")
+    .Output("dresidual: T")
+    .TFOPS_COMMON_ATTRIBUTES.Attr("num_running: int >= 0 = 0")
+    .Attr("exponential_avg_factor: float = 1.0")
+    .Attr("unbiased: bool = true")
+    .Attr("has_residual: bool = false")
+    .SetShapeFn(TrainingGradShapes);
+
+REGISTER_OP("Tfops>BatchNormInference")
+    .Input("x: T")
+    .Input("scale: U")
+    .Input("offset: U")
+    .Input("mean: U")
+    .Input("variance: U")
+    .Input("residual: num_residuals * T")
+    .Output("y: T")
+    .TFOPS_COMMON_ATTRIBUTES.SetShapeFn(InferenceShapes);
+
+// residual: if there is one and an activation. dresidual: as above.
+REGISTER_OP("Tfops>BatchNormInferenceGrad")
+    .Input("dy: T")
+    .Input("x: T")
+    .Input("scale: U")
+    .Input("offset: U")
+    .Input("mean: U")
+    .Input("variance: U")
+    .Input("residual: num_residuals * T")
+    .Output("dx: T")
+    .Output("dscale: U")
+    .Output("doffset: U")
+    .Output("dmean: U")
+    .Output("dvariance: U")
+    .Output("dresidual: T")
+    .TFOPS_COMMON_ATTRIBUTES.Attr("has_residual: bool = false")
+    .SetShapeFn(InferenceGradShapes);
+
+}  // namespace tfops

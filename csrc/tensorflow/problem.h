@@ -1,0 +1,116 @@
+// From an op's attributes to a Problem, for the shape functions and the kernels; and from Status to absl::Status.
+
+#ifndef TFOPS_TENSORFLOW_PROBLEM_H_
+#define TFOPS_TENSORFLOW_PROBLEM_H_
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "csrc/batch_norm/batch_norm.h"
+#include "tensorflow/core/framework/types.h"
+#include "tensorflow/core/platform/errors.h"
+
+namespace tfops {
+
+inline absl::Status ToAbsl(const Status& status) {
+  switch (status.code) {
+    case StatusCode::kOk:
+      return absl::OkStatus();
+    case StatusCode::kInvalidArgument:
+      return absl::InvalidArgumentError(status.message);
+    case StatusCode::kUnavailable:
+      return absl::FailedPreconditionError(status.message);
+    case StatusCode::kInternal:
+      break;
+  }
+  return absl::InternalError(status.message);
+}
+
+struct Attributes {
+  Problem problem;  // but for its sizes
+  int64_t axis = -1;
+};
+
+inline bool HasResidualGradient(const Problem& problem) {
+  return problem.has_residual && problem.activation != Activation::kNone;
+}
+
+inline absl::Status CheckAxis(int rank, int64_t axis) {
+  // Fold knows the rule; the sizes do not matter to it.
+  const std::vector<int64_t> ones(static_cast<size_t>(rank), 1);
+  Problem ignored;
+  return ToAbsl(Fold(ones.data(), rank, axis, &ignored));
+}
+
+// Reads and checks the attributes of an op. Context is an OpKernelConstruction or an InferenceContext.
+template <typename Context>
+absl::Status ReadAttributes(Context* context, bool training, Attributes* attributes) {
+  Problem& problem = attributes->problem;
+  problem.training = training;
+  tensorflow::DataType data_type, param_type;
+  TF_RETURN_IF_ERROR(context->GetAttr("T", &data_type));
+  TF_RETURN_IF_ERROR(context->GetAttr("U", &param_type));
+  switch (data_type) {
+    case tensorflow::DT_HALF:
+      problem.dtype = DataType::kFloat16;
+      break;
+    case tensorflow::DT_BFLOAT16:
+      problem.dtype = DataType::kBFloat16;
+      break;
+    case tensorflow::DT_FLOAT:
+      problem.dtype = DataType::kFloat32;
+      break;
+    default:
+      problem.dtype = DataType::kFloat64;
+      break;
+  }
+  const tensorflow::DataType wanted = data_type == tensorflow::DT_DOUBLE ? tensorflow::DT_DOUBLE : tensorflow::DT_FLOAT;
+  if (param_type != wanted) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("scale, offset and statistics must be ", tensorflow::DataTypeString(wanted), " where x is ",
+                     tensorflow::DataTypeString(data_type), ", but they are ", tensorflow::DataTypeString(param_type)));
+  }
+
+  TF_RETURN_IF_ERROR(context->GetAttr("axis", &attributes->axis));
+  float epsilon = 0;
+  TF_RETURN_IF_ERROR(context->GetAttr("epsilon", &epsilon));
+  problem.epsilon = epsilon;
+  std::string activation;
+  TF_RETURN_IF_ERROR(context->GetAttr("activation", &activation));
+  TF_RETURN_IF_ERROR(ToAbsl(ParseActivation(activation, &problem.activation)));
+  if (training) {
+    float factor = 0;
+    TF_RETURN_IF_ERROR(context->GetAttr("exponential_avg_factor", &factor));
+    problem.exponential_avg_factor = factor;
+    TF_RETURN_IF_ERROR(context->GetAttr("unbiased", &problem.unbiased));
+    int64_t num_running = 0;
+    TF_RETURN_IF_ERROR(context->GetAttr("num_running", &num_running));
+    if (num_running != 0 && num_running != 2) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("num_running must be 0, or 2 for mean and variance, but it is ", num_running));
+    }
+  }
+  TF_RETURN_IF_ERROR(ToAbsl(Validate(problem)));
+
+  int64_t num_residuals = 0;
+  TF_RETURN_IF_ERROR(context->GetAttr("num_residuals", &num_residuals));
+  if (num_residuals > 1) {
+    return absl::InvalidArgumentError(absl::StrCat("num_residuals must be 0 or 1, but it is ", num_residuals));
+  }
+  // Gradient ops have has_residual, and take the residual itself only where they need it.
+  if (context->GetAttr("has_residual", &problem.has_residual).ok()) {
+    const int64_t needed = NeedsResidual(problem) ? 1 : 0;
+    if (num_residuals != needed) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "num_residuals must be ", needed, " with this activation and has_residual, but it is ", num_residuals));
+    }
+  } else {
+    problem.has_residual = num_residuals == 1;
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace tfops
+
+#endif  // TFOPS_TENSORFLOW_PROBLEM_H_

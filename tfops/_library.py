@@ -1,0 +1,36 @@
+"""Loads the op library, if it was built for the TensorFlow that is running."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import tensorflow as tf
+
+from tfops_kernels import _build
+
+
+def _release(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def check_release(running: str, built: str) -> None:
+    """Raises ImportError unless both are of the same release (2.21.x): ops link to TensorFlow's C++ ABI."""
+    if not built:
+        raise ImportError(
+            "this tfops was built without TensorFlow (TFOPS_TENSORFLOW=OFF): only tfops_kernels can be imported. "
+            "For the ops, build and install it again without that setting."
+        )
+    if _release(running) != _release(built):
+        raise ImportError(
+            f"this tfops was built for TensorFlow {_release(built)} ({built}), but TensorFlow {running} is running. "
+            f"Either 'pip install tensorflow~={_release(built)}.0', or build tfops again for {_release(running)}."
+        )
+
+
+def _load() -> ModuleType:
+    check_release(tf.__version__, _build.TENSORFLOW)
+    return tf.load_op_library(str(Path(__file__).with_name("_tfops_ops.so")))
+
+
+ops = _load()

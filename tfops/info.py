@@ -1,0 +1,41 @@
+"""`python -m tfops.info`: prints `tfops.build_info()`, for people and for bug reports."""
+
+from __future__ import annotations
+
+import sys
+
+from tfops._info import build_info
+
+
+def main() -> int:
+    info = build_info()
+    rows = [
+        ("tfops", f"{info['version']} ({info['compiler']}, {info['build_type']})"),
+        ("TensorFlow", f"built for {info['tensorflow']}, running {info['tensorflow_running']}"),
+        ("CPU kernels", info["cpu_instruction_set"]),
+        (
+            "CUDA kernels",
+            f"toolkit {info['cuda_toolkit']}, architectures {info['cuda_architectures'].replace(';', ' ')}"
+            if info["cuda"]
+            else "none in this build",
+        ),
+        ("CUDA driver", f"serves CUDA {info['cuda_driver']}" if info["cuda_driver"] else "none"),
+    ]
+    for gpu in info["gpus"]:
+        memory = gpu["memory_bytes"] / 2**30
+        rows.append(
+            (
+                "GPU",
+                f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
+                f"{gpu['multiprocessors']} multiprocessors, {memory:.0f} GiB",
+            )
+        )
+    if not info["gpus"]:
+        rows.append(("GPU", f"none: {info['cuda_problem'] or 'no device'}"))
+    for name, value in rows:
+        print(f"{name:<13} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

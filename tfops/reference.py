@@ -1,0 +1,85 @@
+"""Batch normalization in plain TensorFlow: the readable oracle of the op, on any device and with any derivative."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from tfops._arguments import convert
+
+_ACTIVATIONS = {
+    None: tf.identity,
+    "relu": tf.nn.relu,
+    "relu6": tf.nn.relu6,
+    "leaky_relu": lambda z: tf.nn.leaky_relu(z, alpha=0.2),
+    "silu": lambda z: z * tf.sigmoid(z),
+}
+
+
+def fused_batch_norm(
+    x: Any,
+    scale: Any,
+    offset: Any,
+    mean: Any = None,
+    variance: Any = None,
+    epsilon: float = 0.001,
+    data_format: str = "NHWC",
+    is_training: bool | tf.Tensor = True,
+    name: str | None = None,
+    exponential_avg_factor: float = 1.0,
+    *,
+    axis: int | None = None,
+    activation: str | None = None,
+    residual: Any = None,
+    unbiased: bool = True,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """What `tfops.fused_batch_norm` computes, with the same arguments and results, op by op.
+
+    x must have a known rank. Raises TypeError and ValueError as the fused op does.
+    """
+    with tf.name_scope(name or "ReferenceBatchNorm"):
+        arguments = convert(
+            x,
+            scale,
+            offset,
+            mean,
+            variance,
+            data_format,
+            is_training,
+            exponential_avg_factor,
+            axis,
+            activation,
+            residual,
+        )
+        x, scale, offset, mean, variance, residual, axis, training = arguments
+        param = scale.dtype
+        channel_axis = axis % x.shape.rank
+        others = [i for i in range(x.shape.rank) if i != channel_axis]
+        vector_shape = [-1 if i == channel_axis else 1 for i in range(x.shape.rank)]
+        wide = tf.cast(x, param)
+
+        def normalize(center: tf.Tensor, spread: tf.Tensor) -> tf.Tensor:
+            slope = tf.reshape(scale * tf.math.rsqrt(spread + epsilon), vector_shape)
+            z = (wide - tf.reshape(center, vector_shape)) * slope + tf.reshape(offset, vector_shape)
+            if residual is not None:
+                z += tf.cast(residual, param)
+            return tf.cast(_ACTIVATIONS[activation](z), x.dtype)
+
+        def train() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            count = tf.cast(tf.size(x, out_type=tf.int64), param) / tf.cast(tf.maximum(tf.size(scale), 1), param)
+            center = tf.math.divide_no_nan(tf.reduce_sum(wide, others), count)
+            squares = tf.reduce_sum(tf.square(wide - tf.reshape(center, vector_shape)), others)
+            spread = tf.math.divide_no_nan(squares, count)
+            estimate = squares / tf.maximum(count - 1, 1) if unbiased else spread
+            y = normalize(center, spread)
+            factor = tf.where(count > 0, tf.cast(exponential_avg_factor, param), 0)
+            old_mean, old_variance = (tf.zeros_like(scale),) * 2 if mean is None else (mean, variance)
+            return y, (1 - factor) * old_mean + factor * center, (1 - factor) * old_variance + factor * estimate
+
+        def infer() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            return normalize(mean, variance), tf.identity(mean), tf.identity(variance)
+
+        if isinstance(training, bool):
+            return train() if training else infer()
+        return tuple(tf.cond(training, train, infer))
