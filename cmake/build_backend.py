@@ -1,6 +1,6 @@
 """scikit-build-core's build backend, with the build requirements that depend on the machine.
 
-nvcc comes from PyPI where the system has none (CUDACXX, then PATH), and TensorFlow's headers only where they are wanted.
+nvcc comes from PyPI where the system has none (CUDACXX, then PATH), and TensorFlow's headers where they are wanted.
 """
 
 from __future__ import annotations

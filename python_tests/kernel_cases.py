@@ -8,9 +8,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import oracle
 
 import tfops_kernels
+
+import oracle
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -122,8 +123,9 @@ def inputs(case: Case, seed: int = 0, mean_over_std: float = 1.0) -> dict[str, n
 
 
 def assert_close(name: str, got: Any, want: np.ndarray, dtype: str, scale: float | np.ndarray = 1.0) -> None:
-    """|got - want| <= rounding of the result to dtype + 16 eps of the compute type x scale."""
+    """|got - want| <= rounding of the result to dtype + 16 eps x scale, eps of the type of all arithmetic."""
     got = np.asarray(got).astype(np.float64)
+    want, scale = want.astype(np.float64), np.asarray(scale, np.float64)
     compute = ROUNDING["float64" if dtype == "float64" else "float32"]
     bound = ROUNDING[dtype] * 1.01 * np.abs(want) + 32 * compute * scale
     # Smaller halves are subnormal, and lose bits.

@@ -1,4 +1,7 @@
-"""Batch normalization and its gradient in float64 NumPy, from the textbook formulas: what every test compares with."""
+"""Batch normalization and its gradient in NumPy, from the textbook formulas: what every test compares with.
+
+In float64; in long double where the data are float64 themselves, for NumPy sums down a column one by one.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,10 @@ def slope_of(name: str | None, z: Array) -> Array:
 
 
 def _wide(array: Any) -> Any:
-    return None if array is None else np.asarray(array).astype(np.float64)
+    if array is None:
+        return None
+    array = np.asarray(array)
+    return array.astype(np.longdouble if array.dtype == np.float64 else np.float64)
 
 
 def _others(x: Array, axis: int) -> tuple[int, ...]:
@@ -120,7 +126,7 @@ def backward(
     unbiased: bool = True,
     z: Array | None = None,
 ) -> Backward:
-    """z: where to take the activation's slope, if not where float64 puts it (which side of a kink is a matter of rounding)."""
+    """z: where to take the activation's slope, if not where float64 puts it: near a kink, that is up to rounding."""
     result = forward(
         x,
         scale,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import kernel_cases
 import pytest
+
+import kernel_cases
 
 
 def _identity(array):

@@ -34,8 +34,8 @@ def fused_batch_norm(
 
     with m and v the mean and the (population) variance of x over all dimensions but `axis` in training, and `mean` and
     `variance` in inference (Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167). Signature and meaning are those
-    of `tf.compat.v1.nn.fused_batch_norm`; what comes after the star is new, as are float64, any rank, and derivatives of
-    the returned mean and variance. All arithmetic is in the dtype of `scale`.
+    of `tf.compat.v1.nn.fused_batch_norm`; what comes after the star is new, as are float64, any rank, and derivatives
+    of the returned mean and variance. All arithmetic is in the dtype of `scale`.
 
     Args:
       x: float16, bfloat16, float32 or float64, of rank >= 2.

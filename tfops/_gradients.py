@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tfops._arguments import param_type
 from tfops._library import ops
 
 _SHARED = ("axis", "epsilon", "activation")
+_LEAKY_RELU_SLOPE = float(np.float32(0.2))  # as the kernels have it, and tf.nn.leaky_relu's attribute
 _TRAINING = ("exponential_avg_factor", "unbiased")
 
 
@@ -119,7 +121,7 @@ def _activation_gradient(activation: str, dy: tf.Tensor, z: tf.Tensor) -> tf.Ten
 
 
 def _piecewise_gradient(activation: str, dy: tf.Tensor, on: tf.Tensor) -> tf.Tensor:
-    return tf.where(on, dy, dy * 0.2 if activation == "leaky_relu" else tf.zeros_like(dy))
+    return tf.where(on, dy, dy * _LEAKY_RELU_SLOPE if activation == "leaky_relu" else tf.zeros_like(dy))
 
 
 def _training_gradient(
@@ -137,7 +139,7 @@ def _training_gradient(
     exponential_avg_factor: float,
     unbiased: bool,
 ) -> list[tf.Tensor]:
-    """dx, dscale, doffset, dz, with mean and variance as functions of x. act' is read from the mask, if there is one."""
+    """dx, dscale, doffset, dz; mean and variance are functions of x. act' is read from the mask, if there is one."""
     layout = _Layout(x, axis)
     n = tf.maximum(layout.count, 1)
     xc = x - layout.vector(layout.sum(x) / n)
@@ -203,7 +205,15 @@ def _training_grad_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
     def function(dy: Any, x: Any, scale: Any, offset: Any, *rest: Any) -> list[tf.Tensor]:
         dmean, dvariance = rest[:2] if drunning else (tf.zeros_like(scale), tf.zeros_like(scale))
         return _training_gradient(
-            dy, x, scale, offset, dmean, dvariance, rest[-1] if residual else None, mask if has_mask else None, **attributes
+            dy,
+            x,
+            scale,
+            offset,
+            dmean,
+            dvariance,
+            rest[-1] if residual else None,
+            mask if has_mask else None,
+            **attributes,
         )
 
     gradients = _derivatives(

@@ -30,7 +30,13 @@ def check_release(running: str, built: str) -> None:
 
 def _load() -> ModuleType:
     check_release(tf.__version__, _build.TENSORFLOW)
-    return tf.load_op_library(str(Path(__file__).with_name("_tfops_ops.so")))
+    library = Path(__file__).with_name("_tfops_ops.so")
+    if not library.exists():
+        raise ImportError(
+            f"{library} does not exist: is this the source tree, imported in place of the installed package? "
+            "Then run Python from another folder or with PYTHONSAFEPATH=1, or 'pip install -e .'"
+        )
+    return tf.load_op_library(str(library))
 
 
 ops = _load()

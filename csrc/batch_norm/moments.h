@@ -18,9 +18,12 @@ struct Moments {
   F m2;
 };
 
-// Of `count` numbers x, from sum(x - shift) and sum((x - shift)^2). Safe from cancellation if shift is one of the
-// numbers: then count * (mean - shift)^2 <= count * m2, so at most `count` times the rounding error of a sum is
-// left in m2. Hence: short chains, each with a shift of its own.
+// Of `count` numbers x, from sum(x - shift) and sum((x - shift)^2).
+//
+// The rounding error of the second sum, in proportion to count * (variance + (mean - shift)^2), is left in m2. So the
+// shift has to be within a few standard deviations of the mean. One of the numbers is, but for outliers, and even those
+// are within sqrt(count) of them. The mean of as many earlier numbers is, too; or else Merge adds a term of the size of
+// count * (mean - shift)^2 to m2, beside which that error is small.
 template <typename F>
 TFOPS_INLINE Moments<F> MomentsOfShifted(F count, F shift, F sum, F sum_of_squares) {
   const F mean = sum / count;

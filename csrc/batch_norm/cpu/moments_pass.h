@@ -19,32 +19,47 @@ TFOPS_INLINE void MergeMoments(int64_t count, double* mean, double* m2, int64_t 
   *m2 = merged.m2;
 }
 
+// A first estimate of each column's mean. Summed about the first row, it errs by little of the columns' deviation.
+template <typename T, int kVectors, bool kPartial>
+TFOPS_INLINE void MeanOfRows(const T* x, int64_t stride, int64_t rows, int64_t columns, Param<T>* mean) {
+  using P = Param<T>;
+  constexpr int kL = kLanes<P>;
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec<P> first = LoadLanes<kPartial>(x + v * kL, columns);
+    Vec<P> sum{};
+    for (int64_t r = 1; r < rows; ++r) sum += LoadLanes<kPartial>(x + r * stride + v * kL, columns) - first;
+    Store(mean + v * kL, first + sum / static_cast<P>(rows));
+  }
+}
+
 // Merges `rows` rows (a chain) of kVectors vectors of columns, `columns` of them if kPartial (one part-filled
-// vector), into mean and m2 of the `count` rows before them.
+// vector), into mean and m2 of the `count` rows before them. The shift is the mean so far, or a first estimate.
 template <typename T, int kVectors, bool kPartial>
 TFOPS_INLINE void MergeRows(const T* x, int64_t stride, int64_t rows, int64_t columns, int64_t count, double* mean,
                             double* m2) {
   using P = Param<T>;
   constexpr int kL = kLanes<P>;
-  Vec<P> shift[kVectors], sum[kVectors], squares[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    shift[v] = LoadLanes<kPartial>(x + v * kL, columns);
-    sum[v] = squares[v] = Vec<P>{};
+  const int64_t n = kPartial ? columns : kVectors * kL;
+  P shifts[kVectors * kL]{};
+  if (count > 0) {
+    for (int64_t i = 0; i < n; ++i) shifts[i] = static_cast<P>(mean[i]);
+  } else {
+    MeanOfRows<T, kVectors, kPartial>(x, stride, rows, columns, shifts);
   }
-  for (int64_t r = 1; r < rows; ++r) {
+  Vec<P> shift[kVectors], sum[kVectors]{}, squares[kVectors]{};
+  for (int v = 0; v < kVectors; ++v) shift[v] = Load(shifts + v * kL);
+  for (int64_t r = 0; r < rows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
       const Vec<P> d = LoadLanes<kPartial>(x + r * stride + v * kL, columns) - shift[v];
       sum[v] += d;
       squares[v] += d * d;
     }
   }
-  P shifts[kVectors * kL], sums[kVectors * kL], squares_of[kVectors * kL];
+  P sums[kVectors * kL], squares_of[kVectors * kL];
   for (int v = 0; v < kVectors; ++v) {
-    Store(shifts + v * kL, shift[v]);
     Store(sums + v * kL, sum[v]);
     Store(squares_of + v * kL, squares[v]);
   }
-  const int64_t n = kPartial ? columns : kVectors * kL;
   for (int64_t i = 0; i < n; ++i) MergeMoments(count, mean + i, m2 + i, rows, shifts[i], sums[i], squares_of[i]);
 }
 
@@ -112,14 +127,19 @@ class MomentsChain {
  private:
   static constexpr int64_t kElements = kMomentsChainRows<P> * kUnroll * kL;
 
-  // The mean of the first few elements: one alone might be an outlier, and many times `kElements` of them away.
+  // The shift is the mean so far; before there is one, a first estimate: that of the elements at hand.
   void Start(const T* x, int64_t n) {
-    const int64_t few = Min(n, kUnroll * kL);
-    Vec<P> sum{};
-    int64_t i = 0;
-    for (; i + kL <= few; i += kL) sum += Load(x + i);
-    if (i < few) sum += LoadFirst(x + i, few - i);
-    shift_ = Splat(static_cast<P>(SumOfLanes<P>(sum) / static_cast<double>(few)));
+    P shift = static_cast<P>(total_.mean);
+    if (total_.count == 0) {
+      const int64_t taken = Min(n, kElements);
+      const Vec<P> first = Splat(LoadFirst(x, 1)[0]);
+      Vec<P> sum{};
+      int64_t i = 0;
+      for (; i + kL <= taken; i += kL) sum += Load(x + i) - first;
+      if (i < taken) sum += KeepFirst<P>(LoadFirst(x + i, taken - i) - first, taken - i);
+      shift = static_cast<P>(static_cast<double>(first[0]) + SumOfLanes<P>(sum) / static_cast<double>(taken));
+    }
+    shift_ = Splat(shift);
     for (int v = 0; v < kUnroll; ++v) sum_[v] = squares_[v] = Vec<P>{};
   }
 

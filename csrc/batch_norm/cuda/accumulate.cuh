@@ -36,6 +36,9 @@ struct PartialMoments {
   __device__ __forceinline__ PartialMoments<double> InDouble() const { return {mean, count, m2}; }
 };
 
+// Sums of x - shift and of its square. The shift of a chain is the mean of those before it: what its distance from the
+// chain's own mean adds to the squares, and loses to rounding, it adds to m2 as well. Only the first chain has to take
+// the shift from its first element, which may be an outlier, and so is a short one.
 template <typename F, int kLanes>
 class MomentsAccumulator {
  public:
@@ -44,17 +47,18 @@ class MomentsAccumulator {
   __device__ __forceinline__ void Add(const F (&x)[kLanes]) {
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
-      if (chain_ == 0) shift_[lane] = x[lane];
+      if (!started_) shift_[lane] = x[lane];
       const F deviation = x[lane] - shift_[lane];
       sum_[lane] += deviation;
       squares_[lane] = MultiplyAdd(deviation, deviation, squares_[lane]);
     }
+    started_ = true;
     ++chain_;
   }
 
   // To be called after no more than `steps` calls of Add().
   __device__ __forceinline__ void CloseLongChain(int steps) {
-    if (chain_ > Tuning::kChain - steps) CloseChain();
+    if (count_ == F(0) || chain_ > Tuning::kChain - steps) CloseChain();
   }
 
   __device__ __forceinline__ void CloseChain() {
@@ -67,6 +71,7 @@ class MomentsAccumulator {
       total.Merge({static_cast<double>(shift_[lane]) + static_cast<double>(shifted.mean), length, shifted.m2});
       mean_[lane] = total.mean;
       m2_[lane] = total.m2;
+      shift_[lane] = static_cast<F>(total.mean);
       sum_[lane] = squares_[lane] = 0;
     }
     count_ += length;
@@ -76,6 +81,7 @@ class MomentsAccumulator {
   __device__ __forceinline__ Partial Total(int lane) const { return {mean_[lane], count_, m2_[lane]}; }
 
  private:
+  bool started_ = false;
   int chain_ = 0;  // vectors in the open chain
   F shift_[kLanes] = {};
   F sum_[kLanes] = {};

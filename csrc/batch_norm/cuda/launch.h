@@ -17,7 +17,10 @@ namespace tfops::cuda {
 inline Status ToStatus(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return {};
   cudaGetLastError();  // the error is reported here, and not once more by whoever asks next
-  return {StatusCode::kInternal, std::string(what) + " failed: " + cudaGetErrorString(error)};
+  // A build has kernels for some architectures only.
+  const bool unavailable = error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion;
+  return {unavailable ? StatusCode::kUnavailable : StatusCode::kInternal,
+          std::string(what) + " failed: " + cudaGetErrorString(error)};
 }
 
 // Starts a kernel and checks that it could be started. It does not wait: an error of the kernel itself belongs to

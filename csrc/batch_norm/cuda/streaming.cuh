@@ -49,6 +49,10 @@ class Walk {
 
   // The channel of the thread's first lane. In rows, lane i is of channel Channel() + i.
   __device__ __forceinline__ int64_t Channel() const { return channel_; }
+  // The same, or channel 0 for a thread past the last one: a channel whose parameters can be read.
+  __device__ __forceinline__ int64_t ChannelToRead(const Tiling& tiling) const {
+    return channel_ < tiling.channels ? channel_ : 0;
+  }
   __device__ __forceinline__ int64_t Split() const { return split_; }
 
   __device__ __forceinline__ bool Done() const { return left_ <= 0; }

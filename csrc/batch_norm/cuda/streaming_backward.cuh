@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
   constexpr int kBatch = StreamingBatch<kLanes>::kGradientMoments;
   GradientAccumulator<F, kLanes> accumulator;
   Walk<kLanes, Direction::kForward> walk(tiling);
-  const Affine<F, kLanes> affine(affine_arrays, min(walk.Channel(), tiling.channels - 1), tiling.planes ? 0 : 1);
+  const Affine<F, kLanes> affine(affine_arrays, walk.ChannelToRead(tiling), tiling.planes ? 0 : 1);
   while (!walk.Done()) {
     GradientStep<T, kLanes> batch[kBatch];
 #pragma unroll
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
   using F = Arithmetic<T>;
   constexpr int kBatch = StreamingBatch<kLanes>::kGradientNormalize;
   Walk<kLanes, Direction::kBackward> walk(tiling);
-  const int64_t channel = min(walk.Channel(), tiling.channels - 1);
+  const int64_t channel = walk.ChannelToRead(tiling);
   const int lane_stride = tiling.planes ? 0 : 1;
   const Affine<F, kLanes> affine(affine_arrays, channel, lane_stride);
   F tilt[kLanes], shift[kLanes];

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
   using F = Arithmetic<T>;
   constexpr int kBatch = StreamingBatch<kLanes>::kNormalize;
   Walk<kLanes, Direction::kBackward> walk(tiling);
-  const Affine<F, kLanes> affine(affine_arrays, min(walk.Channel(), tiling.channels - 1), tiling.planes ? 0 : 1);
+  const Affine<F, kLanes> affine(affine_arrays, walk.ChannelToRead(tiling), tiling.planes ? 0 : 1);
   while (!walk.Done()) {
     Vector<T, kLanes> x[kBatch];
     Vector<T, kLanes> residual[kBatch];

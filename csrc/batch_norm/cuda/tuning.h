@@ -8,7 +8,7 @@
 namespace tfops::cuda {
 
 struct Tuning {
-  // Elements in a chain of sums of one thread. A chain's rounding error grows with it, the cost of closing one falls.
+  // Elements in a chain of sums of one thread: the longer, the more rounding error, and the less often to close one.
   static constexpr int kChain = 64;
 };
 
