@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -198,35 +200,52 @@ def test_bad_arguments_are_named(changes, message):
             tf.function(lambda: tfops.fused_batch_norm(**{**GOOD, **changes}))()
 
 
-@pytest.mark.parametrize("op", ["training_grad", "inference_grad"])
-@pytest.mark.parametrize(
-    "name", ["dy", "scale", "offset", "saved_mean", "saved_inv_std", "mask", "drunning", "residual"]
-)
-def test_gradient_ops_check_their_inputs(op, name):
-    """Called raw, as a broken graph would: an error that names the input, and no crash."""
+def _gradient_call(op):
+    """A raw gradient op, and inputs that suit it."""
     from tfops._library import ops
 
     x, v = tf.ones([4, 3]), tf.ones([3])
+    inputs = {"dy": x, "x": x, "scale": v, "offset": v}
     if op == "training_grad":
-        inputs = {"dy": x, "x": x, "scale": v, "offset": v, "saved_mean": v, "saved_inv_std": v}
-        inputs |= {"mask": tf.zeros([4], tf.uint8), "drunning": [v, v], "residual": []}
-        attributes = {"activation": "relu", "has_residual": True}
+        inputs |= {"saved_mean": v, "saved_inv_std": v, "mask": tf.zeros([4], tf.uint8), "drunning": [v, v]}
+        inputs |= {"residual": []}
         call = ops.tfops_batch_norm_training_grad
     else:
-        inputs = {"dy": x, "x": x, "scale": v, "offset": v, "mean": v, "variance": v, "residual": [x]}
-        attributes = {"activation": "relu", "has_residual": True}
+        inputs |= {"mean": v, "variance": v, "residual": [x]}
         call = ops.tfops_batch_norm_inference_grad
-        name = {"saved_mean": "mean", "saved_inv_std": "variance"}.get(name, name)
-    assert call(**inputs, **attributes)[0].shape == x.shape
-    if name not in inputs:
-        pytest.skip(f"{op} has no {name}")
+    return functools.partial(call, activation="relu", has_residual=True), inputs
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        *(("training_grad", n) for n in ("dy", "scale", "offset", "saved_mean", "saved_inv_std", "mask", "drunning")),
+        *(("inference_grad", n) for n in ("dy", "scale", "offset", "mean", "variance", "residual")),
+    ],
+)
+def test_gradient_ops_check_their_inputs(op, name):
+    """Called raw, as a broken graph would: an error that names the input, and no crash."""
+    call, inputs = _gradient_call(op)
+    assert call(**inputs)[0].shape == inputs["x"].shape
     bad = tf.zeros([2], tf.uint8) if name == "mask" else tf.ones([2])
-    inputs[name] = [bad] * len(inputs[name]) if isinstance(inputs[name], list) and inputs[name] else bad
-    if name == "residual" and op == "training_grad":
-        inputs[name] = [x]
-        name = "num_residuals"
+    inputs[name] = [bad] * len(inputs[name]) if isinstance(inputs[name], list) else bad
     with pytest.raises(tf.errors.InvalidArgumentError, match=name):
-        call(**inputs, **attributes)
+        call(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "message"),
+    [
+        ("training_grad", {"residual": [tf.ones([4, 3])]}, "num_residuals must be 0"),
+        ("inference_grad", {"residual": []}, "num_residuals must be 1"),
+        ("training_grad", {"drunning": [tf.ones([3])]}, "num_running must be 0, or 2"),
+    ],
+    ids=["training_grad-residual", "inference_grad-residual", "drunning"],
+)
+def test_gradient_ops_check_how_many(op, changes, message):
+    call, inputs = _gradient_call(op)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        call(**{**inputs, **changes})
 
 
 @pytest.mark.parametrize(

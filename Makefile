@@ -1,0 +1,49 @@
+# `make mnist` and `make test` do everything from a fresh checkout: environment, wheel, and what they are named for.
+#
+#   make wheel                     the wheel alone, into build/wheel
+#   make mnist DATA=mnist.npz      other digits than Keras' own loader finds; ARGS="--epochs 1" for more options
+#   make test ARGS="-k op"         pytest's arguments
+#   make format                    ruff and clang-format, in place
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh')
+SOURCES = $(shell git ls-files csrc tfops cmake CMakeLists.txt pyproject.toml README.md LICENSE)
+
+.PHONY: test mnist wheel install format clean
+
+test: install
+	$(BIN)/pytest $(ARGS)
+
+mnist: install
+	$(BIN)/python models/mnist.py $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+wheel: build/wheel/.built
+install: $(VENV)/.installed
+
+$(VENV)/.environment: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade 'pip>=25.1'
+	$(PIP) install --quiet --group test --group models
+	touch $@
+
+build/wheel/.built: $(SOURCES) | $(VENV)/.environment
+	rm -rf build/wheel
+	$(PIP) wheel --no-deps --wheel-dir build/wheel .
+	touch $@
+
+$(VENV)/.installed: build/wheel/.built $(VENV)/.environment
+	$(PIP) install --quiet build/wheel/tfops-*.whl
+	$(PIP) install --quiet --force-reinstall --no-deps build/wheel/tfops-*.whl
+	touch $@
+
+format: $(VENV)/.environment
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build $(VENV)
