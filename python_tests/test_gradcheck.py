@@ -70,7 +70,7 @@ def test_command_line_checks_every_combination(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     lines = run.stdout.splitlines()
     assert lines[-1].startswith("360 of 360 combinations passed on ")
-    assert sum(line.endswith("  ok") for line in lines) == 36  # layouts * modes * dtypes
+    assert sum(line.endswith("  ok") for line in lines) == 90  # layouts * modes * activations * residual
 
     content = json.loads(report.read_text())
     assert content["passed"]
@@ -82,7 +82,7 @@ def test_command_line_checks_every_combination(tmp_path):
     for result in results:
         wanted = {"x", "scale", "offset"}
         wanted |= {"residual"} if result["residual"] else set()
-        wanted |= {"mean", "variance"} if result["mode"] == "inference" else set()
+        wanted |= {"mean", "variance"} if result["mode"] != "training" else set()
         assert set(result["errors"]) == wanted
         if result["dtype"] == "float64":
             assert max(result["errors"].values()) < 1e-6
@@ -103,9 +103,9 @@ def test_filters(capsys):
     ]
     assert gradcheck.main([*arguments, "--residual", "with", "--device", "cpu", "--seed", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines if line.endswith("  ok")] == [
-        ["NC", "inference", "float64"],
-        ["NC", "inference", "float16"],
+    assert [line.split()[:4] for line in lines if line.endswith("  ok")] == [
+        ["NC", "inference", "none", "with"],
+        ["NC", "inference", "silu", "with"],
     ]
     assert lines[-1].startswith("4 of 4 combinations passed on CPU:0 in ")
 

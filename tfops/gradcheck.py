@@ -35,7 +35,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -88,7 +88,7 @@ class Case:
     @property
     def differentiated(self) -> tuple[str, ...]:
         """The inputs that the loss is differentiated with respect to."""
-        statistics = ("mean", "variance") if self.mode == "inference" else ()
+        statistics = ("mean", "variance") if self.mode != "training" else ()
         return ("x", "scale", "offset") + (("residual",) if self.residual else ()) + statistics
 
 
@@ -295,15 +295,19 @@ def check(
     return results
 
 
-def format_row(labels: Iterable[str], results: Sequence[Result]) -> str:
-    """A line of the table: the largest error of each input's gradient over `results`, and the verdict."""
+def format_row(case: Case, results: Sequence[Result]) -> str:
+    """A line of the table: in each dtype the largest error, relative to its tolerance, and the input that has it."""
+    activation, residual = str(case.activation).lower(), "with" if case.residual else "without"
     cells = []
-    for name in INPUTS:
-        errors = [result.errors[name] for result in results if name in result.errors]
-        cells.append(f"{np.max(errors):9.1e}" if errors else f"{'-':>9}")
-    worst = np.max([result.worst for result in results])
+    for result in results:
+        worst = max(result.errors, key=lambda name: _badness(result.errors[name] / result.tolerances[name]))
+        cells.append(f"{result.errors[worst]:8.1e} {worst:<8}{' ' if result.passed else '!'}")
     verdict = "ok" if all(result.passed for result in results) else "FAILED"
-    return "".join(f"{label:<11}" for label in labels) + "".join(cells) + f"{worst:13.2g}  {verdict}"
+    return f"{case.layout:<7}{case.mode:<11}{activation:<12}{residual:<9}" + " ".join(cells) + f"  {verdict}"
+
+
+def _badness(error: float) -> float:
+    return math.inf if math.isnan(error) else error
 
 
 def to_json(result: Result) -> dict:
@@ -362,30 +366,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     residuals = [name == "with" for name in arguments.residual]
 
     start = time.perf_counter()
-    print("Largest relative error of each input's gradient, over activations and residual; the worst in tolerances:\n")
-    print("".join(f"{title:<11}" for title in ("layout", "mode", "dtype")), end="")
-    print("".join(f"{name:>9}" for name in INPUTS) + f"{'of tolerance':>13}")
+    print("Largest relative error of any input's gradient, and which input's it is; ! beyond its tolerance:\n")
+    print(f"{'layout':<7}{'mode':<11}{'activation':<12}{'residual':<9}", end="")
+    print(" ".join(f"{dtype:<18}" for dtype in arguments.dtype))
     results: list[Result] = []
-    for layout, mode in itertools.product(arguments.layout, arguments.mode):
-        group: list[Result] = []
+    for layout, mode, activation, residual in itertools.product(
+        arguments.layout, arguments.mode, activations, residuals
+    ):
+        case = Case(layout, mode, activation, residual)
         with tf.device(arguments.device):
-            for activation, residual in itertools.product(activations, residuals):
-                case = Case(layout, mode, activation, residual)
-                group += check(case, arguments.dtype, seed=arguments.seed)
-        for dtype in arguments.dtype:
-            row = [result for result in group if result.dtype == dtype]
-            print(format_row((layout, mode, dtype), row), flush=True)
-        results += group
+            row = check(case, arguments.dtype, seed=arguments.seed)
+        print(format_row(case, row), flush=True)
+        results += row
     seconds = time.perf_counter() - start
 
     failures = [result for result in results if not result.passed]
-    if failures:
-        print("\nFailed combinations (layout, mode, dtype, activation, residual):\n")
-        for result in failures:
-            case = result.case
-            residual = "with" if case.residual else "without"
-            labels = (case.layout, case.mode, result.dtype, str(case.activation).lower(), residual)
-            print(format_row(labels, [result]))
+    print()
+    for dtype in arguments.dtype:
+        ones = [result for result in results if result.dtype == dtype]
+        error = max((error for result in ones for error in result.errors.values()), key=_badness)
+        share = max((result.worst for result in ones), key=_badness)
+        print(f"{dtype:<9} largest error {error:.1e}, at most {share:.2g} of the tolerance")
     if arguments.json is not None:
         report = {
             "tensorflow": tf.__version__,

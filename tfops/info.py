@@ -15,7 +15,7 @@ def main() -> int:
         ("CPU kernels", info["cpu_instruction_set"]),
         (
             "CUDA kernels",
-            f"toolkit {info['cuda_toolkit']}, architectures {info['cuda_architectures'].replace(';', ' ')}"
+            f"toolkit {info['cuda_toolkit']}, architectures {info['cuda_architectures']}"
             if info["cuda"]
             else "none in this build",
         ),

@@ -168,7 +168,7 @@ TFOPS_EXPORT Status Backward(const Problem& problem, const BackwardArrays& array
 struct BuildInfo {
   bool built = false;
   std::string toolkit;        // such as "13.0"
-  std::string architectures;  // such as "75-real;90-real;120"
+  std::string architectures;  // such as "75-real 90-real 120": all as CMake names them
 };
 TFOPS_EXPORT BuildInfo Build();
 
@@ -178,7 +178,8 @@ struct Gpu {
   int multiprocessors = 0;
   int64_t memory_bytes = 0;
 };
-// The driver's CUDA version (13000 for 13.0; 0 if there is no driver) and the number of GPUs.
+// The driver's CUDA version (13000 for 13.0; 0 if there is no driver) and the number of GPUs that kernels can run on.
+// Unavailable, saying why, if there is none.
 TFOPS_EXPORT Status Driver(int* version, int* gpus);
 TFOPS_EXPORT Status Describe(int index, Gpu* gpu);
 

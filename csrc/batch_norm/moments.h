@@ -34,8 +34,9 @@ TFOPS_INLINE Moments<F> MomentsOfShifted(F count, F shift, F sum, F sum_of_squar
 // Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 template <typename F>
 TFOPS_INLINE Moments<F> Merge(const Moments<F>& a, const Moments<F>& b) {
+  if (b.count == F(0)) return a;
+  if (a.count == F(0)) return b;  // and no delta, whose square might overflow
   const F count = a.count + b.count;
-  if (count == F(0)) return a;
   const F weight = b.count / count;
   const F delta = b.mean - a.mean;
   return {count, a.mean + delta * weight, a.m2 + b.m2 + delta * delta * (a.count * weight)};

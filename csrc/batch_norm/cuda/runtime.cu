@@ -19,10 +19,11 @@ std::string VersionText(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// Unavailable, and why. A runtime works with every driver of its own major version or a later one, and with no older
-// one.
+// A runtime works with every driver of its own major version or a later one, and with no older one.
+constexpr int kLeastDriver = CUDART_VERSION / 1000 * 1000;
+
+// Unavailable, and why, unless kernels can run.
 Status Availability(int driver, int gpus) {
-  constexpr int kLeastDriver = CUDART_VERSION / 1000 * 1000;
   const std::string need = "tfops' CUDA kernels need an NVIDIA driver for CUDA " + VersionText(kLeastDriver) +
                            " or later (release 580 or later has 13.0)";
   if (driver == 0) return {StatusCode::kUnavailable, need + ", but there is none; install one, or run on the CPU"};
@@ -42,7 +43,6 @@ Status CountMultiprocessors(std::vector<int>* counts) {
   int driver = 0;
   int gpus = 0;
   if (const Status status = Driver(&driver, &gpus); !status.ok()) return status;
-  if (const Status status = Availability(driver, gpus); !status.ok()) return status;
   counts->resize(gpus);
   for (int device = 0; device < gpus; ++device) {
     const cudaError_t error = cudaDeviceGetAttribute(&(*counts)[device], cudaDevAttrMultiProcessorCount, device);
@@ -72,22 +72,20 @@ BuildInfo Build() { return {true, VersionText(CUDART_VERSION), TFOPS_CUDA_ARCHIT
 
 Status Driver(int* version, int* gpus) {
   *version = *gpus = 0;
-  const Status status = ToStatus(cudaDriverGetVersion(version), "asking for the CUDA driver's version");
-  if (!status.ok() || *version == 0) return status;
-  const cudaError_t error = cudaGetDeviceCount(gpus);
-  if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) {
-    cudaGetLastError();
-    *gpus = 0;
-    return {};
+  const cudaError_t asked = cudaDriverGetVersion(version);
+  if (asked != cudaSuccess) return ToStatus(asked, "asking for the CUDA driver's version");
+  if (*version >= kLeastDriver) {
+    const cudaError_t counted = cudaGetDeviceCount(gpus);
+    if (counted != cudaSuccess && counted != cudaErrorNoDevice) return ToStatus(counted, "counting the GPUs");
+    cudaGetLastError();  // no device is no error
   }
-  return ToStatus(error, "counting the GPUs");
+  return Availability(*version, *gpus);
 }
 
 Status Describe(int index, Gpu* gpu) {
   int driver = 0;
   int gpus = 0;
   if (const Status status = Driver(&driver, &gpus); !status.ok()) return status;
-  if (const Status status = Availability(driver, gpus); !status.ok()) return status;
   cudaDeviceProp properties;
   const Status status = ToStatus(cudaGetDeviceProperties(&properties, index), "asking for a GPU's properties");
   if (!status.ok()) return status;

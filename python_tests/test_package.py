@@ -1,0 +1,152 @@
+"""What is installed: its libraries, what they need, the import checks, and what it says of itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+
+import tfops
+import tfops_kernels
+from tfops import _library
+
+ROOT = Path(__file__).parent.parent
+SYSTEM = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
+
+
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs Python code in a process of its own, which cannot see the source tree."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _library_file(name: str) -> Path:
+    (path,) = Path(tfops_kernels.__file__).parent.parent.glob(name)
+    return path
+
+
+def _dynamic(path: Path) -> tuple[set[str], str]:
+    """The libraries that an ELF file needs, and its RUNPATH."""
+    readelf = shutil.which("readelf")
+    if not readelf:
+        pytest.skip("needs readelf")
+    lines = subprocess.run([readelf, "-dW", path], capture_output=True, text=True, check=True).stdout.splitlines()
+    values = {kind: [line.split("[")[1].split("]")[0] for line in lines if f"({kind})" in line] for kind in _KINDS}
+    return set(values["NEEDED"]), "".join(values["RUNPATH"] + values["RPATH"])
+
+
+_KINDS = ("NEEDED", "RUNPATH", "RPATH")
+
+
+def test_libraries_need_no_driver_and_vendor_nothing():
+    needed, path = _dynamic(_library_file("tfops_kernels/libtfops_kernels.so"))
+    assert needed <= SYSTEM
+    assert path == ""
+    needed, path = _dynamic(_library_file("tfops_kernels/_kernels.*.so"))
+    assert needed - SYSTEM == {"libtfops_kernels.so"}
+    assert path == "$ORIGIN"
+    needed, path = _dynamic(_library_file("tfops/_tfops_ops.so"))
+    assert needed - SYSTEM == {"libtfops_kernels.so", "libtensorflow_framework.so.2"}
+    assert path == "$ORIGIN/../tfops_kernels"
+
+
+def test_wheel_holds_what_it_should():
+    files = [str(file) for file in importlib.metadata.files("tfops") if "__pycache__" not in str(file)]
+    libraries = {Path(file).name.split(".")[0] for file in files if ".so" in file}
+    assert libraries == {"libtfops_kernels", "_kernels", "_tfops_ops"}
+    folders = {file.split("/")[0] for file in files if not file.startswith("..")}
+    assert folders == {"tfops", "tfops_kernels", f"tfops-{tfops.__version__}.dist-info"}
+    for name in ("tfops/py.typed", "tfops_kernels/py.typed"):
+        assert name in files
+    for wheel in (ROOT / "build" / "wheel").glob("*.whl"):
+        assert wheel.stat().st_size < 20e6
+
+
+def test_requirements():
+    requirements = importlib.metadata.requires("tfops")
+    assert "tensorflow~=2.21.0" in [r.replace(" ", "") for r in requirements]
+    assert importlib.metadata.metadata("tfops")["Requires-Python"] in (">=3.10,<3.14", "<3.14,>=3.10")
+
+
+@pytest.mark.parametrize("running", ["2.20.0", "2.22.0-rc1", "3.0.0"])
+def test_another_release_is_refused(running):
+    run = _run(f"import tensorflow as tf; tf.__version__ = {running!r}; import tfops")
+    assert run.returncode != 0
+    message = run.stderr.splitlines()[-1]
+    assert message.startswith("ImportError")
+    assert "built for TensorFlow 2.21" in message
+    assert f"TensorFlow {running} is running" in message
+    assert "pip install tensorflow~=2.21.0" in message
+
+
+def test_another_patch_release_is_fine():
+    _library.check_release("2.21.9", "2.21.0")
+
+
+def test_build_without_tensorflow_says_so():
+    with pytest.raises(ImportError, match="TFOPS_TENSORFLOW=OFF"):
+        _library.check_release("2.21.0", "")
+
+
+def test_kernels_do_without_tensorflow():
+    run = _run(
+        "import sys; sys.modules['tensorflow'] = None\n"
+        "import numpy as np, tfops_kernels\n"
+        "y = tfops_kernels.forward(np.eye(3, dtype=np.float32), *np.ones((2, 3), np.float32)).y\n"
+        "tfops_kernels.build_info()\n"
+        "print(y.shape, [m for m in sys.modules if m.startswith(('tensorflow.', 'keras'))])"
+    )
+    assert run.stdout.strip() == "(3, 3) []", run.stderr
+
+
+def test_another_backend_is_refused():
+    run = _run("import tfops", KERAS_BACKEND="numpy")
+    assert "ImportError" in run.stderr
+    assert "KERAS_BACKEND=tensorflow" in run.stderr
+
+
+def test_build_info():
+    info = tfops.build_info()
+    assert json.loads(json.dumps(info)) == info
+    assert info["version"] == tfops.__version__ == importlib.metadata.version("tfops")
+    assert info["tensorflow"].startswith("2.21.")
+    assert info["tensorflow_running"] == tf.__version__
+    assert info["cpu_instruction_set"] in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "generic")
+    if not info["cuda"]:
+        assert (info["cuda_toolkit"], info["cuda_architectures"]) == ("", "")
+    if not info["gpus"]:
+        assert info["cuda_problem"]
+
+
+def test_info_command():
+    run = subprocess.run(
+        [sys.executable, "-m", "tfops.info"],
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in ("tfops", "TensorFlow", "CPU kernels", "CUDA kernels", "CUDA driver", "GPU"):
+        assert f"\n{name} " in f"\n{run.stdout}"
+
+
+def test_cpu_level_can_be_forced():
+    info = "import tfops_kernels; print(tfops_kernels.build_info()['cpu_instruction_set'])"
+    assert _run(info, TFOPS_CPU="x86-64-v2").stdout.strip() in ("x86-64-v2", "generic")
+    run = _run(
+        "import numpy as np, tfops_kernels as k; k.forward(np.eye(2), np.ones(2), np.ones(2))",
+        TFOPS_CPU="sse9",
+    )
+    assert "TFOPS_CPU is 'sse9', but this machine and build have: " in run.stderr
