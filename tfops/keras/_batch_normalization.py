@@ -10,11 +10,16 @@ import tensorflow as tf
 from tfops._arguments import ACTIVATIONS, param_type
 from tfops._batch_norm import fused_batch_norm
 
-if keras.backend.backend() != "tensorflow":
-    raise ImportError(
-        f"tfops.keras needs Keras' TensorFlow backend, but the backend is {keras.backend.backend()!r}: "
-        "set the environment variable KERAS_BACKEND=tensorflow before Keras is first imported"
-    )
+
+def check_backend(backend: str) -> None:
+    if backend != "tensorflow":
+        raise ImportError(
+            f"tfops needs Keras' TensorFlow backend, but the backend is {backend!r}: set the environment variable "
+            "KERAS_BACKEND=tensorflow before Keras is first imported"
+        )
+
+
+check_backend(keras.backend.backend())
 
 
 @keras.saving.register_keras_serializable(package="tfops")
