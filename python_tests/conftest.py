@@ -11,6 +11,8 @@ import pytest
 
 import tfops_kernels
 
+import simt_runner
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     info = tfops_kernels.build_info()
@@ -20,3 +22,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def simt() -> simt_runner.Simt:
+    """The CUDA kernels on the CPU, built if need be."""
+    simt_runner.build()
+    return simt_runner.Simt()

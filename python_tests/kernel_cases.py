@@ -140,7 +140,11 @@ def assert_close(name: str, got: Any, want: np.ndarray, dtype: str, scale: float
 
 
 def check(
-    case: Case, to_device: Callable[[np.ndarray], Any], to_host: Callable[[Any], np.ndarray], **kwargs: Any
+    case: Case,
+    to_device: Callable[[np.ndarray], Any],
+    to_host: Callable[[Any], np.ndarray],
+    kernels: Any = tfops_kernels,
+    **kwargs: Any,
 ) -> None:
     """Runs forward and backward of a case, and compares every result with the oracle's."""
     arrays = inputs(case)
@@ -159,7 +163,7 @@ def check(
     if given:
         names += ["mean", "variance"]
     residual = {"residual": arrays["residual"]} if case.residual else {}
-    got = tfops_kernels.forward(
+    got = kernels.forward(
         *(device[name] for name in names),
         **settings,
         **({"residual": device["residual"]} if case.residual else {}),
@@ -198,7 +202,7 @@ def check(
         arrays["dy"], device["dy"] = dy, to_device(dy)
     saved = (got.saved_mean, got.saved_inv_std) if case.training else (device["mean"], device["variance"])
     statistics = {"dmean": "dmean", "dvariance": "dvariance"} if case.training and given else {}
-    gradient = tfops_kernels.backward(
+    gradient = kernels.backward(
         device["dy"],
         device["x"],
         device["scale"],

@@ -165,6 +165,35 @@ TFOPS_EXPORT Status BackwardWorkspaceBytes(const Problem& problem, size_t* bytes
 TFOPS_EXPORT Status Forward(const Problem& problem, const ForwardArrays& arrays, void* workspace, void* stream);
 TFOPS_EXPORT Status Backward(const Problem& problem, const BackwardArrays& arrays, void* workspace, void* stream);
 
+// What the choice of kernels depends on. The defaults are those of an H200.
+struct Device {
+  int compute_capability = 90;  // 90 for 9.0
+  int multiprocessors = 132;
+  int64_t shared_bytes_per_block = 227 << 10;  // the most that a block may have
+  int64_t shared_bytes_per_multiprocessor = 228 << 10;
+  int64_t l2_bytes = 50 << 20;
+  int largest_cluster = 16;  // blocks that can form a cluster; 1 on chips without clusters
+  bool cooperative = true;   // all blocks of a grid can meet
+};
+TFOPS_EXPORT Status CurrentDevice(Device* device);
+
+// The kernels for a problem, and why these. Tiers: "one_block", "cluster" and "grid" read the data once, and keep it on
+// the chip between the phases; "streaming" is for all else. The environment variable TFOPS_TIER forces the tier of the
+// passes that take statistics or sums, which all but the forward pass of inference do: InvalidArgument, saying why, if
+// it cannot be had.
+struct Plan {
+  std::string tier;
+  std::string reason;
+  int launches = 0;
+  int lanes = 1;  // elements in each access to memory
+  int threads = 0;
+  int blocks = 0;
+  int blocks_per_slab = 0;   // that share channels, and merge their moments
+  int64_t shared_bytes = 0;  // of a block
+};
+// Works without a GPU. `aligned`: all arrays are, to 16 bytes.
+TFOPS_EXPORT Status MakePlan(const Problem& problem, bool backward, bool aligned, const Device& device, Plan* plan);
+
 struct BuildInfo {
   bool built = false;
   std::string toolkit;        // such as "13.0"

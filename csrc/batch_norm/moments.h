@@ -50,7 +50,21 @@ TFOPS_INLINE P Slope(P scale, double inv_std) {
   return static_cast<P>(static_cast<double>(scale) * inv_std);
 }
 
-// Writes the four vectors of channel c from its moments. P is the param type.
+// The statistics of a batch that the gradient needs, as they are saved. P is the param type.
+template <typename P>
+struct SavedStatistics {
+  P mean;
+  P inv_std;
+};
+
+template <typename P>
+TFOPS_INLINE SavedStatistics<P> StatisticsToSave(const Problem& problem, const Moments<double>& moments) {
+  const double n = moments.count;
+  const double variance = n > 0 ? moments.m2 / n : 0.0;
+  return {static_cast<P>(n > 0 ? moments.mean : 0.0), static_cast<P>(InverseStd(variance, problem.epsilon))};
+}
+
+// Writes the four vectors of channel c from its moments.
 template <typename P>
 TFOPS_INLINE void FinishStatistics(const Problem& problem, const ForwardArrays& arrays, const Moments<double>& moments,
                                    int64_t c) {
@@ -69,8 +83,9 @@ TFOPS_INLINE void FinishStatistics(const Problem& problem, const ForwardArrays& 
   }
   static_cast<P*>(arrays.mean_out)[c] = static_cast<P>(mean_out);
   static_cast<P*>(arrays.variance_out)[c] = static_cast<P>(variance_out);
-  static_cast<P*>(arrays.saved_mean)[c] = static_cast<P>(n > 0 ? moments.mean : 0.0);
-  static_cast<P*>(arrays.saved_inv_std)[c] = static_cast<P>(InverseStd(variance, problem.epsilon));
+  const SavedStatistics<P> saved = StatisticsToSave<P>(problem, moments);
+  static_cast<P*>(arrays.saved_mean)[c] = saved.mean;
+  static_cast<P*>(arrays.saved_inv_std)[c] = saved.inv_std;
 }
 
 // dx = dz * slope + (x - mean) * tilt + shift
@@ -88,21 +103,27 @@ TFOPS_INLINE double InverseStd(const Problem& problem, const BackwardArrays& arr
   return problem.training ? spread : InverseStd(spread, problem.epsilon);
 }
 
-// Writes the [C] gradients of channel c from its two sums, and returns what dx needs. The formulas are in batch_norm.h.
+// Writes the [C] gradients of channel c from its two sums. The formulas are in batch_norm.h.
 template <typename P>
-TFOPS_INLINE GradientCoefficients<P> FinishGradient(const Problem& problem, const BackwardArrays& arrays, double sum_dz,
-                                                    double sum_dz_xc, int64_t c) {
+TFOPS_INLINE void WriteGradients(const Problem& problem, const BackwardArrays& arrays, double sum_dz, double sum_dz_xc,
+                                 int64_t c) {
   const double inv_std = InverseStd<P>(problem, arrays, c);
-  const double slope = static_cast<double>(static_cast<const P*>(arrays.scale)[c]) * inv_std;
   static_cast<P*>(arrays.doffset)[c] = static_cast<P>(sum_dz);
   static_cast<P*>(arrays.dscale)[c] = static_cast<P>(sum_dz_xc * inv_std);
-  if (!problem.training) {
-    static_cast<P*>(arrays.dmean_in)[c] = static_cast<P>(-slope * sum_dz);
-    static_cast<P*>(arrays.dvariance_in)[c] = static_cast<P>(-0.5 * slope * inv_std * inv_std * sum_dz_xc);
-    return {static_cast<P>(slope), P(0), P(0)};
-  }
+  if (problem.training) return;
+  const double slope = static_cast<double>(static_cast<const P*>(arrays.scale)[c]) * inv_std;
+  static_cast<P*>(arrays.dmean_in)[c] = static_cast<P>(-slope * sum_dz);
+  static_cast<P*>(arrays.dvariance_in)[c] = static_cast<P>(-0.5 * slope * inv_std * inv_std * sum_dz_xc);
+}
+
+// What dx needs of the same.
+template <typename P>
+TFOPS_INLINE GradientCoefficients<P> CoefficientsOfGradient(const Problem& problem, const BackwardArrays& arrays,
+                                                            double sum_dz, double sum_dz_xc, int64_t c) {
+  const double inv_std = InverseStd<P>(problem, arrays, c);
+  const double slope = static_cast<double>(static_cast<const P*>(arrays.scale)[c]) * inv_std;
   const double n = static_cast<double>(problem.Count());
-  if (n == 0) return {static_cast<P>(slope), P(0), P(0)};
+  if (!problem.training || n == 0) return {static_cast<P>(slope), P(0), P(0)};
   double tilt = -slope * inv_std * inv_std * sum_dz_xc / n;
   double shift = -slope * sum_dz / n;
   if (arrays.dmean) {
@@ -114,6 +135,14 @@ TFOPS_INLINE GradientCoefficients<P> FinishGradient(const Problem& problem, cons
             divisor;
   }
   return {static_cast<P>(slope), static_cast<P>(tilt), static_cast<P>(shift)};
+}
+
+// Both.
+template <typename P>
+TFOPS_INLINE GradientCoefficients<P> FinishGradient(const Problem& problem, const BackwardArrays& arrays, double sum_dz,
+                                                    double sum_dz_xc, int64_t c) {
+  WriteGradients<P>(problem, arrays, sum_dz, sum_dz_xc, c);
+  return CoefficientsOfGradient<P>(problem, arrays, sum_dz, sum_dz_xc, c);
 }
 
 }  // namespace tfops

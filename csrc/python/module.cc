@@ -16,6 +16,10 @@
 
 #include "csrc/batch_norm/batch_norm.h"
 
+#ifdef TFOPS_SIMT
+#include "csrc/simt/controls.h"
+#endif
+
 namespace py = pybind11;
 
 namespace tfops {
@@ -132,22 +136,26 @@ py::dict Driver() {
 PYBIND11_MODULE(_kernels, m) {
   m.doc() = "csrc/batch_norm/batch_norm.h";
 
-  py::enum_<DataType>(m, "DataType")
+  // Types are this module's own: a test process loads csrc/simt's build of it as well.
+  const py::module_local local;
+  py::enum_<DataType>(m, "DataType", local)
       .value("float16", DataType::kFloat16)
       .value("bfloat16", DataType::kBFloat16)
       .value("float32", DataType::kFloat32)
       .value("float64", DataType::kFloat64);
 
-  py::class_<Problem>(m, "Problem")
+  py::class_<Problem>(m, "Problem", local)
       .def(py::init(&MakeProblem), py::kw_only(), py::arg("shape"), py::arg("axis"), py::arg("dtype"),
            py::arg("activation"), py::arg("has_residual"), py::arg("training"), py::arg("epsilon"),
            py::arg("exponential_avg_factor"), py::arg("unbiased"))
+      .def_readonly("dtype", &Problem::dtype)
       .def_readonly("channels", &Problem::channels)
+      .def_property_readonly("elements", &Problem::Elements)
       .def_property_readonly("mask_bytes", [](const Problem& p) { return NeedsMask(p) ? LayoutOfMask(p).Bytes() : 0; })
       .def_property_readonly("needs_mask", &NeedsMask)
       .def_property_readonly("needs_residual", &NeedsResidual);
 
-  py::class_<ForwardArrays> forward(m, "ForwardArrays");
+  py::class_<ForwardArrays> forward(m, "ForwardArrays", local);
   forward.def(py::init<>());
   DefinePointer(forward, "x", &ForwardArrays::x);
   DefinePointer(forward, "scale", &ForwardArrays::scale);
@@ -162,7 +170,7 @@ PYBIND11_MODULE(_kernels, m) {
   DefinePointer(forward, "saved_inv_std", &ForwardArrays::saved_inv_std);
   DefinePointer(forward, "mask", &ForwardArrays::mask);
 
-  py::class_<BackwardArrays> backward(m, "BackwardArrays");
+  py::class_<BackwardArrays> backward(m, "BackwardArrays", local);
   backward.def(py::init<>());
   DefinePointer(backward, "dy", &BackwardArrays::dy);
   DefinePointer(backward, "x", &BackwardArrays::x);
@@ -180,6 +188,35 @@ PYBIND11_MODULE(_kernels, m) {
   DefinePointer(backward, "dmean_in", &BackwardArrays::dmean_in);
   DefinePointer(backward, "dvariance_in", &BackwardArrays::dvariance_in);
   DefinePointer(backward, "dresidual", &BackwardArrays::dresidual);
+
+  py::class_<cuda::Device>(m, "CudaDevice", local)
+      .def(py::init([] {
+        cuda::Device device;
+        // Without a GPU the defaults stand.
+        if (cuda::Device current; cuda::CurrentDevice(&current).ok()) device = current;
+        return device;
+      }))
+      .def_readwrite("compute_capability", &cuda::Device::compute_capability)
+      .def_readwrite("multiprocessors", &cuda::Device::multiprocessors)
+      .def_readwrite("shared_bytes_per_block", &cuda::Device::shared_bytes_per_block)
+      .def_readwrite("shared_bytes_per_multiprocessor", &cuda::Device::shared_bytes_per_multiprocessor)
+      .def_readwrite("l2_bytes", &cuda::Device::l2_bytes)
+      .def_readwrite("largest_cluster", &cuda::Device::largest_cluster)
+      .def_readwrite("cooperative", &cuda::Device::cooperative);
+  py::class_<cuda::Plan>(m, "CudaPlan", local)
+      .def_readonly("tier", &cuda::Plan::tier)
+      .def_readonly("reason", &cuda::Plan::reason)
+      .def_readonly("launches", &cuda::Plan::launches)
+      .def_readonly("lanes", &cuda::Plan::lanes)
+      .def_readonly("threads", &cuda::Plan::threads)
+      .def_readonly("blocks", &cuda::Plan::blocks)
+      .def_readonly("blocks_per_slab", &cuda::Plan::blocks_per_slab)
+      .def_readonly("shared_bytes", &cuda::Plan::shared_bytes);
+  m.def("cuda_plan", [](const Problem& problem, bool backward, bool aligned, const cuda::Device& device) {
+    cuda::Plan plan;
+    ThrowUnlessOk(cuda::MakePlan(problem, backward, aligned, device, &plan));
+    return plan;
+  });
 
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("cpu_forward", &CpuForward, release);
@@ -199,6 +236,9 @@ PYBIND11_MODULE(_kernels, m) {
     return build;
   });
   m.def("driver", &Driver);
+#ifdef TFOPS_SIMT
+  simt::DefineControls(m);
+#endif
 }
 
 }  // namespace tfops

@@ -7,6 +7,7 @@
 #include "csrc/batch_norm/activation.h"
 #include "csrc/batch_norm/batch_norm.h"
 #include "csrc/batch_norm/cuda/dispatch.h"
+#include "csrc/batch_norm/cuda/tiling.h"
 #include "csrc/batch_norm/cuda/types.cuh"
 
 namespace tfops::cuda {
@@ -30,18 +31,25 @@ struct Affine {
   F slope[kLanes];
   F offset[kLanes];
 
-  // `lane_stride` is 1 where each lane has a channel of its own, else 0.
-  __device__ __forceinline__ Affine(const AffineArrays& arrays, int64_t channel, int lane_stride) {
-#pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t c = channel + lane * lane_stride;
-      const F spread = static_cast<const F*>(arrays.spread)[c];
-      const F inv_std = arrays.spread_is_variance ? InverseRoot(spread + static_cast<F>(arrays.epsilon)) : spread;
+  template <typename Walk>
+  __device__ __forceinline__ Affine(const AffineArrays& arrays, const Tiling& tiling, const Walk& walk) {
+    F spread[kLanes];
+    walk.ForLanes(tiling, [&](int lane, int64_t c) {
+      spread[lane] = static_cast<const F*>(arrays.spread)[c];
       mean[lane] = static_cast<const F*>(arrays.mean)[c];
-      slope[lane] = static_cast<const F*>(arrays.scale)[c] * inv_std;
+      slope[lane] = static_cast<const F*>(arrays.scale)[c];
       offset[lane] = static_cast<const F*>(arrays.offset)[c];
+    });
+    if (arrays.spread_is_variance) {
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) {
+        spread[lane] = InverseRoot(spread[lane] + static_cast<F>(arrays.epsilon));
+      }
     }
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) slope[lane] *= spread[lane];
   }
+  __device__ __forceinline__ Affine() {}
 
   // z without the residual.
   __device__ __forceinline__ F Apply(F xc, int lane) const { return MultiplyAdd(xc, slope[lane], offset[lane]); }

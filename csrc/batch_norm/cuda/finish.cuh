@@ -9,20 +9,35 @@
 
 #include "csrc/batch_norm/cuda/accumulate.cuh"
 #include "csrc/batch_norm/cuda/extent.h"
+#include "csrc/batch_norm/cuda/streaming.h"
 #include "csrc/batch_norm/cuda/tuning.h"
 #include "csrc/batch_norm/moments.h"
 
 namespace tfops::cuda {
 
-// The merge of partials[split][channel] over all splits, for threads with y == 0. Threads (x, y): x over channels, y
-// over splits. No splits: the partial result of nothing.
+// The partial results partials[split][unit], and which units are of a channel; see tiling.h.
+struct PartialsShape {
+  int64_t splits = 0;
+  int64_t units = 0;
+  int64_t channels = 0;
+  int repeat = 1;
+  int pixels = 1;
+};
+
+// The merge of all that is of channel c, for threads with y == 0. Threads (x, y): x over channels, y over what to
+// merge. No splits: the partial result of nothing.
 template <typename Partial>
-__device__ __forceinline__ Partial MergeSplits(const Partial* partials, int64_t splits, int64_t channels, int64_t c) {
-  __shared__ Partial shared[FinishTuning::kThreads * FinishTuning::kChannels];
+__device__ __forceinline__ Partial MergeSplits(const Partial* partials, const PartialsShape& shape, int64_t c) {
+  auto& shared = BlockShared<Partial[FinishTuning::kThreads * FinishTuning::kChannels]>();
   Partial total = {};
-  if (c < channels) {
-    for (int64_t split = threadIdx.y; split < splits; split += FinishTuning::kThreads) {
-      total.Merge(partials[split * channels + c]);
+  if (c < shape.channels) {
+    const int64_t per_split = int64_t{shape.repeat} * shape.pixels;
+    for (int64_t i = threadIdx.y; i < shape.splits * per_split; i += FinishTuning::kThreads) {
+      const int64_t split = per_split == 1 ? i : i / per_split;
+      const int within = static_cast<int>(i - split * per_split);
+      const int turn = per_split == 1 ? 0 : within / shape.pixels;
+      const int64_t unit = (turn * shape.channels + c) * shape.pixels + (within - turn * shape.pixels);
+      total.Merge(partials[split * shape.units + unit]);
     }
   }
   Partial* item = shared + threadIdx.y * FinishTuning::kChannels + threadIdx.x;
@@ -33,9 +48,10 @@ __device__ __forceinline__ Partial MergeSplits(const Partial* partials, int64_t 
 
 template <typename F>
 __global__ void __launch_bounds__(FinishTuning::kThreads* FinishTuning::kChannels)
-    FinishMomentsKernel(Problem problem, ForwardArrays arrays, const PartialMoments<double>* partials, int64_t splits) {
+    FinishMomentsKernel(Problem problem, ForwardArrays arrays, const PartialMoments<double>* partials,
+                        PartialsShape shape) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * FinishTuning::kChannels + threadIdx.x;
-  const PartialMoments<double> total = MergeSplits(partials, splits, problem.channels, c);
+  const PartialMoments<double> total = MergeSplits(partials, shape, c);
   if (threadIdx.y == 0 && c < problem.channels) {
     FinishStatistics<F>(problem, arrays, Moments<double>{total.count, total.mean, total.m2}, c);
   }
@@ -44,14 +60,18 @@ __global__ void __launch_bounds__(FinishTuning::kThreads* FinishTuning::kChannel
 // `coefficients` may be null: nothing needs them where there is no element.
 template <typename F>
 __global__ void __launch_bounds__(FinishTuning::kThreads* FinishTuning::kChannels)
-    FinishGradientKernel(Problem problem, BackwardArrays arrays, const GradientSums* partials, int64_t splits,
+    FinishGradientKernel(Problem problem, BackwardArrays arrays, const GradientSums* partials, PartialsShape shape,
                          GradientCoefficients<F>* coefficients) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * FinishTuning::kChannels + threadIdx.x;
-  const GradientSums total = MergeSplits(partials, splits, problem.channels, c);
+  const GradientSums total = MergeSplits(partials, shape, c);
   if (threadIdx.y == 0 && c < problem.channels) {
     const GradientCoefficients<F> result = FinishGradient<F>(problem, arrays, total.dz, total.dz_xc, c);
     if (coefficients) coefficients[c] = result;
   }
+}
+
+inline PartialsShape ShapeOf(const StreamingTiling& tiling) {
+  return {tiling.Splits(), tiling.units, tiling.channels, tiling.repeat, tiling.pixels};
 }
 
 inline constexpr Extent kFinishBlock = {FinishTuning::kChannels, FinishTuning::kThreads};

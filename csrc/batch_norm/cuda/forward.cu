@@ -1,8 +1,12 @@
 // The forward entry points: which kernels run, in which order, with what.
 
+#include <algorithm>
+
 #include "csrc/batch_norm/cuda/dispatch.h"
 #include "csrc/batch_norm/cuda/finish.cuh"
 #include "csrc/batch_norm/cuda/launch.h"
+#include "csrc/batch_norm/cuda/onchip_launch.h"
+#include "csrc/batch_norm/cuda/policy.h"
 #include "csrc/batch_norm/cuda/runtime.h"
 #include "csrc/batch_norm/cuda/streaming_forward.cuh"
 
@@ -12,22 +16,21 @@ namespace {
 // Merges the splits' moments, of which there are none in an empty batch, and writes the vectors [C].
 template <typename F>
 Status FinishMoments(const Problem& problem, const ForwardArrays& arrays, const PartialMoments<double>* partials,
-                     int64_t splits, void* stream) {
+                     const PartialsShape& shape, void* stream) {
   return Launch(FinishMomentsKernel<F>, FinishGrid(problem.channels), kFinishBlock, stream, problem, arrays, partials,
-                splits);
+                shape);
 }
 
 template <typename T, int kLanes>
-Status StreamingForward(const Problem& problem, const ForwardArrays& arrays, void* workspace, int multiprocessors,
-                        void* stream) {
-  const Tiling tiling = MakeTiling(problem, kLanes, multiprocessors);
+Status StreamingForward(const Problem& problem, const ForwardArrays& arrays, const StreamingTiling& tiling,
+                        void* workspace, void* stream) {
   AffineArrays affine{arrays.mean, arrays.variance, arrays.scale, arrays.offset, true, problem.epsilon};
   if (problem.training) {
     auto* partials = static_cast<PartialMoments<double>*>(workspace);
     const Status moments =
         Launch(MomentsKernel<T, kLanes>, tiling.grid, tiling.block, stream, tiling, arrays.x, partials);
     if (!moments.ok()) return moments;
-    const Status finish = FinishMoments<Arithmetic<T>>(problem, arrays, partials, tiling.Splits(), stream);
+    const Status finish = FinishMoments<Arithmetic<T>>(problem, arrays, partials, ShapeOf(tiling), stream);
     if (!finish.ok()) return finish;
     affine.mean = arrays.saved_mean;
     affine.spread = arrays.saved_inv_std;
@@ -42,25 +45,49 @@ Status StreamingForward(const Problem& problem, const ForwardArrays& arrays, voi
 }  // namespace
 
 Status ForwardWorkspaceBytes(const Problem& problem, size_t* bytes) {
-  int multiprocessors = 0;
-  if (const Status status = Multiprocessors(&multiprocessors); !status.ok()) return status;
-  *bytes = problem.training ? SplitBytes(problem, sizeof(PartialMoments<double>), multiprocessors) : 0;
+  *bytes = 0;
+  Device device;
+  int number = 0;
+  if (const Status status = CurrentDevice(&device, &number); !status.ok()) return status;
+  if (!problem.training || problem.Elements() == 0) return {};
+  for (const bool aligned : {false, true}) {
+    Choice choice;
+    if (const Status status = RecallTier(problem, Pass::kForward, aligned, device, number, &choice); !status.ok())
+      return status;
+    const int64_t items = std::max(choice.plan.ExchangedItems(), SplitItems(problem, aligned, device.multiprocessors));
+    *bytes = std::max(*bytes, static_cast<size_t>(items) * sizeof(PartialMoments<double>));
+  }
   return {};
 }
 
 Status Forward(const Problem& problem, const ForwardArrays& arrays, void* workspace, void* stream) {
   if (const Status status = Validate(problem); !status.ok()) return status;
-  int multiprocessors = 0;
-  if (const Status status = Multiprocessors(&multiprocessors); !status.ok()) return status;
+  Device device;
+  int number = 0;
+  if (const Status status = CurrentDevice(&device, &number); !status.ok()) return status;
   if (problem.channels == 0) return {};
+  if (problem.Elements() == 0) {
+    if (!problem.training) return {};
+    return WithDataType(problem.dtype, [&](auto type) {
+      using F = Arithmetic<typename decltype(type)::Type>;
+      return FinishMoments<F>(problem, arrays, nullptr, PartialsShape{0, 0, problem.channels}, stream);
+    });
+  }
+  const void* tensors[] = {arrays.x, arrays.y, problem.has_residual ? arrays.residual : nullptr};
+  const bool aligned = AllAligned(tensors, 3);
+  Choice choice;
+  if (const Status status = RecallTier(problem, Pass::kForward, aligned, device, number, &choice); !status.ok())
+    return status;
+  if (choice.tier != Tier::kStreaming) {
+    const Status status = OnChipForward(choice.plan, problem, arrays, workspace, stream);
+    // A GPU that is shared or partitioned may not start what its properties promise. Nothing has run then.
+    if (status.ok() || choice.forced) return status;
+  }
+  const StreamingTiling tiling = MakeStreamingTiling(problem, aligned, device.multiprocessors);
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
-    if (problem.Elements() == 0) {
-      return problem.training ? FinishMoments<Arithmetic<T>>(problem, arrays, nullptr, 0, stream) : Status();
-    }
-    const void* tensors[] = {arrays.x, arrays.y, problem.has_residual ? arrays.residual : nullptr};
-    return WithLanes<T>(CanVectorize(problem, kVectorLanes<T>, tensors, 3), [&](auto lanes) {
-      return StreamingForward<T, decltype(lanes)::value>(problem, arrays, workspace, multiprocessors, stream);
+    return WithLanes<T>(tiling.lanes > 1, [&](auto lanes) {
+      return StreamingForward<T, decltype(lanes)::value>(problem, arrays, tiling, workspace, stream);
     });
   });
 }

@@ -23,16 +23,54 @@ inline Status ToStatus(cudaError_t error, const char* what) {
           std::string(what) + " failed: " + cudaGetErrorString(error)};
 }
 
+struct LaunchShape {
+  Extent grid;
+  Extent block;
+  int cluster = 1;           // blocks beside each other, along grid.x, that form a cluster
+  int dynamic_shared = 0;    // bytes
+  bool cooperative = false;  // all blocks are resident at once, and may meet at a GridBarrier()
+};
+
+// What CUDA lets a kernel have only if asked: more than 48 KB of dynamic shared memory, clusters of more than 8 blocks.
+// It asks once for each kernel, device and thread, for as much as the device has.
+Status AllowLargeLaunches(const void* kernel);
+
 // Starts a kernel and checks that it could be started. It does not wait: an error of the kernel itself belongs to
 // whoever synchronizes.
 template <typename... Parameters, typename... Arguments>
+Status Launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream, Arguments&&... arguments) {
+  constexpr int kUsualShared = 48 << 10;
+  constexpr int kPortableCluster = 8;
+  if (shape.dynamic_shared > kUsualShared || shape.cluster > kPortableCluster) {
+    const Status allowed = AllowLargeLaunches(reinterpret_cast<const void*>(kernel));
+    if (!allowed.ok()) return allowed;
+  }
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.grid.x, shape.grid.y, shape.grid.z);
+  config.blockDim = dim3(shape.block.x, shape.block.y, shape.block.z);
+  config.dynamicSmemBytes = static_cast<size_t>(shape.dynamic_shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+  }
+  if (shape.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  return ToStatus(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "starting a CUDA kernel");
+}
+
+template <typename... Parameters, typename... Arguments>
 Status Launch(void (*kernel)(Parameters...), const Extent& grid, const Extent& block, void* stream,
               Arguments&&... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid.x, grid.y, grid.z);
-  config.blockDim = dim3(block.x, block.y, block.z);
-  config.stream = static_cast<cudaStream_t>(stream);
-  return ToStatus(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "starting a CUDA kernel");
+  return Launch(kernel, LaunchShape{grid, block}, stream, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace tfops::cuda

@@ -38,34 +38,69 @@ Status Availability(int driver, int gpus) {
   return {};
 }
 
-// The number of multiprocessors of each GPU.
-Status CountMultiprocessors(std::vector<int>* counts) {
+constexpr int kMultiprocessorsForLargeClusters = 64;
+
+Status Look(int number, Device* device) {
+  int major = 0, minor = 0, shared_per_block = 0, shared_per_multiprocessor = 0, l2 = 0, cooperative = 0, clusters = 0;
+  const struct {
+    cudaDeviceAttr attribute;
+    int* value;
+  } questions[] = {
+      {cudaDevAttrComputeCapabilityMajor, &major},
+      {cudaDevAttrComputeCapabilityMinor, &minor},
+      {cudaDevAttrMultiProcessorCount, &device->multiprocessors},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_per_block},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_per_multiprocessor},
+      {cudaDevAttrL2CacheSize, &l2},
+      {cudaDevAttrCooperativeLaunch, &cooperative},
+      {cudaDevAttrClusterLaunch, &clusters},
+  };
+  for (const auto& question : questions) {
+    const cudaError_t error = cudaDeviceGetAttribute(question.value, question.attribute, number);
+    if (error != cudaSuccess) return ToStatus(error, "asking for a GPU's properties");
+  }
+  device->compute_capability = major * 10 + minor;
+  device->shared_bytes_per_block = shared_per_block;
+  device->shared_bytes_per_multiprocessor = shared_per_multiprocessor;
+  device->l2_bytes = l2;
+  device->cooperative = cooperative != 0;
+  // 8 blocks everywhere that has clusters, and 16 on whole GPUs for data centres. No device attribute says so; and a
+  // launch that is refused all the same leaves its work to the streaming tier.
+  const bool large = device->compute_capability < 120 && device->multiprocessors >= kMultiprocessorsForLargeClusters;
+  device->largest_cluster = clusters == 0 || device->compute_capability < 90 ? 1 : large ? 16 : 8;
+  return {};
+}
+
+Status LookAtAll(std::vector<Device>* devices) {
   int driver = 0;
   int gpus = 0;
   if (const Status status = Driver(&driver, &gpus); !status.ok()) return status;
-  counts->resize(gpus);
-  for (int device = 0; device < gpus; ++device) {
-    const cudaError_t error = cudaDeviceGetAttribute(&(*counts)[device], cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return ToStatus(error, "asking for the number of multiprocessors");
+  devices->resize(gpus);
+  for (int number = 0; number < gpus; ++number) {
+    if (const Status status = Look(number, &(*devices)[number]); !status.ok()) return status;
   }
   return {};
 }
 
 }  // namespace
 
-Status Multiprocessors(int* count) {
+Status CurrentDevice(Device* device, int* number) {
   struct Machine {
-    std::vector<int> counts;
-    Status status = CountMultiprocessors(&counts);
+    std::vector<Device> devices;
+    Status status = LookAtAll(&devices);
   };
   static const Machine machine;
   if (!machine.status.ok()) return machine.status;
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) {
+  if (const cudaError_t error = cudaGetDevice(number); error != cudaSuccess) {
     return ToStatus(error, "asking for the current GPU");
   }
-  *count = machine.counts.at(device);
+  *device = machine.devices.at(*number);
   return {};
+}
+
+Status CurrentDevice(Device* device) {
+  int number = 0;
+  return CurrentDevice(device, &number);
 }
 
 BuildInfo Build() { return {true, VersionText(CUDART_VERSION), TFOPS_CUDA_ARCHITECTURES}; }

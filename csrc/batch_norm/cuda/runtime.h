@@ -7,9 +7,10 @@
 
 namespace tfops::cuda {
 
-// The multiprocessors of the calling thread's current device. Unavailable, with the remedy, where no kernel can run: no
-// driver, one too old for the CUDA runtime that is linked in, or no GPU. The machine is looked at once a process.
-Status Multiprocessors(int* count);
+// The calling thread's current device; its number says which of them. Unavailable, with the remedy, where no kernel can
+// run: no driver, one too old for the CUDA runtime that is linked in, or no GPU. The machine is looked at once a
+// process.
+Status CurrentDevice(Device* device, int* number);
 
 }  // namespace tfops::cuda
 

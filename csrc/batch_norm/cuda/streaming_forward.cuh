@@ -1,4 +1,4 @@
-// The forward phases of the streaming tier. How the tensor maps to threads: streaming.h.
+// The forward phases of the streaming tier. How the tensor maps to threads: tiling.h.
 
 #ifndef TFOPS_BATCH_NORM_CUDA_STREAMING_FORWARD_CUH_
 #define TFOPS_BATCH_NORM_CUDA_STREAMING_FORWARD_CUH_
@@ -12,11 +12,11 @@ namespace tfops::cuda {
 
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kBlocks)
-    MomentsKernel(Tiling tiling, const void* x, PartialMoments<double>* partials) {
+    MomentsKernel(StreamingTiling tiling, const void* x, PartialMoments<double>* partials) {
   using F = Arithmetic<T>;
   constexpr int kBatch = StreamingBatch<kLanes>::kMoments;
   MomentsAccumulator<F, kLanes> accumulator;
-  Walk<kLanes, Direction::kForward> walk(tiling);
+  auto walk = WalkSplit<kLanes, Direction::kForward>(tiling);
   while (!walk.Done()) {
     Vector<T, kLanes> batch[kBatch];
     bool inside[kBatch];
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
     accumulator.CloseLongChain(kBatch);
   }
   accumulator.CloseChain();
-  StoreBlock<kLanes>(accumulator, tiling, walk, partials);
+  StoreBlock<kLanes>(accumulator, tiling, walk.Unit(), partials);
 }
 
 struct NormalizeArrays {
@@ -48,11 +48,11 @@ struct NormalizeArrays {
 
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kBlocks)
-    NormalizeKernel(Tiling tiling, AffineArrays affine_arrays, NormalizeArrays arrays, Activation activation) {
+    NormalizeKernel(StreamingTiling tiling, AffineArrays affine_arrays, NormalizeArrays arrays, Activation activation) {
   using F = Arithmetic<T>;
   constexpr int kBatch = StreamingBatch<kLanes>::kNormalize;
-  Walk<kLanes, Direction::kBackward> walk(tiling);
-  const Affine<F, kLanes> affine(affine_arrays, walk.ChannelToRead(tiling), tiling.planes ? 0 : 1);
+  auto walk = WalkSplit<kLanes, Direction::kBackward>(tiling);
+  const Affine<F, kLanes> affine(affine_arrays, tiling, walk);
   while (!walk.Done()) {
     Vector<T, kLanes> x[kBatch];
     Vector<T, kLanes> residual[kBatch];
@@ -86,7 +86,9 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
       }
       if (arrays.mask) {
         const unsigned byte = GatherByte<kLanes>(bits);
-        if (walk.Inside() && walk.MaskBit() == 0) arrays.mask[walk.MaskOffset(tiling)] = static_cast<uint8_t>(byte);
+        if (walk.Inside() && walk.MaskBit() == 0) {
+          StoreGlobal(arrays.mask + walk.MaskOffset(tiling), static_cast<uint8_t>(byte));
+        }
       }
       walk.Advance();
     }

@@ -22,6 +22,8 @@ struct StreamingTuning {
   static constexpr int kWaves = 4;
   // Vectors that a thread takes at least, before more blocks are made.
   static constexpr int kMinSteps = 16;
+  // Elements that a unit has at least, where a channel has several: the results of each pass through memory.
+  static constexpr int kMinFoldedRows = 64;
 };
 
 // Vectors that a thread has in flight, from each array, before it uses the first. An H200 hides its memory's latency
@@ -33,6 +35,34 @@ struct StreamingBatch {
   static constexpr int kNormalize = kLanes == 1 ? 8 : 4;                          // of x and residual
   static constexpr int kGradientMoments = kLanes == 1 ? 8 : kLanes == 8 ? 2 : 4;  // of dy, x and residual
   static constexpr int kGradientNormalize = kLanes == 1 ? 8 : 2;                  // of the same
+};
+
+// The on-chip tiers, whose blocks keep what they read.
+struct OnChipTuning {
+  static constexpr int kThreads = 512;  // a block's at most
+};
+
+template <int kLanes>
+struct OnChipBatch {
+  static constexpr int kForward = kLanes == 1 ? 8 : 4;   // of x and residual
+  static constexpr int kBackward = kLanes == 1 ? 8 : 2;  // of dy, x and residual
+};
+
+// What the policy reckons with, in nanoseconds and bytes per nanosecond. Estimates for an H200, whose memory moves 4.3
+// TB/s; a multiprocessor's share of that stands for other GPUs as well.
+struct PolicyTuning {
+  static constexpr double kLaunch = 2500;      // a kernel's start, from an empty stream
+  static constexpr double kNextLaunch = 1200;  // from when the kernel before has ended
+  static constexpr double kPhase = 800;        // until the first bytes of a phase are here, or its last are away
+  static constexpr double kMerge = 700;        // sums over a block and what is made of them
+  static constexpr double kClusterBarrier = 500;
+  static constexpr double kGridBarrier = 2000;  // with what a cooperative launch takes longer
+  static constexpr double kMergeBlock = 15;     // for each block of a group
+  static constexpr double kMemoryRate = 32;     // of each multiprocessor while all are busy
+  static constexpr double kLatency = 800;       // of memory that is busy
+  static constexpr double kOwnRate = 56;        // of a multiprocessor while few are
+  static constexpr double kCacheFactor = 0.4;   // of the time, where L2 still has what is read again
+  static constexpr double kCacheShare = 0.6;    // of L2, that what is read again may fill
 };
 
 // The merge of the splits: a block takes kChannels channels, and kThreads threads share each one's splits.

@@ -9,6 +9,8 @@
 
 #include <cstring>
 
+#include "csrc/batch_norm/cuda/intrinsics.cuh"
+
 namespace tfops::cuda {
 
 // The type of arithmetic, parameters and statistics that goes with a data type.
@@ -73,14 +75,19 @@ struct Vector {
 
   Word word;
 
-  // Loads are coherent ones (not __ldg's), for an output may be the same array as an input.
-  __device__ __forceinline__ void Load(const void* array, int64_t offset) { word = *Address(array, offset); }
+  __device__ __forceinline__ void Load(const void* array, int64_t offset) { word = LoadGlobal(Address(array, offset)); }
 
   // For data that this operation does not need again, neither what it reads nor what it writes: the cache may drop it
   // first, and keeps more of what the walk has yet to meet.
-  __device__ __forceinline__ void LoadLast(const void* array, int64_t offset) { word = __ldcs(Address(array, offset)); }
+  __device__ __forceinline__ void LoadLast(const void* array, int64_t offset) {
+    word = LoadGlobalStreaming(Address(array, offset));
+  }
   __device__ __forceinline__ void Store(void* array, int64_t offset) const {
-    __stcs(const_cast<Word*>(Address(array, offset)), word);
+    StoreGlobalStreaming(const_cast<Word*>(Address(array, offset)), word);
+  }
+  // For results that the next operation can still find in the cache.
+  __device__ __forceinline__ void StoreNext(void* array, int64_t offset) const {
+    StoreGlobal(const_cast<Word*>(Address(array, offset)), word);
   }
 
   __device__ __forceinline__ void Unpack(F (&values)[kLanes]) const {

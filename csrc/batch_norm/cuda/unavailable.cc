@@ -15,6 +15,8 @@ Status ForwardWorkspaceBytes(const Problem&, size_t*) { return NotBuilt(); }
 Status BackwardWorkspaceBytes(const Problem&, size_t*) { return NotBuilt(); }
 Status Forward(const Problem&, const ForwardArrays&, void*, void*) { return NotBuilt(); }
 Status Backward(const Problem&, const BackwardArrays&, void*, void*) { return NotBuilt(); }
+Status CurrentDevice(Device*) { return NotBuilt(); }
+Status MakePlan(const Problem&, bool, bool, const Device&, Plan*) { return NotBuilt(); }
 BuildInfo Build() { return {}; }
 Status Driver(int*, int*) { return NotBuilt(); }
 Status Describe(int, Gpu*) { return NotBuilt(); }

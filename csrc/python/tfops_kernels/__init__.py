@@ -4,6 +4,6 @@ These are the entry points that the TensorFlow ops call, for tests, benchmarks a
 ``csrc/batch_norm/batch_norm.h``.
 """
 
-from tfops_kernels._api import Backward, Forward, backward, build_info, forward
+from tfops_kernels._api import Backward, Forward, Plan, backward, build_info, cuda_plan, forward
 
-__all__ = ["Backward", "Forward", "backward", "build_info", "forward"]
+__all__ = ["Backward", "Forward", "Plan", "backward", "build_info", "cuda_plan", "forward"]

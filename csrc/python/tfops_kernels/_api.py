@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tfops_kernels import _build, _kernels
@@ -218,6 +219,72 @@ def backward(
         else:
             _kernels.cpu_backward(problem, arrays, threads)
     return Backward(dx, dscale, doffset, dmean_in, dvariance_in, dresidual)
+
+
+class Plan(NamedTuple):
+    """What `cuda_plan` returns."""
+
+    tier: str  # "one_block", "cluster", "grid" or "streaming"
+    reason: str
+    launches: int  # of kernels
+    lanes: int  # elements in each access to memory
+    threads: int  # of a block
+    blocks: int
+    blocks_per_slab: int  # blocks that share channels
+    shared_bytes: int  # of a block
+
+
+def cuda_plan(
+    shape: Sequence[int],
+    *,
+    axis: int = -1,
+    dtype: str = "float32",
+    backward: bool = False,
+    residual: bool = False,
+    training: bool = True,
+    activation: str | None = None,
+    aligned: bool = True,
+    **device: int,
+) -> Plan:
+    """Which of the CUDA kernels a problem takes, and why. Needs no GPU.
+
+    Args:
+      shape, axis, dtype: of x.
+      backward: ask for the gradient.
+      residual, training, activation: as for `forward`.
+      aligned: all arrays are aligned to 16 bytes.
+      device: properties of the GPU that differ from those of the current one, or of an H200 if there is none:
+        compute_capability (90 for 9.0), multiprocessors, shared_bytes_per_block, shared_bytes_per_multiprocessor,
+        l2_bytes, largest_cluster (1 where there are none), cooperative.
+
+    Returns:
+      A `Plan`.
+
+    Raises:
+      TypeError, ValueError: naming the argument and its value; ValueError too if the environment variable TFOPS_TIER
+        asks for a tier that cannot be had.
+      RuntimeError: no CUDA in this build.
+    """
+    if dtype not in PARAM_TYPES:
+        raise TypeError(f"dtype must be {', '.join(PARAM_TYPES)}, but it is {dtype}")
+    problem = _kernels.Problem(
+        shape=list(shape),
+        axis=axis,
+        dtype=getattr(_kernels.DataType, dtype),
+        has_residual=residual,
+        activation=activation or "",
+        training=training,
+        epsilon=1e-3,
+        exponential_avg_factor=1.0,
+        unbiased=True,
+    )
+    properties = _kernels.CudaDevice()
+    for name, value in device.items():
+        if not hasattr(properties, name):
+            raise TypeError(f"device property {name} is unknown")
+        setattr(properties, name, value)
+    plan = _kernels.cuda_plan(problem, backward, aligned, properties)
+    return Plan(*(getattr(plan, field) for field in Plan._fields))
 
 
 def build_info() -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""The batch norms of well-known networks: what the benchmarks run, and the tests ask the policy about."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+# For each network: its name, and (batch, *pixels, channels) of each of its batch norms, once each.
+NETWORKS: dict[str, list[tuple[int, ...]]] = {
+    "mnist-256": [(256, 28, 28, 32), (256, 14, 14, 32), (256, 7, 7, 64), (256, 128)],
+    "alexnet-256": [(256, 55, 55, 96), (256, 27, 27, 256), (256, 13, 13, 384), (256, 13, 13, 256), (256, 4096)],
+    **{
+        f"resnet50-{batch}": [
+            (batch, 112, 112, 64),
+            (batch, 56, 56, 64),
+            (batch, 56, 56, 256),
+            (batch, 56, 56, 128),
+            (batch, 28, 28, 128),
+            (batch, 28, 28, 512),
+            (batch, 28, 28, 256),
+            (batch, 14, 14, 256),
+            (batch, 14, 14, 1024),
+            (batch, 14, 14, 512),
+            (batch, 7, 7, 512),
+            (batch, 7, 7, 2048),
+        ]
+        for batch in (32, 256)
+    },
+    "mobile-64": [(64, 56, 56, 24), (64, 28, 28, 40), (64, 28, 28, 116)],
+    "video-4": [(4, 16, 28, 28, 64)],
+}
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+PASSES = ("forward", "backward", "inference")
+VARIANTS = ("plain", "relu", "add_relu")
+
+
+class Cell(NamedTuple):
+    """One thing to measure."""
+
+    network: str
+    shape: tuple[int, ...]  # channels last
+    layout: str  # "NHWC" or "NCHW", of any rank
+    dtype: str
+    variant: str
+    what: str  # one of PASSES
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.elements * BYTES[self.dtype]
+
+    @property
+    def least_bytes(self) -> int:
+        """What has to be read and written if everything is read and written once: tensors, and bits of masks."""
+        add = self.variant == "add_relu"
+        mask = self.elements // 8 if add else 0
+        if self.what == "backward":  # dy, x, mask; dx, dresidual
+            return (3 + add) * self.tensor_bytes + mask
+        return (2 + add) * self.tensor_bytes + (mask if self.what == "forward" else 0)  # x, residual; y, mask
+
+
+def cells(
+    networks: list[str], dtypes: list[str], layouts: list[str], variants: list[str], passes: list[str]
+) -> list[Cell]:
+    """All combinations. 2-D data have one layout."""
+    return [
+        Cell(network, shape, layout, dtype, variant, what)
+        for network in networks
+        for shape in NETWORKS[network]
+        for layout in layouts
+        if len(shape) > 2 or layout == "NHWC"
+        for dtype in dtypes
+        for variant in variants
+        for what in passes
+    ]

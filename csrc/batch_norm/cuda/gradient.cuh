@@ -1,0 +1,106 @@
+// A vector of the backward pass: what it reads, dz and xc from that, and dx from those.
+
+#ifndef TFOPS_BATCH_NORM_CUDA_GRADIENT_CUH_
+#define TFOPS_BATCH_NORM_CUDA_GRADIENT_CUH_
+
+#include "csrc/batch_norm/cuda/elementwise.cuh"
+#include "csrc/batch_norm/cuda/types.cuh"
+#include "csrc/batch_norm/cuda/walk.cuh"
+
+namespace tfops::cuda {
+
+struct GradientArrays {
+  const void* dy = nullptr;
+  const void* x = nullptr;
+  const void* residual = nullptr;  // or null
+  const uint8_t* mask = nullptr;   // or null
+};
+
+inline GradientArrays GradientOf(const Problem& problem, const BackwardArrays& arrays) {
+  return {arrays.dy, arrays.x, NeedsResidual(problem) ? arrays.residual : nullptr,
+          NeedsMask(problem) ? arrays.mask : nullptr};
+}
+
+inline AffineArrays AffineOf(const Problem& problem, const BackwardArrays& arrays) {
+  return {arrays.mean, arrays.spread, arrays.scale, arrays.offset, !problem.training, problem.epsilon};
+}
+
+// Where dresidual has to be written, or null. Without an activation it is dy; where it is dy's array too, all is done.
+inline void* ResidualGradient(const Problem& problem, const BackwardArrays& arrays) {
+  return problem.activation == Activation::kNone && arrays.dresidual == arrays.dy ? nullptr : arrays.dresidual;
+}
+
+// What one step of the backward phases reads, and what it makes of that.
+template <typename T, int kLanes>
+struct GradientStep {
+  using F = Arithmetic<T>;
+
+  Vector<T, kLanes> dy;
+  Vector<T, kLanes> x;
+  Vector<T, kLanes> residual;
+  unsigned bits;
+  bool inside;
+
+  template <bool kLast, bool kFoldsMask, typename Walk>
+  __device__ __forceinline__ void Load(const GradientArrays& arrays, const Tiling& tiling, const Walk& walk) {
+    inside = walk.Inside();
+    if (!inside) return;
+    LoadVector<kLast>(&dy, arrays.dy, walk.Offset());
+    LoadVector<kLast>(&x, arrays.x, walk.Offset());
+    if (arrays.residual) LoadVector<kLast>(&residual, arrays.residual, walk.Offset());
+    if (kFoldsMask && arrays.mask && tiling.Folded()) {
+      bits = walk.LoadFoldedBits(tiling, arrays.mask);
+      return;
+    }
+    if (arrays.mask) bits = LoadGlobal(arrays.mask + walk.MaskOffset(tiling)) >> walk.MaskBit();
+  }
+
+  __device__ __forceinline__ bool Inside() const { return inside; }
+
+  // dz = dy * act'(z) and xc = x - mean.
+  __device__ __forceinline__ void Compute(const GradientArrays& arrays, Activation activation,
+                                          const Affine<F, kLanes>& affine, F (&dz)[kLanes], F (&xc)[kLanes]) const {
+    dy.Unpack(dz);
+    x.Unpack(xc);
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) xc[lane] -= affine.mean[lane];
+    if (activation == Activation::kNone) return;
+    if (arrays.mask) return MaskedGradientVector(activation, bits, dz);
+    F z[kLanes];
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) z[lane] = affine.Apply(xc[lane], lane);
+    if (arrays.residual) {
+      F added[kLanes];
+      residual.Unpack(added);
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) z[lane] += added[lane];
+    }
+    ActivationGradientVector(activation, z, dz);
+  }
+
+ private:
+  template <bool kLast>
+  __device__ __forceinline__ static void LoadVector(Vector<T, kLanes>* vector, const void* array, int64_t offset) {
+    if constexpr (kLast) {
+      vector->LoadLast(array, offset);
+    } else {
+      vector->Load(array, offset);
+    }
+  }
+};
+
+// dx from dz, in place. Where the statistics were given (not `centered`), xc has no part in it, and may be infinite.
+template <typename F, int kLanes>
+__device__ __forceinline__ void InputGradientVector(bool centered, const Affine<F, kLanes>& affine,
+                                                    const F (&tilt)[kLanes], const F (&shift)[kLanes],
+                                                    const F (&xc)[kLanes], F (&dz)[kLanes]) {
+#pragma unroll
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const F rest = centered ? MultiplyAdd(xc[lane], tilt[lane], shift[lane]) : F(0);
+    dz[lane] = MultiplyAdd(dz[lane], affine.slope[lane], rest);
+  }
+}
+
+}  // namespace tfops::cuda
+
+#endif  // TFOPS_BATCH_NORM_CUDA_GRADIENT_CUH_

@@ -1,0 +1,23 @@
+// The forward pass of the on-chip tiers: its kernels, and how they start.
+
+#include "csrc/batch_norm/cuda/dispatch.h"
+#include "csrc/batch_norm/cuda/launch.h"
+#include "csrc/batch_norm/cuda/onchip_forward.cuh"
+#include "csrc/batch_norm/cuda/onchip_launch.h"
+
+namespace tfops::cuda {
+
+Status OnChipForward(const OnChip& plan, const Problem& problem, const ForwardArrays& arrays, void* workspace,
+                     void* stream) {
+  ForwardArrays used = arrays;
+  if (!NeedsMask(problem)) used.mask = nullptr;
+  return WithDataType(problem.dtype, [&](auto type) {
+    using T = typename decltype(type)::Type;
+    return WithLanes<T>(plan.lanes > 1, [&](auto lanes) {
+      return Launch(OnChipForwardKernel<T, decltype(lanes)::value>, ShapeOf(plan), stream, plan, problem, used,
+                    static_cast<PartialMoments<double>*>(workspace));
+    });
+  });
+}
+
+}  // namespace tfops::cuda

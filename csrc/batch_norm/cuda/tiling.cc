@@ -1,0 +1,73 @@
+// Views and tilings.
+
+#include "csrc/batch_norm/cuda/tiling.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace tfops::cuda {
+
+int SizeOf(DataType dtype) {
+  switch (dtype) {
+    case DataType::kFloat16:
+    case DataType::kBFloat16:
+      return 2;
+    case DataType::kFloat32:
+      return 4;
+    case DataType::kFloat64:
+      break;
+  }
+  return 8;
+}
+
+View MakeView(const Problem& problem, bool aligned, int64_t most_units, bool fold_masks) {
+  const int lanes = 16 / SizeOf(problem.dtype);
+  View view;
+  view.channels = view.units = problem.channels;
+  const MaskLayout mask = LayoutOfMask(problem);
+  view.mask_row_elements = mask.row_elements;
+  view.mask_row_bytes = mask.row_bytes;
+  const bool one_channel = problem.channels == 1;
+  view.planes = one_channel || problem.inner > 1;
+  view.outer = one_channel ? 1 : problem.outer;
+  view.inner = one_channel ? problem.Elements() : problem.inner;
+  if (!aligned) return view;
+
+  const int64_t run = view.planes ? view.inner : view.units;
+  if (run % lanes == 0) {
+    view.lanes = lanes;
+    return view;
+  }
+  if (one_channel || (NeedsMask(problem) && !fold_masks)) return view;
+  const int64_t row = problem.channels * problem.inner;
+  const int64_t repeat = lanes / std::gcd(row, int64_t{lanes});
+  if (row * repeat > most_units || view.outer % repeat != 0) return view;
+  view.lanes = lanes;
+  view.planes = false;
+  view.outer /= repeat;
+  view.inner = 1;
+  view.units = row * repeat;
+  view.repeat = static_cast<int>(repeat);
+  view.pixels = static_cast<int>(problem.inner);
+  return view;
+}
+
+bool AllAligned(const void* const* arrays, int count) {
+  return std::all_of(arrays, arrays + count,
+                     [](const void* array) { return reinterpret_cast<uintptr_t>(array) % 16 == 0; });
+}
+
+Tiling MakeTiling(const View& view, const Extent& block) {
+  Tiling tiling;
+  static_cast<View&>(tiling) = view;
+  tiling.block = block;
+  const int64_t vectors = DivideUp(view.planes ? view.inner : view.units, view.lanes);
+  tiling.slabs = view.planes ? DivideUp(view.units, block.y) : DivideUp(vectors, block.x);
+  tiling.steps_across = static_cast<int>(view.planes ? DivideUp(vectors, block.x) : 1);
+  tiling.steps = DivideUp(view.outer, block.z) * tiling.steps_across;
+  tiling.stride_across = int64_t{block.x} * view.lanes;
+  tiling.stride_down = block.z * view.RowElements() - (tiling.steps_across - 1) * tiling.stride_across;
+  return tiling;
+}
+
+}  // namespace tfops::cuda

@@ -1,0 +1,88 @@
+// How the elements of a tensor map to vectors, threads and blocks. Host code without CUDA; for the kernels it is data.
+//
+// A block takes *steps*: in each, every thread has one 16-byte vector, or one element where alignment or sizes forbid
+// vectors. Threads (x, y, z):
+//
+//   rows    x along a row, z down the rows. Each lane of a vector has a *unit* of its own, whose results are kept
+//   apart. planes  x along a plane's pixels, y over neighbouring channels, z over outer. A unit is a channel, and all
+//   of a
+//           thread's elements belong to one.
+//
+// Blocks take *slabs* of neighbouring units, as wide as a step. Channels-last tensors are rows, and a unit is a
+// channel. Where rows have no whole number of vectors, so many are taken for one that they have (`repeat`); and where
+// planes have none, the planes of all channels, which lie behind each other, are taken for a row (`pixels`). Either way
+// a vector's lanes may be of any channels, and the units of a channel are merged at the end. One channel is one plane.
+
+#ifndef TFOPS_BATCH_NORM_CUDA_TILING_H_
+#define TFOPS_BATCH_NORM_CUDA_TILING_H_
+
+#include <cstdint>
+
+#include "csrc/batch_norm/batch_norm.h"
+#include "csrc/batch_norm/cuda/extent.h"
+#include "csrc/batch_norm/portable.h"
+
+namespace tfops::cuda {
+
+// A tensor as the kernels see it.
+struct View {
+  int lanes = 1;
+  bool planes = false;
+  int64_t outer = 0;              // rows, or planes of a channel
+  int64_t channels = 0;           // of the problem
+  int64_t inner = 0;              // planes: their elements
+  int64_t units = 0;              // rows: their elements; planes: channels
+  int repeat = 1;                 // rows: neighbours that are taken for one
+  int pixels = 1;                 // rows: neighbours in a row that are of one channel
+  int64_t mask_row_elements = 0;  // of the mask's own rows; see LayoutOfMask()
+  int64_t mask_row_bytes = 0;
+
+  TFOPS_INLINE int64_t RowElements() const { return planes ? units * inner : units; }
+  TFOPS_INLINE int64_t UnitsPerChannel() const { return int64_t{repeat} * pixels; }
+  TFOPS_INLINE bool Folded() const { return UnitsPerChannel() > 1; }
+  TFOPS_INLINE int64_t ChannelOf(int64_t unit) const {
+    // Rows that were put together are short enough for 32 bits.
+    return !Folded() ? unit
+                     : static_cast<unsigned>(unit) / static_cast<unsigned>(pixels) % static_cast<unsigned>(channels);
+  }
+};
+
+int SizeOf(DataType dtype);  // in bytes
+
+// Vectors of 16 bytes if they can be had, for a problem with at least one element. `aligned`: every array is, to 16
+// bytes. Rows are not put together to more than `most_units`, of at most 2^30; nor where there is a mask, unless
+// `fold_masks`, for then its rows are not the view's.
+View MakeView(const Problem& problem, bool aligned, int64_t most_units, bool fold_masks);
+
+bool AllAligned(const void* const* arrays, int count);
+
+struct Tiling : View {
+  Extent block;
+  int64_t slabs = 0;
+
+  int steps_across = 0;       // steps along a plane; 1 for rows
+  int64_t steps = 0;          // of a slab; those along a plane are neighbours
+  int64_t stride_across = 0;  // elements from one step to the next along a plane
+  int64_t stride_down = 0;    // elements from the last step along a plane to the first one `block.z` further out
+
+  // A channel's elements in all steps before this one.
+  TFOPS_INLINE int64_t ElementsBefore(int64_t step) const {
+    const int64_t down = step / steps_across;
+    const int64_t across = step - down * steps_across;
+    const int64_t rows = Least(down * block.z, outer);
+    if (!planes) return rows * UnitsPerChannel();
+    return rows * inner + (Least((down + 1) * block.z, outer) - rows) * Least(across * stride_across, inner);
+  }
+
+ private:
+  TFOPS_INLINE static int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+};
+
+// The rest of a tiling from its view and its threads.
+Tiling MakeTiling(const View& view, const Extent& block);
+
+inline int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace tfops::cuda
+
+#endif  // TFOPS_BATCH_NORM_CUDA_TILING_H_

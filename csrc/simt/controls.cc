@@ -1,0 +1,101 @@
+// Seed, device, counting and reports, and the planted faults, for Python. The CPU kernels are not of this module.
+
+#include "csrc/simt/controls.h"
+
+#include <cuda_runtime.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "csrc/batch_norm/batch_norm.h"
+#include "csrc/simt/machine.h"
+#include "csrc/simt/plants.h"
+#include "csrc/simt/report.h"
+
+namespace py = pybind11;
+
+namespace simt {
+namespace {
+
+py::list TakeReportsForPython() {
+  py::list reports;
+  for (const LaunchReport& report : TakeReports()) {
+    const auto extent = [](const dim3& e) { return py::make_tuple(e.x, e.y, e.z); };
+    py::dict traffic;
+    for (const auto& [name, count] : report.traffic) {
+      py::dict entry;
+      entry["loaded"] = count.loaded;
+      entry["load_moved"] = count.loaded_sectors * 32;
+      entry["stored"] = count.stored;
+      entry["store_moved"] = count.stored_sectors * 32;
+      traffic[py::str(name)] = entry;
+    }
+    py::dict launch;
+    launch["kernel"] = report.kernel;
+    launch["grid"] = extent(report.grid.grid);
+    launch["block"] = extent(report.grid.block);
+    launch["cluster"] = report.grid.cluster;
+    launch["dynamic_shared"] = report.grid.dynamic_shared;
+    launch["static_shared"] = report.static_shared;
+    launch["cooperative"] = report.grid.cooperative;
+    launch["traffic"] = traffic;
+    reports.append(launch);
+  }
+  return reports;
+}
+
+py::dict DevicesForPython() {
+  py::dict devices;
+  for (const Device& device : Devices()) {
+    py::dict entry;
+    entry["compute_capability"] = device.capability;
+    entry["multiprocessors"] = device.multiprocessors;
+    entry["shared_bytes"] = device.shared_kb << 10;
+    entry["l2_bytes"] = device.l2_kb << 10;
+    entry["largest_cluster"] = device.largest_cluster;
+    devices[device.name] = entry;
+  }
+  return devices;
+}
+
+void SetDevice(const std::string& name) {
+  for (size_t i = 0; i < Devices().size(); ++i) {
+    if (Devices()[i].name == name && cudaSetDevice(static_cast<int>(i)) == cudaSuccess) return;
+  }
+  throw py::value_error("no device " + name);
+}
+
+void RunPlantForPython(const std::string& name, bool planted, uintptr_t input, uintptr_t output) {
+  const tfops::Status status =
+      tfops::cuda::RunPlant(name, planted, reinterpret_cast<const float*>(input), reinterpret_cast<float*>(output));
+  if (!status.ok()) throw std::runtime_error(status.message);
+}
+
+}  // namespace
+
+void DefineControls(py::module_& module) {
+  module.def("set_seed", &SetSeed);
+  module.def("devices", &DevicesForPython);
+  module.def("set_device", &SetDevice);
+  module.def("set_counting", [](bool on) { counting = on; });
+  module.def("watch", &Watch);
+  module.def("clear_watches", &ClearWatches);
+  module.def("take_reports", &TakeReportsForPython);
+  module.def("run_plant", &RunPlantForPython);
+}
+
+}  // namespace simt
+
+namespace tfops::cpu {
+
+size_t ForwardWorkspaceBytes(const Problem&) { return 0; }
+size_t BackwardWorkspaceBytes(const Problem&) { return 0; }
+Status Forward(const Problem&, const ForwardArrays&, void*, const ParallelFor&) {
+  return {StatusCode::kUnavailable, "this module runs CUDA kernels only"};
+}
+Status Backward(const Problem&, const BackwardArrays&, void*, const ParallelFor&) {
+  return {StatusCode::kUnavailable, "this module runs CUDA kernels only"};
+}
+const char* InstructionSet() { return "none"; }
+
+}  // namespace tfops::cpu
