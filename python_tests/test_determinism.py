@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import kernel_cases
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tfops
 import tfops_kernels
-
-import kernel_cases
 
 # More than one work item each; folded, ragged and whole columns; planes.
 SHAPES = [

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 
+import kernel_cases
 import numpy as np
 import pytest
 import tensorflow as tf
+from test_op import _f64, _param, _problem
 
 import tfops
-
-import kernel_cases
-from test_op import _f64, _param, _problem
 
 NAMES = ("x", "scale", "offset", "mean", "variance", "residual")
 
