@@ -28,6 +28,15 @@ def test_combinations(shape, axis):
         kernel_cases.check(case, _identity, _identity)
 
 
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_elements_a_channel(count, dtype):
+    """Where n - 1 and n differ most, in the variance and in its gradient."""
+    for unbiased in (True, False):
+        case = kernel_cases.Case((count, 19), -1, dtype, exponential_avg_factor=0.25, unbiased=unbiased)
+        kernel_cases.check(case, _identity, _identity)
+
+
 def _add(x, residual):
     """x + residual through the kernel: with a deviation of exactly 1 nothing else rounds."""
     channels = x.shape[-1]
