@@ -38,6 +38,7 @@ build/wheel/.built: $(SOURCES) | $(VENV)/.environment
 $(VENV)/.installed: build/wheel/.built $(VENV)/.environment
 	$(PIP) install --quiet build/wheel/tfops-*.whl
 	$(PIP) install --quiet --force-reinstall --no-deps build/wheel/tfops-*.whl
+	@cd $(VENV) && TF_CPP_MIN_LOG_LEVEL=3 bin/python -m tfops.info 2>/dev/null
 	touch $@
 
 format: $(VENV)/.environment

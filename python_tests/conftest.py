@@ -1,17 +1,26 @@
-"""Settings for all tests: quiet TensorFlow, and no GPU tests where there is no GPU."""
+"""Settings for all tests: quiet TensorFlow, no GPU tests without a GPU, and none of TensorFlow's without TensorFlow."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import pytest
+import simt_runner
 
 import tfops_kernels
 
-import simt_runner
+# The kernels' own tests run where there is no TensorFlow; the others cannot even be imported there.
+_NEEDS_TENSORFLOW = re.compile(r"^(from|import) (tensorflow|keras|tfops)\b", re.MULTILINE)
+collect_ignore = []
+if importlib.util.find_spec("tensorflow") is None:
+    tests = Path(__file__).parent.glob("test_*.py")
+    collect_ignore += [path.name for path in tests if _NEEDS_TENSORFLOW.search(path.read_text())]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

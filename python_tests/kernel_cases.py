@@ -8,10 +8,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import oracle
 
 import tfops_kernels
-
-import oracle
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -41,6 +40,7 @@ SHAPES = [
     ((4, 2049, 3), 1),
     ((6, 5, 4), 0),
     ((1, 5), -1),
+    ((2, 19), -1),
     ((8, 48, 33, 31), 1),
 ]
 

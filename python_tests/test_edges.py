@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 
+import kernel_cases
 import numpy as np
+import oracle
 import pytest
 import tensorflow as tf
 
 import tfops
 import tfops_kernels
-
-import kernel_cases
-import oracle
 
 INVALID = (ValueError, tf.errors.InvalidArgumentError)
 DTYPES = (tf.float32, tf.float16, tf.bfloat16, tf.float64)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import kernel_cases
 import ml_dtypes
 import numpy as np
 import pytest
-
-import kernel_cases
 
 pytestmark = pytest.mark.gpu
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import kernel_cases
 import numpy as np
+import oracle
 import pytest
 import tensorflow as tf
 
 import tfops
-
-import kernel_cases
-import oracle
 
 CHANNELS = (1, 3, 7, 24, 65, 129, 2049)
 DTYPES = (tf.float32, tf.float16, tf.bfloat16, tf.float64)

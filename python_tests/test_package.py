@@ -99,7 +99,12 @@ def test_another_patch_release_is_fine():
 
 def test_build_without_tensorflow_says_so():
     with pytest.raises(ImportError, match="TFOPS_TENSORFLOW=OFF"):
-        _library.check_release("2.21.0", "")
+        _library.load(Path("anything.so"), built="")
+
+
+def test_source_tree_in_the_way_is_explained():
+    with pytest.raises(ImportError, match=r"nowhere\.so does not exist.* PYTHONSAFEPATH=1"):
+        _library.load(Path("nowhere.so"), built=tf.__version__)
 
 
 def test_kernels_do_without_tensorflow():

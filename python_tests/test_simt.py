@@ -6,10 +6,9 @@ import re
 import subprocess
 import zlib
 
+import kernel_cases
 import numpy as np
 import pytest
-
-import kernel_cases
 import simt_runner
 from kernel_cases import Case
 

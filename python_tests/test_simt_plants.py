@@ -7,10 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernel_cases
 import numpy as np
 import pytest
-
-import kernel_cases
 import simt_runner
 
 FLOATS, THREADS, WARP = 512, 128, 32

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import kernel_cases
 import numpy as np
 import pytest
-
-import kernel_cases
 import simt_runner
 from kernel_cases import Case
 

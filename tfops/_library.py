@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-import tensorflow as tf
-
 from tfops_kernels import _build
 
 
@@ -16,11 +14,6 @@ def _release(version: str) -> str:
 
 def check_release(running: str, built: str) -> None:
     """Raises ImportError unless both are of the same release (2.21.x): ops link to TensorFlow's C++ ABI."""
-    if not built:
-        raise ImportError(
-            "this tfops was built without TensorFlow (TFOPS_TENSORFLOW=OFF): only tfops_kernels can be imported. "
-            "For the ops, build and install it again without that setting."
-        )
     if _release(running) != _release(built):
         raise ImportError(
             f"this tfops was built for TensorFlow {_release(built)} ({built}), but TensorFlow {running} is running. "
@@ -28,9 +21,16 @@ def check_release(running: str, built: str) -> None:
         )
 
 
-def _load() -> ModuleType:
-    check_release(tf.__version__, _build.TENSORFLOW)
-    library = Path(__file__).with_name("_tfops_ops.so")
+def load(library: Path, built: str) -> ModuleType:
+    """The ops of the library file, which was built for that version of TensorFlow. Raises ImportError, saying why."""
+    if not built:
+        raise ImportError(
+            "this tfops was built without TensorFlow (TFOPS_TENSORFLOW=OFF): only tfops_kernels can be imported. "
+            "For the ops, build and install it again without that setting."
+        )
+    import tensorflow as tf
+
+    check_release(tf.__version__, built)
     if not library.exists():
         raise ImportError(
             f"{library} does not exist: is this the source tree, imported in place of the installed package? "
@@ -39,4 +39,4 @@ def _load() -> ModuleType:
     return tf.load_op_library(str(library))
 
 
-ops = _load()
+ops = load(Path(__file__).with_name("_tfops_ops.so"), _build.TENSORFLOW)

@@ -6,11 +6,9 @@
 #include "csrc/tensorflow/problem.h"
 #include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/framework/register_types.h"
 #include "tensorflow/core/framework/tensor.h"
 #include "tensorflow/core/platform/threadpool.h"
 #ifdef TFOPS_WITH_CUDA
-#include "tensorflow/core/framework/device_base.h"
 #include "xla/stream_executor/stream.h"
 #endif
 

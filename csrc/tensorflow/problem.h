@@ -4,6 +4,7 @@
 #define TFOPS_TENSORFLOW_PROBLEM_H_
 
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"

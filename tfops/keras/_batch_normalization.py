@@ -55,7 +55,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None, residual: Any = None) -> Any:
         training = bool(training) and self.trainable
-        if training and (mask is not None or self.renorm or self.synchronized):
+        renorm = getattr(self, "renorm", False)  # not in older Keras, such as Python 3.10's newest
+        if training and (mask is not None or renorm or self.synchronized):
             return self._finish(super().call(inputs, training=training, mask=mask), residual)
         x = tf.cast(inputs, self.compute_dtype)
         param = param_type(x.dtype)
