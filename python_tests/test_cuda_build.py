@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tensorflow.python.framework import kernels
 
+import tfops  # noqa: F401  (registers the ops)
 import tfops_kernels
 
 INFO = tfops_kernels.build_info()

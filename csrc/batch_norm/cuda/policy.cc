@@ -56,6 +56,21 @@ int64_t BlocksAtOnce(const OnChip& plan, const Device& device) {
   return std::min(by_registers, device.shared_bytes_per_multiprocessor / (plan.shared_bytes + kReserved));
 }
 
+// Vectors that a thread has in flight.
+int Batch(Pass pass, int lanes) {
+  const auto of = [pass](auto batch) { return pass == Pass::kForward ? batch.kForward : 2 * batch.kBackward; };
+  switch (lanes) {
+    case 1:
+      return of(OnChipBatch<1>());
+    case 2:
+      return of(OnChipBatch<2>());
+    case 4:
+      return of(OnChipBatch<4>());
+    default:
+      return of(OnChipBatch<8>());
+  }
+}
+
 double OnChipTime(const Problem& problem, Pass pass, const OnChip& plan, const Device& device) {
   using Reckon = PolicyTuning;
   const Traffic traffic = TrafficOf(problem, pass);
@@ -78,9 +93,7 @@ double OnChipTime(const Problem& problem, Pass pass, const OnChip& plan, const D
   const double run_bytes = run * SizeOf(problem.dtype);
   const double efficiency = run_bytes >= 128 ? 1 : run_bytes >= 64 ? 0.9 : run_bytes >= 32 ? 0.7 : 0.4;
   // What a multiprocessor has in flight at once limits its rate.
-  const int batch = plan.lanes == 1          ? OnChipBatch<1>::kForward
-                    : pass == Pass::kForward ? OnChipBatch<4>::kForward
-                                             : 2 * OnChipBatch<4>::kBackward;
+  const int batch = Batch(pass, plan.lanes);
   const double resident = std::min(static_cast<double>(at_once), busiest);
   const double in_flight = resident * plan.threads * batch * plan.lanes * SizeOf(problem.dtype);
   const double own_rate = std::min(Reckon::kOwnRate, in_flight / Reckon::kLatency);

@@ -44,8 +44,8 @@ struct OnChipTuning {
 
 template <int kLanes>
 struct OnChipBatch {
-  static constexpr int kForward = kLanes == 1 ? 8 : 4;   // of x and residual
-  static constexpr int kBackward = kLanes == 1 ? 8 : 2;  // of dy, x and residual
+  static constexpr int kForward = kLanes == 1 ? 8 : 4;                     // of x and residual
+  static constexpr int kBackward = kLanes == 1 ? 8 : kLanes == 8 ? 2 : 4;  // of dy, x and residual
 };
 
 // What the policy reckons with, in nanoseconds and bytes per nanosecond. Estimates for an H200, whose memory moves 4.3

@@ -88,6 +88,7 @@ class Walk {
     unsigned at = unit - row * length;
     const uint8_t* const rows = mask + n * (static_cast<unsigned>(tiling.units) / length) * tiling.mask_row_bytes;
     unsigned bits = 0;
+#pragma unroll 1
     for (unsigned have = 0; have < kLanes;) {
       const unsigned taken = min(min(kLanes - have, 8 - at % 8), length - at);
       const unsigned byte = LoadGlobal(rows + row * tiling.mask_row_bytes + at / 8);
