@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,27 +35,45 @@ class Backward(NamedTuple):
     residual: Array | None
 
 
-def _problem(x: Array, library: Library, residual: bool, **settings: Any) -> tuple[_kernels.Problem, str]:
-    dtype = library.dtype(x)
+def _problem(
+    requirement: str, shape: Sequence[int], dtype: str, residual: bool, activation: str | None, **settings: Any
+) -> _kernels.Problem:
+    """A problem; TypeError, which begins with `requirement`, if there is none with that dtype."""
     if dtype not in PARAM_TYPES:
-        raise TypeError(f"x must be of dtype {', '.join(PARAM_TYPES)}, but it is {dtype}")
-    activation = settings.pop("activation") or ""
-    problem = _kernels.Problem(
-        shape=list(x.shape),
+        raise TypeError(f"{requirement} {', '.join(PARAM_TYPES)}, but it is {dtype}")
+    return _kernels.Problem(
+        shape=list(shape),
         dtype=getattr(_kernels.DataType, dtype),
         has_residual=residual,
-        activation=activation,
+        activation=activation or "",
         **settings,
     )
-    return problem, dtype
 
 
-def _device(library: Library, x: Array) -> contextlib.AbstractContextManager:
-    if not library.is_cuda:
-        return contextlib.nullcontext()
+def _device(x: Array) -> contextlib.AbstractContextManager:
+    """Makes the GPU of x the current one."""
     import torch
 
     return torch.cuda.device(x.device)
+
+
+def _output(library: Library, like: Array, arrays: Any, field: str, shape: tuple[int, ...], dtype: str) -> Array:
+    """A new array, which the kernels will find in that field."""
+    array = library.empty(shape, dtype, like)
+    setattr(arrays, field, library.address(array))
+    return array
+
+
+def _run(direction: str, library: Library, x: Array, problem: _kernels.Problem, arrays: Any, threads: int) -> None:
+    """Calls the kernels of x's device; direction is "forward" or "backward"."""
+    call = getattr(_kernels, f"{'cuda' if library.is_cuda else 'cpu'}_{direction}")
+    if not library.is_cuda:
+        call(problem, arrays, threads)
+        return
+    with _device(x):
+        workspace_bytes = getattr(_kernels, f"cuda_{direction}_workspace_bytes")(problem)
+        workspace = library.empty((workspace_bytes,), "uint8", x)
+        call(problem, arrays, library.address(workspace), library.stream(x))
 
 
 def forward(
@@ -94,9 +113,11 @@ def forward(
       RuntimeError: no CUDA in this build, no GPU, a driver too old, or a CUDA error.
     """
     library = library_of(x)
-    problem, dtype = _problem(
-        x,
-        library,
+    dtype = library.dtype(x)
+    problem = _problem(
+        "x must be of dtype",
+        x.shape,
+        dtype,
         residual is not None,
         axis=axis,
         activation=activation,
@@ -117,23 +138,14 @@ def forward(
     if variance is not None or not training or exponential_avg_factor != 1:
         arrays.variance = check(library, "variance", variance, channels, param, x)
 
-    def new(field: str, shape: tuple[int, ...], dtype: str) -> Array:
-        array = library.empty(shape, dtype, x)
-        setattr(arrays, field, library.address(array))
-        return array
-
+    new = functools.partial(_output, library, x, arrays)
     y = new("y", shape, dtype)
     mask = new("mask", (problem.mask_bytes,), "uint8") if problem.needs_mask else None
     statistics = [None] * 4
     if training:
         names = ("mean_out", "variance_out", "saved_mean", "saved_inv_std")
         statistics = [new(name, channels, param) for name in names]
-    with _device(library, x):
-        if library.is_cuda:
-            workspace = library.empty((_kernels.cuda_forward_workspace_bytes(problem),), "uint8", x)
-            _kernels.cuda_forward(problem, arrays, library.address(workspace), library.stream(x))
-        else:
-            _kernels.cpu_forward(problem, arrays, threads)
+    _run("forward", library, x, problem, arrays, threads)
     return Forward(y, *statistics, mask)
 
 
@@ -175,9 +187,11 @@ def backward(
     """
     library = library_of(x)
     has_residual = residual is not False and residual is not None
-    problem, dtype = _problem(
-        x,
-        library,
+    dtype = library.dtype(x)
+    problem = _problem(
+        "x must be of dtype",
+        x.shape,
+        dtype,
         has_residual,
         axis=axis,
         activation=activation,
@@ -200,11 +214,7 @@ def backward(
     if problem.needs_mask:
         arrays.mask = check(library, "mask", mask, (problem.mask_bytes,), "uint8", x)
 
-    def new(field: str, shape: tuple[int, ...], dtype: str) -> Array:
-        array = library.empty(shape, dtype, x)
-        setattr(arrays, field, library.address(array))
-        return array
-
+    new = functools.partial(_output, library, x, arrays)
     dx = new("dx", shape, dtype)
     dscale, doffset = new("dscale", channels, param), new("doffset", channels, param)
     dmean_in = dvariance_in = dresidual = None
@@ -212,12 +222,7 @@ def backward(
         dmean_in, dvariance_in = new("dmean_in", channels, param), new("dvariance_in", channels, param)
     if has_residual:
         dresidual = new("dresidual", shape, dtype) if activation else dy
-    with _device(library, x):
-        if library.is_cuda:
-            workspace = library.empty((_kernels.cuda_backward_workspace_bytes(problem),), "uint8", x)
-            _kernels.cuda_backward(problem, arrays, library.address(workspace), library.stream(x))
-        else:
-            _kernels.cpu_backward(problem, arrays, threads)
+    _run("backward", library, x, problem, arrays, threads)
     return Backward(dx, dscale, doffset, dmean_in, dvariance_in, dresidual)
 
 
@@ -265,14 +270,13 @@ def cuda_plan(
         asks for a tier that cannot be had.
       RuntimeError: no CUDA in this build.
     """
-    if dtype not in PARAM_TYPES:
-        raise TypeError(f"dtype must be {', '.join(PARAM_TYPES)}, but it is {dtype}")
-    problem = _kernels.Problem(
-        shape=list(shape),
+    problem = _problem(
+        "dtype must be",
+        shape,
+        dtype,
+        residual,
         axis=axis,
-        dtype=getattr(_kernels.DataType, dtype),
-        has_residual=residual,
-        activation=activation or "",
+        activation=activation,
         training=training,
         epsilon=1e-3,
         exponential_avg_factor=1.0,
