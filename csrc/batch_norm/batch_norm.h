@@ -138,17 +138,21 @@ struct BackwardArrays {
 
 namespace cpu {
 
-// Calls body(i) for every i in [0, items), in any order, from any threads, and returns when all are done.
-// Results do not depend on the order or the threads.
-using ParallelFor = std::function<void(int64_t items, const std::function<void(int64_t item)>& body)>;
+// The threads that a call may use: its own, and up to `helpers` more. schedule(task) has the task run on another
+// thread, soon, late or never: a call shares its work with those that come in time, and does not wait for the others,
+// which may run after it has returned and then find nothing to do. Results do not depend on who comes.
+struct Threads {
+  int helpers = 0;
+  std::function<void(std::function<void()> task)> schedule;
+};
 
 // The workspace is scratch memory of the caller's, 64-byte aligned, that one call uses and leaves undefined.
 TFOPS_EXPORT size_t ForwardWorkspaceBytes(const Problem& problem);
 TFOPS_EXPORT size_t BackwardWorkspaceBytes(const Problem& problem);
 TFOPS_EXPORT Status Forward(const Problem& problem, const ForwardArrays& arrays, void* workspace,
-                            const ParallelFor& parallel_for);
+                            const Threads& threads);
 TFOPS_EXPORT Status Backward(const Problem& problem, const BackwardArrays& arrays, void* workspace,
-                             const ParallelFor& parallel_for);
+                             const Threads& threads);
 
 // The instruction set whose kernels run: "x86-64-v4", "x86-64-v3", "x86-64-v2" or "generic". It is the best that this
 // machine has, or what the environment variable TFOPS_CPU names, if the machine has that.

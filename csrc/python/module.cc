@@ -5,13 +5,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "csrc/batch_norm/batch_norm.h"
@@ -39,18 +39,24 @@ void DefinePointer(py::class_<Struct>& type, const char* name, T* Struct::* memb
       [member](Struct& self, uintptr_t address) { self.*member = reinterpret_cast<T*>(address); });
 }
 
-cpu::ParallelFor Threads(int threads) {
-  return [threads](int64_t items, const std::function<void(int64_t)>& body) {
-    std::atomic<int64_t> next{0};
-    const auto work = [&] {
-      for (int64_t i = next++; i < items; i = next++) body(i);
-    };
-    std::vector<std::thread> others;
-    for (int64_t i = 1; i < std::min<int64_t>(threads, items); ++i) others.emplace_back(work);
-    work();
-    for (std::thread& other : others) other.join();
-  };
-}
+// Threads for one call: started as it asks for them, joined when this goes.
+class CallThreads {
+ public:
+  explicit CallThreads(int threads) : helpers_(threads - 1) {}
+  ~CallThreads() {
+    for (std::thread& thread : started_) thread.join();
+  }
+  CallThreads(const CallThreads&) = delete;
+  CallThreads& operator=(const CallThreads&) = delete;
+
+  cpu::Threads Get() {
+    return {helpers_, [this](std::function<void()> task) { started_.emplace_back(std::move(task)); }};
+  }
+
+ private:
+  int helpers_;
+  std::vector<std::thread> started_;
+};
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -65,12 +71,14 @@ std::unique_ptr<void, Free> AllocateAligned(size_t bytes) {
 
 void CpuForward(const Problem& problem, const ForwardArrays& arrays, int threads) {
   const auto workspace = AllocateAligned(cpu::ForwardWorkspaceBytes(problem));
-  ThrowUnlessOk(cpu::Forward(problem, arrays, workspace.get(), Threads(threads)));
+  CallThreads call_threads(threads);
+  ThrowUnlessOk(cpu::Forward(problem, arrays, workspace.get(), call_threads.Get()));
 }
 
 void CpuBackward(const Problem& problem, const BackwardArrays& arrays, int threads) {
   const auto workspace = AllocateAligned(cpu::BackwardWorkspaceBytes(problem));
-  ThrowUnlessOk(cpu::Backward(problem, arrays, workspace.get(), Threads(threads)));
+  CallThreads call_threads(threads);
+  ThrowUnlessOk(cpu::Backward(problem, arrays, workspace.get(), call_threads.Get()));
 }
 
 size_t CudaForwardWorkspaceBytes(const Problem& problem) {

@@ -90,10 +90,10 @@ namespace tfops::cpu {
 
 size_t ForwardWorkspaceBytes(const Problem&) { return 0; }
 size_t BackwardWorkspaceBytes(const Problem&) { return 0; }
-Status Forward(const Problem&, const ForwardArrays&, void*, const ParallelFor&) {
+Status Forward(const Problem&, const ForwardArrays&, void*, const Threads&) {
   return {StatusCode::kUnavailable, "this module runs CUDA kernels only"};
 }
-Status Backward(const Problem&, const BackwardArrays&, void*, const ParallelFor&) {
+Status Backward(const Problem&, const BackwardArrays&, void*, const Threads&) {
   return {StatusCode::kUnavailable, "this module runs CUDA kernels only"};
 }
 const char* InstructionSet() { return "none"; }

@@ -1,6 +1,8 @@
 // The ops' kernels: they check shapes, allocate outputs, and call batch_norm.h on the op's device.
 
+#include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "csrc/tensorflow/problem.h"
@@ -33,25 +35,19 @@ class CpuDevice {
   static absl::Status Run(OpKernelContext* context, const Problem& problem, const ForwardArrays& arrays) {
     Tensor workspace;
     TF_RETURN_IF_ERROR(AllocateWorkspace(context, cpu::ForwardWorkspaceBytes(problem), &workspace));
-    return ToAbsl(cpu::Forward(problem, arrays, workspace.data(), IntraOpPool(context)));
+    return ToAbsl(cpu::Forward(problem, arrays, workspace.data(), IntraOpThreads(context)));
   }
 
   static absl::Status Run(OpKernelContext* context, const Problem& problem, const BackwardArrays& arrays) {
     Tensor workspace;
     TF_RETURN_IF_ERROR(AllocateWorkspace(context, cpu::BackwardWorkspaceBytes(problem), &workspace));
-    return ToAbsl(cpu::Backward(problem, arrays, workspace.data(), IntraOpPool(context)));
+    return ToAbsl(cpu::Backward(problem, arrays, workspace.data(), IntraOpThreads(context)));
   }
 
  private:
-  static cpu::ParallelFor IntraOpPool(OpKernelContext* context) {
+  static cpu::Threads IntraOpThreads(OpKernelContext* context) {
     tensorflow::thread::ThreadPool* pool = context->device()->tensorflow_cpu_worker_threads()->workers;
-    return [pool](int64_t items, const std::function<void(int64_t)>& body) {
-      using Scheduling = tensorflow::thread::ThreadPool::SchedulingParams;
-      const Scheduling one_by_one(tensorflow::thread::ThreadPool::SchedulingStrategy::kFixedBlockSize, std::nullopt, 1);
-      pool->ParallelFor(items, one_by_one, [&body](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) body(i);
-      });
-    };
+    return {pool->NumThreads() - 1, [pool](std::function<void()> task) { pool->Schedule(std::move(task)); }};
   }
 };
 

@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <fstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "csrc/batch_norm/batch_norm.h"
 #include "csrc/batch_norm/cpu/kernels.h"
+#include "csrc/batch_norm/cpu/phases.h"
 #include "csrc/batch_norm/cpu/plan.h"
 
 namespace tfops::cpu {
@@ -82,9 +85,26 @@ void* TakeColumns(const Problem& problem, const Plan& plan, Arena* arena) {
                                              : static_cast<void*>(arena->Take<float>(PaddedColumns(plan)));
 }
 
+// The last-level cache that a core shares. (sysconf adds up those of the whole machine, and errs in virtual ones.)
+int64_t LastLevelCacheBytes() {
+  static const int64_t bytes = [] {
+    int64_t kibibytes = 0;
+    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kibibytes;
+    return (kibibytes > 0 ? kibibytes : int64_t{32768}) << 10;
+  }();
+  return bytes;
+}
+
+// Whether as many tensors of x's size are more than the cache holds: then an output written through it would only push
+// out what is still to be read. Nothing but speed depends on it.
+bool OutgrowsCache(const Problem& problem, int tensors) {
+  return problem.Elements() > LastLevelCacheBytes() / (tensors * ElementBytes(problem.dtype));
+}
+
 ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, Arena* arena) {
-  ForwardJob job{Simplified(problem), {}, arrays, {}, {}};
-  job.plan = MakePlan(job.problem);
+  ForwardJob job{Simplified(problem), {}, false, arrays, {}, {}};
+  job.plan = MakePlan(job.problem, /*tensors=*/1);
+  job.stream = OutgrowsCache(problem, problem.has_residual ? 3 : 2);
   if (problem.training) job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset}) {
     *piece = TakeColumns(problem, job.plan, arena);
@@ -93,8 +113,9 @@ ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, A
 }
 
 BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays, Arena* arena) {
-  BackwardJob job{Simplified(problem), {}, arrays, {}, {}};
-  job.plan = MakePlan(job.problem);
+  BackwardJob job{Simplified(problem), {}, false, arrays, {}, {}};
+  job.plan = MakePlan(job.problem, /*tensors=*/2);
+  job.stream = OutgrowsCache(problem, arrays.dresidual ? 4 : 3);
   job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset,
                        &job.coefficients.tilt, &job.coefficients.shift}) {
@@ -103,24 +124,29 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
   return job;
 }
 
-// Runs body(begin, end) over the channels, in parallel where there are many.
-template <typename Body>
-void ForChannels(int64_t channels, const ParallelFor& parallel_for, const Body& body) {
-  constexpr int64_t kChannels = 1024;
-  if (channels <= kChannels) return body(0, channels);
-  parallel_for((channels + kChannels - 1) / kChannels,
-               [&](int64_t i) { body(i * kChannels, std::min(channels, (i + 1) * kChannels)); });
-}
-
-template <typename Body>
-void ForItems(int64_t items, const ParallelFor& parallel_for, const Body& body) {
-  if (items == 1) return body(0);
-  if (items > 1) parallel_for(items, body);
-}
-
 Status Check(const Problem& problem) {
   const Status status = Validate(problem);
   return status.ok() ? Chosen().status : status;
+}
+
+// Threads whose help is worth asking for.
+int64_t Helpers(const Problem& problem) {
+  constexpr int64_t kElements = 64 * 1024;  // what a thread does while another wakes up
+  return problem.Elements() / kElements;
+}
+
+// The phase that calls body(begin, end) for all channels, and the range that an item of a whole plan has.
+template <typename Body>
+Phase ForChannels(int64_t channels, const Body& body) {
+  constexpr int64_t kChannels = 256;
+  return {(channels + kChannels - 1) / kChannels,
+          [channels, &body](int64_t i) { body(i * kChannels, std::min(channels, (i + 1) * kChannels)); }};
+}
+
+template <typename Body>
+void ForChannelsOfItem(const Problem& problem, const Plan& plan, int64_t item, const Body& body) {
+  if (plan.fold > 1) return body(0, problem.channels);
+  body(plan.ColumnBegin(item), plan.ColumnEnd(item));
 }
 
 }  // namespace
@@ -137,34 +163,60 @@ size_t BackwardWorkspaceBytes(const Problem& problem) {
   return arena.used();
 }
 
-Status Forward(const Problem& problem, const ForwardArrays& arrays, void* workspace, const ParallelFor& parallel_for) {
+Status Forward(const Problem& problem, const ForwardArrays& arrays, void* workspace, const Threads& threads) {
   const Status status = Check(problem);
   if (!status.ok()) return status;
   Arena arena(workspace);
   const ForwardJob job = MakeForwardJob(problem, arrays, &arena);
   const Kernels& kernels = Chosen().level.kernels_for(problem.dtype);
   const int64_t items = job.plan.Items();
-  if (problem.training) ForItems(items, parallel_for, [&](int64_t i) { kernels.moments(job, i); });
-  ForChannels(problem.channels, parallel_for,
-              [&](int64_t begin, int64_t end) { kernels.finish_statistics(job, begin, end); });
-  ForItems(items, parallel_for, [&](int64_t i) { kernels.normalize(job, items - 1 - i); });
+  const auto moments = [&](int64_t i) { kernels.moments(job, i); };
+  const auto finish = [&](int64_t begin, int64_t end) { kernels.finish_statistics(job, begin, end); };
+  const auto normalize = [&](int64_t i) { kernels.normalize(job, items - 1 - i); };
+  const auto all = [&](int64_t i) {
+    kernels.moments(job, i);
+    ForChannelsOfItem(job.problem, job.plan, i, finish);
+    kernels.normalize(job, i);
+  };
+  std::vector<Phase> phases;
+  if (problem.training && items > 0 && job.plan.IsWhole()) {
+    phases = {{items, all}};
+  } else if (problem.training) {
+    phases = {{items, moments}, ForChannels(problem.channels, finish), {items, normalize}};
+  } else {
+    phases = {ForChannels(problem.channels, finish), {items, normalize}};
+  }
+  RunPhases(threads, Helpers(problem), std::move(phases));
   return {};
 }
 
-Status Backward(const Problem& problem, const BackwardArrays& arrays, void* workspace,
-                const ParallelFor& parallel_for) {
+Status Backward(const Problem& problem, const BackwardArrays& arrays, void* workspace, const Threads& threads) {
   const Status status = Check(problem);
   if (!status.ok()) return status;
   Arena arena(workspace);
   const BackwardJob job = MakeBackwardJob(problem, arrays, &arena);
   const Kernels& kernels = Chosen().level.kernels_for(problem.dtype);
   const int64_t items = job.plan.Items();
-  ForChannels(problem.channels, parallel_for,
-              [&](int64_t begin, int64_t end) { kernels.prepare_gradient(job, begin, end); });
-  ForItems(items, parallel_for, [&](int64_t i) { kernels.gradient_moments(job, i); });
-  ForChannels(problem.channels, parallel_for,
-              [&](int64_t begin, int64_t end) { kernels.finish_gradient(job, begin, end); });
-  ForItems(items, parallel_for, [&](int64_t i) { kernels.gradient_normalize(job, items - 1 - i); });
+  const auto prepare = [&](int64_t begin, int64_t end) { kernels.prepare_gradient(job, begin, end); };
+  const auto moments = [&](int64_t i) { kernels.gradient_moments(job, i); };
+  const auto finish = [&](int64_t begin, int64_t end) { kernels.finish_gradient(job, begin, end); };
+  const auto normalize = [&](int64_t i) { kernels.gradient_normalize(job, items - 1 - i); };
+  const auto all = [&](int64_t i) {
+    ForChannelsOfItem(job.problem, job.plan, i, prepare);
+    kernels.gradient_moments(job, i);
+    ForChannelsOfItem(job.problem, job.plan, i, finish);
+    kernels.gradient_normalize(job, i);
+  };
+  std::vector<Phase> phases;
+  if (items > 0 && job.plan.IsWhole()) {
+    phases = {{items, all}};
+  } else {
+    phases = {ForChannels(problem.channels, prepare),
+              {items, moments},
+              ForChannels(problem.channels, finish),
+              {items, normalize}};
+  }
+  RunPhases(threads, Helpers(problem), std::move(phases));
   return {};
 }
 

@@ -3,6 +3,9 @@
 #ifndef TFOPS_BATCH_NORM_CPU_GRADIENT_PASS_H_
 #define TFOPS_BATCH_NORM_CPU_GRADIENT_PASS_H_
 
+#include <algorithm>
+#include <type_traits>
+
 #include "csrc/batch_norm/cpu/elements.h"
 #include "csrc/batch_norm/cpu/moments_pass.h"
 #include "csrc/batch_norm/cpu/runs.h"
@@ -21,10 +24,12 @@ struct GradientArrays {
   int64_t length;
   T* dx;
   T* dresidual;
+  bool stream;
 };
 
 template <typename T>
-TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardArrays& arrays, const Run& run, const uint8_t* bits) {
+TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardJob& job, const Run& run, const uint8_t* bits) {
+  const BackwardArrays& arrays = job.arrays;
   const T* residual = static_cast<const T*>(arrays.residual);
   T* dresidual = static_cast<T*>(arrays.dresidual);
   return {static_cast<const T*>(arrays.dy) + run.offset,
@@ -33,7 +38,8 @@ TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardArrays& arrays, const R
           bits,
           run.length,
           static_cast<T*>(arrays.dx) + run.offset,
-          dresidual ? dresidual + run.offset : nullptr};
+          dresidual ? dresidual + run.offset : nullptr,
+          job.stream};
 }
 
 template <typename P>
@@ -62,76 +68,73 @@ TFOPS_INLINE Gradient<Param<T>> GradientOfVector(const GradientArrays<T>& arrays
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Gradient moments, channels-last. Runs are the rows of a tile; their columns from i on are summed downwards.
+// Gradient moments, channels-last: as in ColumnChain.
 
-template <bool kPartial, int kVectors, Activation kActivation, typename T>
-TFOPS_INLINE void SumRows(const GradientArrays<T>* rows, int64_t count,
-                          const ColumnCoefficients<Param<T>>& coefficients, int64_t i, int64_t n, double* sum_dz,
-                          double* sum_dz_xc) {
+// Adds kRows rows to the sums of each of `columns` columns.
+template <Activation kActivation, int kRows, typename T>
+TFOPS_INLINE void AddRows(const GradientArrays<T>* rows, const ColumnCoefficients<Param<T>>& coefficients,
+                          int64_t columns, Param<T>* sum_dz, Param<T>* sum_dz_xc) {
   using P = Param<T>;
-  constexpr int kL = kLanes<P>;
-  Vec<P> first[kVectors], second[kVectors];
-  for (int v = 0; v < kVectors; ++v) first[v] = second[v] = Vec<P>{};
-  for (int64_t r = 0; r < count; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      const Gradient<P> g = GradientOfVector<kPartial, kActivation>(rows[r], coefficients, i + v * kL, n);
-      first[v] += g.dz;
-      second[v] += g.dz * g.xc;
+  ForEachVector<P>(columns, [&](auto partial, int64_t j, int64_t n) {
+    Vec<P> first{}, second{};
+    for (int r = 0; r < kRows; ++r) {
+      const Gradient<P> g = GradientOfVector<decltype(partial)::value, kActivation>(rows[r], coefficients, j, n);
+      first += g.dz;
+      second += g.dz * g.xc;
     }
-  }
-  P sums[kVectors * kL], products[kVectors * kL];
-  for (int v = 0; v < kVectors; ++v) {
-    Store(sums + v * kL, first[v]);
-    Store(products + v * kL, second[v]);
-  }
-  const int64_t columns = kPartial ? n : kVectors * kL;
-  for (int64_t j = 0; j < columns; ++j) {
-    sum_dz[i + j] += static_cast<double>(sums[j]);
-    sum_dz_xc[i + j] += static_cast<double>(products[j]);
-  }
-}
-
-template <Activation kActivation, typename T>
-TFOPS_INLINE void SumTile(const GradientArrays<T>* rows, int64_t count,
-                          const ColumnCoefficients<Param<T>>& coefficients, double* sum_dz, double* sum_dz_xc) {
-  constexpr int kL = kLanes<Param<T>>;
-  constexpr int kVectors = 2;  // two accumulators each
-  const int64_t columns = rows[0].length;
-  int64_t i = 0;
-  for (; i + kVectors * kL <= columns; i += kVectors * kL) {
-    SumRows<false, kVectors, kActivation>(rows, count, coefficients, i, kL, sum_dz, sum_dz_xc);
-  }
-  for (; i < columns; i += kL) {
-    SumRows<true, 1, kActivation>(rows, count, coefficients, i, Min(kL, columns - i), sum_dz, sum_dz_xc);
-  }
+    Store(sum_dz + j, Load(sum_dz + j) + first);
+    Store(sum_dz_xc + j, Load(sum_dz_xc + j) + second);
+  });
 }
 
 template <typename T>
 void ColumnGradientMoments(const BackwardJob& job, int64_t item) {
+  using P = Param<T>;
+  constexpr int kRowsAtOnce = 4;
+  constexpr int64_t kSteps = kChainRows / kRowsAtOnce;
   const Plan& plan = job.plan;
   const int64_t chunk = plan.Chunk(item);
-  const int64_t begin = plan.ColumnBegin(item);
-  const int64_t end = plan.ColumnEnd(item);
-  double* sum_dz = job.partials.first + chunk * plan.columns + begin;
-  double* sum_dz_xc = job.partials.second + chunk * plan.columns + begin;
-  for (int64_t j = 0; j < end - begin; ++j) sum_dz[j] = sum_dz_xc[j] = 0;
-  const ColumnCoefficients<Param<T>> coefficients(job.coefficients, begin);
+  const int64_t column_begin = plan.ColumnBegin(item);
+  const int64_t column_end = plan.ColumnEnd(item);
+  double* sum_dz = job.partials.first + chunk * plan.columns;
+  double* sum_dz_xc = job.partials.second + chunk * plan.columns;
+  for (int64_t j = column_begin; j < column_end; ++j) sum_dz[j] = sum_dz_xc[j] = 0;
+
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    GradientArrays<T> rows[kChainRows];
-    uint8_t buffers[kChainRows][kRunMaskBytes];
-    const auto add_row = [&](int64_t i, const Run& run) {
-      rows[i] = ArraysOfRun<T>(job.arrays, run, MaskOfRun(job.problem, plan, run, job.arrays.mask, buffers[i]));
+    alignas(64) P sums[kMaxColumns];  // of a chain
+    alignas(64) P products[kMaxColumns];
+    uint8_t buffers[kRowsAtOnce][kRunMaskBytes];
+    // A chain: steps * kRows rows from row r on, which are `apart` rows apart within a step; columns c to c + n.
+    const auto add_chain = [&](auto rows_at_once, int64_t r, int64_t steps, int64_t apart, int64_t c, int64_t n) {
+      constexpr int kRows = decltype(rows_at_once)::value;
+      const ColumnCoefficients<P> coefficients(job.coefficients, c);
+      std::fill_n(sums, n, P(0));
+      std::fill_n(products, n, P(0));
+      for (int64_t i = 0; i < steps; ++i) {
+        GradientArrays<T> rows[kRows];
+        for (int k = 0; k < kRows; ++k) {
+          const Run run = RowRun(plan, r + i + k * apart, c, c + n);
+          rows[k] = ArraysOfRun<T>(job, run, MaskOfRun(job.problem, plan, run, job.arrays.mask, buffers[k]));
+        }
+        AddRows<kActivation, kRows>(rows, coefficients, n, sums, products);
+      }
+      for (int64_t j = 0; j < n; ++j) {
+        sum_dz[c + j] += static_cast<double>(sums[j]);
+        sum_dz_xc[c + j] += static_cast<double>(products[j]);
+      }
     };
-    for (int64_t r = plan.RowBegin(chunk); r < plan.RowEnd(chunk); r += kChainRows) {
-      const int64_t count = Min(kChainRows, plan.RowEnd(chunk) - r);
-      for (int64_t i = 0; i < count; ++i) add_row(i, RowRun(plan, r + i, begin, end));
-      SumTile<kActivation>(rows, count, coefficients, sum_dz, sum_dz_xc);
+    const int64_t columns = column_end - column_begin;
+    const int64_t begin = plan.RowBegin(chunk);
+    const int64_t end = plan.RowEnd(chunk);
+    const int64_t apart = (end - begin) / kRowsAtOnce;
+    for (int64_t i = 0; i < apart; i += kSteps) {
+      add_chain(std::integral_constant<int, kRowsAtOnce>(), begin + i, Min(kSteps, apart - i), apart, column_begin,
+                columns);
     }
-    if (plan.HasTail(chunk)) {
-      add_row(0, RowRun(plan, plan.rows, 0, plan.tail));
-      SumTile<kActivation>(rows, 1, coefficients, sum_dz, sum_dz_xc);
-    }
+    const int64_t rest = begin + apart * kRowsAtOnce;
+    if (rest < end) add_chain(std::integral_constant<int, 1>(), rest, end - rest, 0, column_begin, columns);
+    if (plan.HasTail(chunk)) add_chain(std::integral_constant<int, 1>(), plan.rows, 1, 0, 0, plan.tail);
   });
 }
 
@@ -179,7 +182,7 @@ void PlaneGradientMoments(const BackwardJob& job, int64_t item) {
       for (int64_t r = plan.RowBegin(chunk); r < plan.RowEnd(chunk); ++r) {
         const Run run = SegmentRun(job.problem, plan, r, c);
         const uint8_t* bits = MaskInPlace(job.problem, plan, run, job.arrays.mask);
-        SumRun<kActivation>(ArraysOfRun<T>(job.arrays, run, bits), coefficients, &sum_dz, &sum_dz_xc);
+        SumRun<kActivation>(ArraysOfRun<T>(job, run, bits), coefficients, &sum_dz, &sum_dz_xc);
       }
       job.partials.first[chunk * plan.columns + c] = sum_dz;
       job.partials.second[chunk * plan.columns + c] = sum_dz_xc;
@@ -243,14 +246,20 @@ TFOPS_INLINE void GradientNormalizeVector(const GradientArrays<T>& arrays, const
   Vec<P> dx = g.dz * coefficients.Slope(i);
   if (training) dx += g.xc * coefficients.Tilt(i) + coefficients.Shift(i);
   // dresidual first: it may be dy itself, but so may dx, and both have been read.
-  if (arrays.dresidual) StoreLanes<kPartial>(arrays.dresidual + i, g.dz, n);
-  StoreLanes<kPartial>(arrays.dx + i, dx, n);
+  if (arrays.dresidual) StoreLanes<kPartial>(arrays.dresidual + i, g.dz, n, arrays.stream);
+  StoreLanes<kPartial>(arrays.dx + i, dx, n, arrays.stream);
 }
 
 template <Activation kActivation, typename T, typename C>
-TFOPS_INLINE void GradientNormalizeRun(const GradientArrays<T>& arrays, const C& coefficients, bool training) {
+TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T> arrays, const C& coefficients, bool training) {
   constexpr int kL = kLanes<Param<T>>;
   int64_t i = 0;
+  if (arrays.stream && !arrays.bits) {
+    i = ElementsBeforeStream(arrays.dx, arrays.length);
+    if (i > 0) GradientNormalizeVector<true, kActivation>(arrays, coefficients, training, 0, i);
+  }
+  arrays.stream =
+      arrays.stream && IsStreamable(arrays.dx + i) && (!arrays.dresidual || IsStreamable(arrays.dresidual + i));
   for (; i + kL <= arrays.length; i += kL) {
     GradientNormalizeVector<false, kActivation>(arrays, coefficients, training, i, kL);
   }
@@ -265,10 +274,10 @@ void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
   const bool training = job.problem.training;
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    ForEachRunBackwards(job.problem, job.plan, item, [&](const Run& run) {
+    ForEachRun(job.problem, job.plan, item, [&](const Run& run) {
       uint8_t buffer[kRunMaskBytes];
       const uint8_t* bits = MaskOfRun(job.problem, job.plan, run, job.arrays.mask, buffer);
-      const GradientArrays<T> arrays = ArraysOfRun<T>(job.arrays, run, bits);
+      const GradientArrays<T> arrays = ArraysOfRun<T>(job, run, bits);
       if (job.plan.channels_last) {
         GradientNormalizeRun<kActivation>(arrays, ColumnCoefficients<P>(job.coefficients, run.column), training);
       } else {
@@ -276,6 +285,7 @@ void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
       }
     });
   });
+  if (job.stream) StreamFence();
 }
 
 }  // namespace

@@ -24,9 +24,11 @@ struct Coefficients {
   void* shift = nullptr;
 };
 
+// stream: outputs go past the cache, which is too small for them and what was read.
 struct ForwardJob {
   Problem problem;
   Plan plan;
+  bool stream = false;
   ForwardArrays arrays;
   Partials partials;
   Coefficients coefficients;
@@ -35,6 +37,7 @@ struct ForwardJob {
 struct BackwardJob {
   Problem problem;
   Plan plan;
+  bool stream = false;
   BackwardArrays arrays;
   Partials partials;
   Coefficients coefficients;

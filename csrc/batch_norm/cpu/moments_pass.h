@@ -3,6 +3,8 @@
 #ifndef TFOPS_BATCH_NORM_CPU_MOMENTS_PASS_H_
 #define TFOPS_BATCH_NORM_CPU_MOMENTS_PASS_H_
 
+#include <type_traits>
+
 #include "csrc/batch_norm/cpu/elements.h"
 #include "csrc/batch_norm/cpu/runs.h"
 #include "csrc/batch_norm/moments.h"
@@ -10,69 +12,122 @@
 namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
 
-template <typename P>
-TFOPS_INLINE void MergeMoments(int64_t count, double* mean, double* m2, int64_t n, P shift, P sum, P squares) {
-  const Moments<double> added = MomentsOfShifted<double>(static_cast<double>(n), static_cast<double>(shift),
-                                                         static_cast<double>(sum), static_cast<double>(squares));
-  const Moments<double> merged = Merge<double>({static_cast<double>(count), *mean, *m2}, added);
-  *mean = merged.mean;
-  *m2 = merged.m2;
-}
+// The weights by which `added` elements join `count` others, in Merge.
+struct MergeWeights {
+  double share;  // of the added ones in the whole
+  double cross;  // what the square of the difference of means counts for
+
+  MergeWeights(double count, double added) : share(added / (count + added)), cross(count * share) {}
+};
+
+// A running mean and m2 for each lane, in memory: all lanes, or the first n.
+template <typename P, bool kPartial>
+struct RunningMoments {
+  double* mean;
+  double* m2;
+  int64_t n;
+
+  TFOPS_INLINE Wide<P> Take(const double* p) const {
+    if constexpr (!kPartial) return LoadWide<P>(p);
+    double buffer[kLanes<P>] = {};
+    for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+    return LoadWide<P>(buffer);
+  }
+  TFOPS_INLINE void Put(double* p, const Wide<P>& w) const {
+    if constexpr (!kPartial) return StoreWide<P>(p, w);
+    double buffer[kLanes<P>];
+    StoreWide<P>(buffer, w);
+    for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+  }
+
+  TFOPS_INLINE Vec<P> Shift() const { return Narrow(Take(mean)); }
+
+  // Merges a chain of `added` rows, from sums about `shift`, into the `count` rows before it.
+  TFOPS_INLINE void MergeChain(int64_t count, int64_t added, Vec<P> shift, Vec<P> sum, Vec<P> squares) const {
+    const double inverse = 1.0 / static_cast<double>(added);
+    const MergeWeights weights(static_cast<double>(count), static_cast<double>(added));
+    const Wide<P> shifts = Widen(shift), sums = Widen(sum), all_squares = Widen(squares);
+    Wide<P> old_mean = Take(mean), old_m2 = Take(m2);
+    for (int k = 0; k < Wide<P>::kParts; ++k) {
+      const Vec<double> off = sums.part[k] * inverse;  // MomentsOfShifted
+      const Vec<double> chain_mean = shifts.part[k] + off;
+      Vec<double> chain_m2 = all_squares.part[k] - sums.part[k] * off;
+      chain_m2 = chain_m2 < Vec<double>{} ? Vec<double>{} : chain_m2;
+      if (count == 0) {  // no delta, whose square might overflow
+        old_mean.part[k] = chain_mean;
+        old_m2.part[k] = chain_m2;
+      } else {
+        const Vec<double> delta = chain_mean - old_mean.part[k];
+        old_mean.part[k] += delta * weights.share;
+        old_m2.part[k] += chain_m2 + delta * delta * weights.cross;
+      }
+    }
+    Put(mean, old_mean);
+    Put(m2, old_m2);
+  }
+};
 
 // A first estimate of each column's mean. Summed about the first row, it errs by little of the columns' deviation.
-template <typename T, int kVectors, bool kPartial>
-TFOPS_INLINE void MeanOfRows(const T* x, int64_t stride, int64_t rows, int64_t columns, Param<T>* mean) {
+template <bool kPartial, typename T>
+TFOPS_INLINE Vec<Param<T>> MeanOfRows(const T* x, int64_t stride, int64_t rows, int64_t n) {
   using P = Param<T>;
-  constexpr int kL = kLanes<P>;
-  for (int v = 0; v < kVectors; ++v) {
-    const Vec<P> first = LoadLanes<kPartial>(x + v * kL, columns);
-    Vec<P> sum{};
-    for (int64_t r = 1; r < rows; ++r) sum += LoadLanes<kPartial>(x + r * stride + v * kL, columns) - first;
-    Store(mean + v * kL, first + sum / static_cast<P>(rows));
-  }
+  const Vec<P> first = LoadLanes<kPartial>(x, n);
+  Vec<P> sum{};
+  for (int64_t r = 1; r < rows; ++r) sum += LoadLanes<kPartial>(x + r * stride, n) - first;
+  return first + sum / static_cast<P>(rows);
 }
 
-// Merges `rows` rows (a chain) of kVectors vectors of columns, `columns` of them if kPartial (one part-filled
-// vector), into mean and m2 of the `count` rows before them. The shift is the mean so far, or a first estimate.
-template <typename T, int kVectors, bool kPartial>
-TFOPS_INLINE void MergeRows(const T* x, int64_t stride, int64_t rows, int64_t columns, int64_t count, double* mean,
-                            double* m2) {
-  using P = Param<T>;
-  constexpr int kL = kLanes<P>;
-  const int64_t n = kPartial ? columns : kVectors * kL;
-  P shifts[kVectors * kL]{};
-  if (count > 0) {
-    for (int64_t i = 0; i < n; ++i) shifts[i] = static_cast<P>(mean[i]);
-  } else {
-    MeanOfRows<T, kVectors, kPartial>(x, stride, rows, columns, shifts);
-  }
-  Vec<P> shift[kVectors], sum[kVectors]{}, squares[kVectors]{};
-  for (int v = 0; v < kVectors; ++v) shift[v] = Load(shifts + v * kL);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      const Vec<P> d = LoadLanes<kPartial>(x + r * stride + v * kL, columns) - shift[v];
-      sum[v] += d;
-      squares[v] += d * d;
-    }
-  }
-  P sums[kVectors * kL], squares_of[kVectors * kL];
-  for (int v = 0; v < kVectors; ++v) {
-    Store(sums + v * kL, sum[v]);
-    Store(squares_of + v * kL, squares[v]);
-  }
-  for (int64_t i = 0; i < n; ++i) MergeMoments(count, mean + i, m2 + i, rows, shifts[i], sums[i], squares_of[i]);
-}
-
+// The sums of a chain of rows about a shift, for each column. They stay in the first two caches, and kRowsAtOnce
+// rows pass through them at a time. These are not neighbours, but lie a part of the chunk apart, so that memory is read
+// in as many streams, each of them straight ahead: prefetching wants whole pages, and rows are often less.
 template <typename T>
-void MergeTile(const T* x, int64_t stride, int64_t rows, int64_t columns, int64_t count, double* mean, double* m2) {
-  constexpr int kL = kLanes<Param<T>>;
-  int64_t j = 0;
-  for (; j + kUnroll * kL <= columns; j += kUnroll * kL) {
-    MergeRows<T, kUnroll, false>(x + j, stride, rows, columns, count, mean + j, m2 + j);
+class ColumnChain {
+  using P = Param<T>;
+
+ public:
+  static constexpr int kRowsAtOnce = 8;
+
+  // Merges steps * kRows rows, `step` elements from one step to the next and `apart` elements within one, into mean and
+  // m2 of the `count` rows before them.
+  template <int kRows>
+  void Merge(const T* x, int64_t steps, int64_t step, int64_t apart, int64_t columns, int64_t count, double* mean,
+             double* m2) {
+    ForEachVector<P>(columns, [&](auto partial, int64_t j, int64_t n) {
+      constexpr bool kPartial = decltype(partial)::value;
+      const RunningMoments<P, kPartial> running{mean + j, m2 + j, n};
+      Store(shift_ + j, count > 0   ? running.Shift()
+                        : kRows > 1 ? MeanOfRows<kPartial>(x + j, apart, kRows, n)
+                                    : MeanOfRows<kPartial>(x + j, step, steps, n));
+      Store(sum_ + j, Vec<P>{});
+      Store(squares_ + j, Vec<P>{});
+    });
+    for (int64_t i = 0; i < steps; ++i) Add<kRows>(x + i * step, apart, columns);
+    ForEachVector<P>(columns, [&](auto partial, int64_t j, int64_t n) {
+      const RunningMoments<P, decltype(partial)::value> running{mean + j, m2 + j, n};
+      running.MergeChain(count, steps * kRows, Load(shift_ + j), Load(sum_ + j), Load(squares_ + j));
+    });
   }
-  for (; j + kL <= columns; j += kL) MergeRows<T, 1, false>(x + j, stride, rows, columns, count, mean + j, m2 + j);
-  if (j < columns) MergeRows<T, 1, true>(x + j, stride, rows, columns - j, count, mean + j, m2 + j);
-}
+
+ private:
+  template <int kRows>
+  void Add(const T* x, int64_t apart, int64_t columns) {
+    ForEachVector<P>(columns, [&](auto partial, int64_t j, int64_t n) {
+      const Vec<P> shift = Load(shift_ + j);
+      Vec<P> sum{}, squares{};  // of these rows first: shorter chains round less
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<P> d = LoadLanes<decltype(partial)::value>(x + r * apart + j, n) - shift;
+        sum += d;
+        squares += d * d;
+      }
+      Store(sum_ + j, Load(sum_ + j) + sum);
+      Store(squares_ + j, Load(squares_ + j) + squares);
+    });
+  }
+
+  alignas(64) P shift_[kMaxColumns];
+  alignas(64) P sum_[kMaxColumns];
+  alignas(64) P squares_[kMaxColumns];
+};
 
 template <typename T>
 void ColumnMoments(const ForwardJob& job, int64_t item) {
@@ -84,15 +139,27 @@ void ColumnMoments(const ForwardJob& job, int64_t item) {
   double* mean = job.partials.first + chunk * plan.columns + first;
   double* m2 = job.partials.second + chunk * plan.columns + first;
   for (int64_t j = 0; j < columns; ++j) mean[j] = m2[j] = 0;
+
+  ColumnChain<T> chain;
+  int64_t count = 0;
+  // A chain: steps * kRows rows from row r on, which are `apart` rows apart within a step; the first n columns.
+  const auto merge = [&](auto rows_at_once, int64_t r, int64_t steps, int64_t apart, int64_t n) {
+    constexpr int kRows = decltype(rows_at_once)::value;
+    chain.template Merge<kRows>(x + r * plan.columns + first, steps, plan.columns, apart * plan.columns, n, count, mean,
+                                m2);
+    count += steps * kRows;
+  };
+  constexpr int kRowsAtOnce = ColumnChain<T>::kRowsAtOnce;
+  constexpr int64_t kSteps = kMomentsChainRows<Param<T>> / kRowsAtOnce;
   const int64_t begin = plan.RowBegin(chunk);
   const int64_t end = plan.RowEnd(chunk);
-  constexpr int64_t kRows = kMomentsChainRows<Param<T>>;
-  for (int64_t r = begin; r < end; r += kRows) {
-    MergeTile(x + r * plan.columns + first, plan.columns, Min(kRows, end - r), columns, r - begin, mean, m2);
+  const int64_t apart = (end - begin) / kRowsAtOnce;
+  for (int64_t i = 0; i < apart; i += kSteps) {
+    merge(std::integral_constant<int, kRowsAtOnce>(), begin + i, Min(kSteps, apart - i), apart, columns);
   }
-  if (plan.HasTail(chunk)) {
-    MergeTile(x + plan.rows * plan.columns, plan.columns, 1, plan.tail, end - begin, mean, m2);
-  }
+  const int64_t rest = begin + apart * kRowsAtOnce;
+  if (rest < end) merge(std::integral_constant<int, 1>(), rest, end - rest, 0, columns);
+  if (plan.HasTail(chunk)) merge(std::integral_constant<int, 1>(), plan.rows, 1, 0, plan.tail);
 }
 
 // Sums about a shift along contiguous elements of one channel, run after run, until a lane's chain is long enough.
@@ -218,17 +285,18 @@ void FinishStatisticsOf(const ForwardJob& job, int64_t begin, int64_t end) {
   using P = Param<T>;
   const Problem& problem = job.problem;
   const ForwardArrays& arrays = job.arrays;
-  double* mean = job.partials.first;
-  double* m2 = job.partials.second;
+  double* __restrict mean = job.partials.first;
+  double* __restrict m2 = job.partials.second;
   double count = 0;
   if (problem.training) {
     ForEachPartial(problem, job.plan, [&](int64_t slot, int64_t n) {
       const double added = static_cast<double>(n);
-      if (slot > 0) {
+      if (count > 0 && added > 0) {
+        const MergeWeights weights(count, added);
         for (int64_t c = begin; c < end; ++c) {
-          const Moments<double> merged = Merge<double>({count, mean[c], m2[c]}, {added, mean[slot + c], m2[slot + c]});
-          mean[c] = merged.mean;
-          m2[c] = merged.m2;
+          const double delta = mean[slot + c] - mean[c];
+          mean[c] += delta * weights.share;
+          m2[c] += m2[slot + c] + delta * delta * weights.cross;
         }
       }
       count += added;

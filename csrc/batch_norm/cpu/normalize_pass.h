@@ -16,6 +16,7 @@ struct NormalizeArrays {
   const T* residual;
   T* y;
   uint8_t* bits;
+  bool stream;
 };
 
 // Lanes i to i + lanes of a run, or the first n of them if kPartial. Returns their bits.
@@ -25,7 +26,7 @@ TFOPS_INLINE uint32_t NormalizeVector(const NormalizeArrays<T>& arrays, const C&
   const Vec<P> x = LoadLanes<kPartial>(arrays.x + i, n);
   Vec<P> z = Affine<Vec<P>>(x - coefficients.Mean(i), coefficients.Slope(i), coefficients.Offset(i));
   if (arrays.residual) z += LoadLanes<kPartial>(arrays.residual + i, n);
-  StoreLanes<kPartial>(arrays.y + i, Activate<kActivation>(z), n);
+  StoreLanes<kPartial>(arrays.y + i, Activate<kActivation>(z), n, arrays.stream);
   if constexpr (kIsPiecewiseLinear<kActivation>) {
     if (arrays.bits) return BitsFromMask<P>(IsOn<kActivation>(z));
   }
@@ -33,9 +34,14 @@ TFOPS_INLINE uint32_t NormalizeVector(const NormalizeArrays<T>& arrays, const C&
 }
 
 template <Activation kActivation, typename T, typename C>
-TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t length) {
+TFOPS_INLINE void NormalizeRun(NormalizeArrays<T> arrays, const C& coefficients, int64_t length) {
   constexpr int kL = kLanes<Param<T>>;
   int64_t i = 0;
+  if (arrays.stream && !arrays.bits) {
+    i = ElementsBeforeStream(arrays.y, length);
+    if (i > 0) NormalizeVector<true, kActivation>(arrays, coefficients, 0, i);
+  }
+  arrays.stream = arrays.stream && IsStreamable(arrays.y + i);
   for (; i + kBlock <= length; i += kBlock) {
     uint32_t bits = 0;
     for (int j = 0; j < kBlock; j += kL) {
@@ -64,10 +70,11 @@ void NormalizeItem(const ForwardJob& job, int64_t item) {
   const bool buffered = mask && IsMaskBuffered(problem, plan);
   WithActivation(problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    ForEachRunBackwards(problem, plan, item, [&](const Run& run) {
+    ForEachRun(problem, plan, item, [&](const Run& run) {
       uint8_t buffer[kRunMaskBytes];
       uint8_t* bits = buffered ? buffer : MaskInPlace(problem, plan, run, mask);
-      const NormalizeArrays<T> arrays{x + run.offset, residual ? residual + run.offset : nullptr, y + run.offset, bits};
+      const NormalizeArrays<T> arrays{x + run.offset, residual ? residual + run.offset : nullptr, y + run.offset, bits,
+                                      job.stream};
       if (plan.channels_last) {
         NormalizeRun<kActivation>(arrays, ColumnCoefficients<P>(job.coefficients, run.column), run.length);
       } else {
@@ -76,6 +83,7 @@ void NormalizeItem(const ForwardJob& job, int64_t item) {
       if (buffered) ScatterMask(problem, plan, run, buffer, mask);
     });
   });
+  if (job.stream) StreamFence();
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ namespace tfops::cpu {
 
 // Vector code works on blocks of 16 elements: one AVX-512 register of float32, two bytes of mask.
 inline constexpr int64_t kBlock = 16;
+inline constexpr int64_t kMaxColumns = 4096;  // of an item, channels-last
 
 // Channels-last data are a matrix of `rows` x `columns`. A column is a channel, unless few or ragged channels would
 // leave vectors part empty: then `fold` consecutive rows are laid side by side and seen as one, column j holding
@@ -28,12 +29,14 @@ struct Plan {
   int64_t segment = 0;             // channels-first: elements of a segment (the last of a plane may be shorter)
   int64_t segments_per_plane = 0;  // rows = outer * segments_per_plane
 
-  // Work items are column blocks x chunks of rows. Each chunk has statistics of its own for every column.
+  // Work items are column blocks x chunks of rows. Each chunk has statistics of its own for every column. With a single
+  // chunk an item has all of its channels' elements, and goes through all phases while they are in the cache.
   int64_t column_block = 0;
   int64_t column_blocks = 0;
   int64_t chunks = 0;
 
   TFOPS_INLINE int64_t Items() const { return column_blocks * chunks; }
+  TFOPS_INLINE bool IsWhole() const { return chunks == 1; }
   TFOPS_INLINE int64_t ColumnBegin(int64_t item) const { return item % column_blocks * column_block; }
   TFOPS_INLINE int64_t ColumnEnd(int64_t item) const {
     const int64_t end = ColumnBegin(item) + column_block;
@@ -47,7 +50,10 @@ struct Plan {
   TFOPS_INLINE bool HasTail(int64_t chunk) const { return tail > 0 && chunk == chunks - 1; }
 };
 
-Plan MakePlan(const Problem& problem);
+// `tensors`: how many of x's size are read: x; or dy and x, for a gradient.
+Plan MakePlan(const Problem& problem, int tensors);
+
+int64_t ElementBytes(DataType dtype);
 
 // Hands out a workspace piece by piece; without memory, it adds up what is needed.
 class Arena {

@@ -20,6 +20,16 @@ constexpr int64_t kMomentsChainRows = sizeof(P) == 4 ? kChainRows : 4 * kChainRo
 
 TFOPS_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Calls body(partial, i, n) for vectors of lanes i to i + n, partial being a true or false constant: whether n is less
+// than all lanes.
+template <typename P, typename Body>
+TFOPS_INLINE void ForEachVector(int64_t length, Body body) {
+  constexpr int kL = kLanes<P>;
+  int64_t i = 0;
+  for (; i + kL <= length; i += kL) body(std::false_type(), i, kL);
+  if (i < length) body(std::true_type(), i, length - i);
+}
+
 struct Run {
   int64_t offset = 0;  // of its first element in the tensor
   int64_t length = 0;
@@ -42,27 +52,36 @@ TFOPS_INLINE int64_t ElementsBefore(const Problem& problem, const Plan& plan, in
   return row / plan.segments_per_plane * problem.inner + row % plan.segments_per_plane * plan.segment;
 }
 
-// Every run of an item, the last first.
+// Every run of an item.
 template <typename Body>
-TFOPS_INLINE void ForEachRunBackwards(const Problem& problem, const Plan& plan, int64_t item, Body body) {
+TFOPS_INLINE void ForEachRun(const Problem& problem, const Plan& plan, int64_t item, Body body) {
   const int64_t chunk = plan.Chunk(item);
-  const int64_t begin = plan.ColumnBegin(item);
-  const int64_t end = plan.ColumnEnd(item);
-  if (plan.channels_last) {
-    if (plan.HasTail(chunk)) body(RowRun(plan, plan.rows, 0, plan.tail));
-    for (int64_t r = plan.RowEnd(chunk) - 1; r >= plan.RowBegin(chunk); --r) body(RowRun(plan, r, begin, end));
-  } else {
-    for (int64_t c = end - 1; c >= begin; --c) {
-      for (int64_t r = plan.RowEnd(chunk) - 1; r >= plan.RowBegin(chunk); --r) body(SegmentRun(problem, plan, r, c));
+  const int64_t column_begin = plan.ColumnBegin(item);
+  const int64_t column_end = plan.ColumnEnd(item);
+  const int64_t row_begin = plan.RowBegin(chunk);
+  const int64_t row_end = plan.RowEnd(chunk);
+  if (!plan.channels_last) {
+    for (int64_t c = column_begin; c < column_end; ++c) {
+      for (int64_t r = row_begin; r < row_end; ++r) body(SegmentRun(problem, plan, r, c));
     }
+    return;
   }
+  for (int64_t r = row_begin; r < row_end; ++r) body(RowRun(plan, r, column_begin, column_end));
+  if (plan.HasTail(chunk)) body(RowRun(plan, plan.rows, 0, plan.tail));
+}
+
+// Elements of a run before the first that Stream can write to, if it is to be used at all.
+template <typename T>
+TFOPS_INLINE int64_t ElementsBeforeStream(const T* p, int64_t length) {
+  const uintptr_t past = reinterpret_cast<uintptr_t>(p) % sizeof(Stored<T>);
+  return past == 0 ? 0 : Min(length, static_cast<int64_t>((sizeof(Stored<T>) - past) / sizeof(T)));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Masks. Rows of bits begin at whole bytes, and so do runs, but for one case: folded rows of C % 8 != 0 channels. Their
 // bits pass through a buffer, where they lie side by side as the elements do.
 
-constexpr int64_t kRunMaskBytes = 4096 / 8;  // a folded row has fewer columns
+constexpr int64_t kRunMaskBytes = kMaxColumns / 8;
 
 TFOPS_INLINE bool IsMaskBuffered(const Problem& problem, const Plan& plan) {
   return plan.fold > 1 && problem.channels % 8 != 0;

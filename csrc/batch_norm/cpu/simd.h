@@ -7,7 +7,8 @@
 #define TFOPS_BATCH_NORM_CPU_SIMD_H_
 
 #include <cstring>
-#ifdef __F16C__
+#include <type_traits>
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
@@ -101,44 +102,41 @@ using FloatVec = Vec<float>;
 using WordVec = typename VectorOf<uint32_t, kLanes<float>>::Type;
 using HalfwordVec = typename VectorOf<uint16_t, kLanes<float>>::Type;
 
-TFOPS_INLINE FloatVec Load(const float* p) { return LoadBits<FloatVec>(p); }
-TFOPS_INLINE Vec<double> Load(const double* p) { return LoadBits<Vec<double>>(p); }
-TFOPS_INLINE void Store(float* p, FloatVec v) { std::memcpy(p, &v, sizeof(v)); }
-TFOPS_INLINE void Store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
-
-TFOPS_INLINE FloatVec Load(const BFloat16* p) {
-  return BitCast<FloatVec>(__builtin_convertvector(LoadBits<HalfwordVec>(p), WordVec) << 16);
-}
-
-TFOPS_INLINE void Store(BFloat16* p, FloatVec v) {
-  const WordVec word = BitCast<WordVec>(v);
-  const WordVec rounded = (word + (0x7FFF + ((word >> 16) & 1))) >> 16;
-  const WordVec quiet_nan = (word >> 16) | 0x40;
-  const HalfwordVec halfword = __builtin_convertvector(v == v ? rounded : quiet_nan, HalfwordVec);
-  std::memcpy(p, &halfword, sizeof(halfword));
-}
+// What a vector of T is in memory.
+template <typename T>
+struct StoredOf {
+  using Type = HalfwordVec;
+};
+template <>
+struct StoredOf<float> {
+  using Type = FloatVec;
+};
+template <>
+struct StoredOf<double> {
+  using Type = Vec<double>;
+};
+template <typename T>
+using Stored = typename StoredOf<T>::Type;
 
 #if TFOPS_VECTOR_BYTES == 64
 
-TFOPS_INLINE FloatVec Load(const Half* p) { return (FloatVec)_mm512_cvtph_ps(LoadBits<__m256i>(p)); }
-TFOPS_INLINE void Store(Half* p, FloatVec v) {
-  const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  std::memcpy(p, &bits, sizeof(bits));
+TFOPS_INLINE FloatVec HalfToFloat(HalfwordVec half) { return (FloatVec)_mm512_cvtph_ps((__m256i)half); }
+TFOPS_INLINE HalfwordVec FloatToHalf(FloatVec v) {
+  return (HalfwordVec)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
 #elif TFOPS_VECTOR_BYTES == 32 && defined(__F16C__)
 
-TFOPS_INLINE FloatVec Load(const Half* p) { return (FloatVec)_mm256_cvtph_ps(LoadBits<__m128i>(p)); }
-TFOPS_INLINE void Store(Half* p, FloatVec v) {
-  const __m128i bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  std::memcpy(p, &bits, sizeof(bits));
+TFOPS_INLINE FloatVec HalfToFloat(HalfwordVec half) { return (FloatVec)_mm256_cvtph_ps((__m128i)half); }
+TFOPS_INLINE HalfwordVec FloatToHalf(FloatVec v) {
+  return (HalfwordVec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
 #else
 
 // Without instructions for it. Subnormal halves go through integers: TensorFlow's threads treat subnormal floats as 0.
-TFOPS_INLINE FloatVec Load(const Half* p) {
-  const WordVec half = __builtin_convertvector(LoadBits<HalfwordVec>(p), WordVec);
+TFOPS_INLINE FloatVec HalfToFloat(HalfwordVec bits) {
+  const WordVec half = __builtin_convertvector(bits, WordVec);
   const WordVec magnitude = half & 0x7FFF;
   const WordVec normal = (magnitude << 13) + ((127 - 15) << 23);
   const WordVec special = (magnitude << 13) | 0x7F800000;
@@ -148,7 +146,7 @@ TFOPS_INLINE FloatVec Load(const Half* p) {
   return BitCast<FloatVec>((magnitude < 0x7C00 ? finite : special) | ((half & 0x8000) << 16));
 }
 
-TFOPS_INLINE void Store(Half* p, FloatVec v) {
+TFOPS_INLINE HalfwordVec FloatToHalf(FloatVec v) {
   const WordVec word = BitCast<WordVec>(v);
   const WordVec magnitude = word & 0x7FFFFFFF;
   const WordVec normal = (magnitude + (0xFFF + ((magnitude >> 13) & 1)) - ((127 - 15) << 23)) >> 13;
@@ -158,25 +156,135 @@ TFOPS_INLINE void Store(Half* p, FloatVec v) {
   const WordVec infinite = WordVec{} + 0x7C00;
   const WordVec nan = ((word >> 13) & 0x3FF) | 0x7E00;
   const WordVec half = magnitude < 0x477FF000 ? finite : (magnitude > 0x7F800000 ? nan : infinite);
-  const HalfwordVec bits = __builtin_convertvector(half | ((word >> 16) & 0x8000), HalfwordVec);
-  std::memcpy(p, &bits, sizeof(bits));
+  return __builtin_convertvector(half | ((word >> 16) & 0x8000), HalfwordVec);
 }
 
 #endif
 
+#if TFOPS_VECTOR_BYTES == 64
+
+// The upper halves of words come and go by one permutation: shifts, and conversions of width, are what these kernels
+// have most of, and fewest units for.
+TFOPS_INLINE FloatVec BFloat16ToFloat(HalfwordVec bits) {
+  const __m512i places = (__m512i)(WordVec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} << 16);
+  return (FloatVec)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, places, _mm512_castsi256_si512((__m256i)bits));
+}
+
+TFOPS_INLINE HalfwordVec FloatToBFloat16(FloatVec v) {
+  const __m512i word = (__m512i)v;
+  const __mmask16 is_odd = _mm512_test_epi32_mask(word, _mm512_set1_epi32(0x10000));
+  const __m512i bias = _mm512_mask_blend_epi32(is_odd, _mm512_set1_epi32(0x7FFF), _mm512_set1_epi32(0x8000));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_mask_or_epi32(_mm512_add_epi32(word, bias), is_nan, word, _mm512_set1_epi32(0x400000));
+  // Places 1, 3, 5, ... 31, two to a word.
+  const __m512i places = (__m512i)(WordVec{0, 1, 2, 3, 4, 5, 6, 7} * 0x40004 + 0x30001);
+  return (HalfwordVec)_mm512_castsi512_si256(_mm512_permutexvar_epi16(places, rounded));
+}
+
+#else
+
+TFOPS_INLINE FloatVec BFloat16ToFloat(HalfwordVec bits) {
+  return BitCast<FloatVec>(__builtin_convertvector(bits, WordVec) << 16);
+}
+
+TFOPS_INLINE HalfwordVec FloatToBFloat16(FloatVec v) {
+  const WordVec word = BitCast<WordVec>(v);
+  const WordVec rounded = word + (0x7FFF + ((word >> 16) & 1));
+  const WordVec quiet_nan = word | 0x400000;
+  return __builtin_convertvector((v == v ? rounded : quiet_nan) >> 16, HalfwordVec);
+}
+
+#endif
+
+template <typename T>
+TFOPS_INLINE Vec<Param<T>> Decode(Stored<T> stored) {
+  if constexpr (std::is_same_v<T, Half>) return HalfToFloat(stored);
+  if constexpr (std::is_same_v<T, BFloat16>) return BFloat16ToFloat(stored);
+  if constexpr (std::is_same_v<T, Param<T>>) return stored;
+}
+
+template <typename T>
+TFOPS_INLINE Stored<T> Encode(Vec<Param<T>> v) {
+  if constexpr (std::is_same_v<T, Half>) return FloatToHalf(v);
+  if constexpr (std::is_same_v<T, BFloat16>) return FloatToBFloat16(v);
+  if constexpr (std::is_same_v<T, Param<T>>) return v;
+}
+
+template <typename T>
+TFOPS_INLINE Vec<Param<T>> Load(const T* p) {
+  return Decode<T>(LoadBits<Stored<T>>(p));
+}
+
+template <typename T>
+TFOPS_INLINE void Store(T* p, Vec<Param<T>> v) {
+  const Stored<T> stored = Encode<T>(v);
+  std::memcpy(p, &stored, sizeof(stored));
+}
+
+// Whether Stream can write to p and, by whole vectors, on from there.
+template <typename T>
+TFOPS_INLINE bool IsStreamable(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(Stored<T>) == 0;
+}
+
+// Past the cache, and so without reading the line that is written to. Other threads see it after StreamFence.
+template <typename T>
+TFOPS_INLINE void Stream(T* p, Vec<Param<T>> v) {
+  const Stored<T> stored = Encode<T>(v);
+#ifdef __x86_64__
+#if TFOPS_VECTOR_BYTES == 64
+  if constexpr (sizeof(stored) == 64)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), BitCast<__m512i>(stored));
+#endif
+#if TFOPS_VECTOR_BYTES >= 32
+  if constexpr (sizeof(stored) == 32)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), BitCast<__m256i>(stored));
+#endif
+  if constexpr (sizeof(stored) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), BitCast<__m128i>(stored));
+  if constexpr (sizeof(stored) == 8)
+    return _mm_stream_si64(reinterpret_cast<long long*>(p), BitCast<long long>(stored));
+#else
+  std::memcpy(p, &stored, sizeof(stored));
+#endif
+}
+
+TFOPS_INLINE void StreamFence() {
+#ifdef __x86_64__
+  _mm_sfence();
+#endif
+}
+
 // The first n <= lanes elements, and zeros.
 template <typename T>
 TFOPS_INLINE Vec<Param<T>> LoadFirst(const T* p, int64_t n) {
+#if TFOPS_VECTOR_BYTES == 64
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 2) {
+    return Decode<T>(BitCast<Stored<T>>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p)));
+  }
+  if constexpr (sizeof(T) == 4) return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+  if constexpr (sizeof(T) == 8) return (Vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+#else
   T buffer[kLanes<Param<T>>] = {};
   std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
   return Load(buffer);
+#endif
 }
 
 template <typename T>
 TFOPS_INLINE void StoreFirst(T* p, Vec<Param<T>> v, int64_t n) {
+#if TFOPS_VECTOR_BYTES == 64
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 2) {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), BitCast<__m256i>(Encode<T>(v)));
+  }
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), (__m512)v);
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
+#else
   T buffer[kLanes<Param<T>>];
   Store(buffer, v);
   std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+#endif
 }
 
 // All lanes; or, at the ragged end of a run, the first n.
@@ -190,12 +298,48 @@ TFOPS_INLINE Vec<Param<T>> LoadLanes(const T* p, int64_t n) {
 }
 
 template <bool kPartial, typename T>
-TFOPS_INLINE void StoreLanes(T* p, Vec<Param<T>> v, int64_t n) {
+TFOPS_INLINE void StoreLanes(T* p, Vec<Param<T>> v, int64_t n, bool stream) {
   if constexpr (kPartial) {
     StoreFirst(p, v, n);
+  } else if (stream) {
+    Stream(p, v);
   } else {
     Store(p, v);
   }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Vectors of doubles, as many as there are lanes of P.
+
+template <typename P>
+struct Wide {
+  static constexpr int kParts = static_cast<int>(sizeof(double) / sizeof(P));
+  Vec<double> part[kParts];
+};
+
+TFOPS_INLINE Wide<double> Widen(Vec<double> v) { return {{v}}; }
+TFOPS_INLINE Wide<float> Widen(Vec<float> v) {
+  typedef float Part __attribute__((vector_size(TFOPS_VECTOR_BYTES / 2)));
+  Part parts[2];
+  std::memcpy(parts, &v, sizeof(v));
+  return {{__builtin_convertvector(parts[0], Vec<double>), __builtin_convertvector(parts[1], Vec<double>)}};
+}
+
+TFOPS_INLINE Vec<double> Narrow(const Wide<double>& w) { return w.part[0]; }
+TFOPS_INLINE Vec<float> Narrow(const Wide<float>& w) {
+  typedef float Part __attribute__((vector_size(TFOPS_VECTOR_BYTES / 2)));
+  const Part parts[2] = {__builtin_convertvector(w.part[0], Part), __builtin_convertvector(w.part[1], Part)};
+  return BitCast<Vec<float>>(parts);
+}
+
+template <typename P>
+TFOPS_INLINE Wide<P> LoadWide(const double* p) {
+  return LoadBits<Wide<P>>(p);
+}
+
+template <typename P>
+TFOPS_INLINE void StoreWide(double* p, const Wide<P>& w) {
+  std::memcpy(p, &w, sizeof(w));
 }
 
 template <typename P>
