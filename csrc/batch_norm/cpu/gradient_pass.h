@@ -139,36 +139,43 @@ void ColumnGradientMoments(const BackwardJob& job, int64_t item) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Gradient moments, channels-first. The elements of a segment are summed across, in chains of kChainRows a lane.
+// Gradient moments, channels-first: as in MomentsChain.
 
 template <Activation kActivation, typename T>
-TFOPS_INLINE void SumRun(const GradientArrays<T>& arrays, const ChannelCoefficients<Param<T>>& coefficients,
-                         double* sum_dz, double* sum_dz_xc) {
+class GradientChain {
   using P = Param<T>;
-  constexpr int kL = kLanes<P>;
-  constexpr int64_t kStep = kUnroll * kL;
-  int64_t i = 0;
-  while (i < arrays.length) {
-    Vec<P> first[kUnroll]{}, second[kUnroll]{};
-    const auto add = [&](int v, const Gradient<P>& g) {
-      first[v] += g.dz;
-      second[v] += g.dz * g.xc;
-    };
-    const int64_t end = Min(arrays.length, i + kChainRows * kStep);
-    for (; i + kStep <= end; i += kStep) {
-      for (int v = 0; v < kUnroll; ++v) {
-        add(v, GradientOfVector<false, kActivation>(arrays, coefficients, i + v * kL, kL));
-      }
+
+ public:
+  TFOPS_INLINE void Add(const GradientArrays<T>& arrays, const ChannelCoefficients<P>& coefficients) {
+    for (int64_t begin = 0; begin < arrays.length; begin += kElements) {
+      const int64_t n = Min(arrays.length - begin, kElements);
+      if (count_ + n > kElements) Flush();
+      ForEachVectorInTurn<P>(begin, begin + n, [&](auto partial, int v, int64_t i, int64_t lanes) {
+        const auto g = GradientOfVector<decltype(partial)::value, kActivation>(arrays, coefficients, i, lanes);
+        first_[v] += g.dz;
+        second_[v] += g.dz * g.xc;
+      });
+      count_ += n;
     }
-    for (; i + kL <= end; i += kL) add(0, GradientOfVector<false, kActivation>(arrays, coefficients, i, kL));
-    if (i < end) {
-      add(0, GradientOfVector<true, kActivation>(arrays, coefficients, i, end - i));
-      i = end;
-    }
-    *sum_dz += SumOfLanes<P>((first[0] + first[1]) + (first[2] + first[3]));
-    *sum_dz_xc += SumOfLanes<P>((second[0] + second[1]) + (second[2] + second[3]));
   }
-}
+
+  void Flush() {
+    sum_dz += SumOfAll<P>(first_);
+    sum_dz_xc += SumOfAll<P>(second_);
+    for (int v = 0; v < kUnroll; ++v) first_[v] = second_[v] = Vec<P>{};
+    count_ = 0;
+  }
+
+  double sum_dz = 0;
+  double sum_dz_xc = 0;
+
+ private:
+  static constexpr int64_t kElements = kChainRows * kUnroll * kLanes<P>;
+
+  Vec<P> first_[kUnroll]{};
+  Vec<P> second_[kUnroll]{};
+  int64_t count_ = 0;
+};
 
 template <typename T>
 void PlaneGradientMoments(const BackwardJob& job, int64_t item) {
@@ -176,17 +183,23 @@ void PlaneGradientMoments(const BackwardJob& job, int64_t item) {
   const int64_t chunk = plan.Chunk(item);
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    for (int64_t c = plan.ColumnBegin(item); c < plan.ColumnEnd(item); ++c) {
-      const ChannelCoefficients<Param<T>> coefficients(job.coefficients, c);
-      double sum_dz = 0, sum_dz_xc = 0;
+    ForEachGroup(plan, item, [&](int64_t begin, int64_t end) {
+      GradientChain<kActivation, T> chains[kMaxGroup];
       for (int64_t r = plan.RowBegin(chunk); r < plan.RowEnd(chunk); ++r) {
-        const Run run = SegmentRun(job.problem, plan, r, c);
-        const uint8_t* bits = MaskInPlace(job.problem, plan, run, job.arrays.mask);
-        SumRun<kActivation>(ArraysOfRun<T>(job, run, bits), coefficients, &sum_dz, &sum_dz_xc);
+        for (int64_t c = begin; c < end; ++c) {
+          const Run run = SegmentRun(job.problem, plan, r, c);
+          const uint8_t* bits = MaskInPlace(job.problem, plan, run, job.arrays.mask);
+          const ChannelCoefficients<Param<T>> coefficients(job.coefficients, c);
+          chains[c - begin].Add(ArraysOfRun<T>(job, run, bits), coefficients);
+        }
       }
-      job.partials.first[chunk * plan.columns + c] = sum_dz;
-      job.partials.second[chunk * plan.columns + c] = sum_dz_xc;
-    }
+      for (int64_t c = begin; c < end; ++c) {
+        GradientChain<kActivation, T>& chain = chains[c - begin];
+        chain.Flush();
+        job.partials.first[chunk * plan.columns + c] = chain.sum_dz;
+        job.partials.second[chunk * plan.columns + c] = chain.sum_dz_xc;
+      }
+    });
   });
 }
 

@@ -162,64 +162,53 @@ void ColumnMoments(const ForwardJob& job, int64_t item) {
   if (plan.HasTail(chunk)) merge(std::integral_constant<int, 1>(), plan.rows, 1, 0, plan.tail);
 }
 
-// Sums about a shift along contiguous elements of one channel, run after run, until a lane's chain is long enough.
+// Sums about a shift along the elements of one channel, run after run, until a chain is long enough.
 template <typename T>
 class MomentsChain {
   using P = Param<T>;
-  static constexpr int kL = kLanes<P>;
 
  public:
-  void Add(const T* x, int64_t n) {
-    while (n > 0) {
-      if (count_ == 0) Start(x, n);
-      const int64_t taken = Min(n, kElements - count_);
-      int64_t i = 0;
-      for (; i + kUnroll * kL <= taken; i += kUnroll * kL) {
-        for (int v = 0; v < kUnroll; ++v) Accumulate(v, Load(x + i + v * kL) - shift_);
-      }
-      for (; i + kL <= taken; i += kL) Accumulate(0, Load(x + i) - shift_);
-      if (i < taken) Accumulate(0, KeepFirst<P>(LoadFirst(x + i, taken - i) - shift_, taken - i));
-      count_ += taken;
-      x += taken;
-      n -= taken;
-      if (count_ == kElements) Flush();
+  TFOPS_INLINE void Add(const T* x, int64_t length) {
+    for (int64_t begin = 0; begin < length; begin += kChainElements<P>) {
+      const int64_t n = Min(length - begin, kChainElements<P>);
+      if (count_ + n > kChainElements<P>) Flush();
+      if (count_ == 0) Start(x + begin, n);
+      ForEachVectorInTurn<P>(begin, begin + n, [&](auto partial, int v, int64_t i, int64_t lanes) {
+        Vec<P> d = LoadLanes<decltype(partial)::value>(x + i, lanes) - shift_;
+        if (decltype(partial)::value) d = KeepFirst<P>(d, lanes);
+        sum_[v] += d;
+        squares_[v] += d * d;
+      });
+      count_ += n;
     }
   }
 
   Moments<double> Finish() {
-    if (count_ > 0) Flush();
+    Flush();
     return total_;
   }
 
  private:
-  static constexpr int64_t kElements = kMomentsChainRows<P> * kUnroll * kL;
-
   // The shift is the mean so far; before there is one, a first estimate: that of the elements at hand.
   void Start(const T* x, int64_t n) {
     P shift = static_cast<P>(total_.mean);
     if (total_.count == 0) {
-      const int64_t taken = Min(n, kElements);
       const Vec<P> first = Splat(LoadFirst(x, 1)[0]);
       Vec<P> sum{};
-      int64_t i = 0;
-      for (; i + kL <= taken; i += kL) sum += Load(x + i) - first;
-      if (i < taken) sum += KeepFirst<P>(LoadFirst(x + i, taken - i) - first, taken - i);
-      shift = static_cast<P>(static_cast<double>(first[0]) + SumOfLanes<P>(sum) / static_cast<double>(taken));
+      ForEachVector<P>(n, [&](auto partial, int64_t i, int64_t lanes) {
+        const Vec<P> d = LoadLanes<decltype(partial)::value>(x + i, lanes) - first;
+        sum += decltype(partial)::value ? KeepFirst<P>(d, lanes) : d;
+      });
+      shift = static_cast<P>(static_cast<double>(first[0]) + SumOfLanes<P>(sum) / static_cast<double>(n));
     }
     shift_ = Splat(shift);
     for (int v = 0; v < kUnroll; ++v) sum_[v] = squares_[v] = Vec<P>{};
   }
 
-  TFOPS_INLINE void Accumulate(int v, Vec<P> d) {
-    sum_[v] += d;
-    squares_[v] += d * d;
-  }
-
   void Flush() {
-    const Vec<P> sum = (sum_[0] + sum_[1]) + (sum_[2] + sum_[3]);
-    const Vec<P> squares = (squares_[0] + squares_[1]) + (squares_[2] + squares_[3]);
-    total_ = Merge<double>(total_, MomentsOfShifted<double>(static_cast<double>(count_), static_cast<double>(shift_[0]),
-                                                            SumOfLanes<P>(sum), SumOfLanes<P>(squares)));
+    if (count_ == 0) return;
+    const double count = static_cast<double>(count_), shift = static_cast<double>(shift_[0]);
+    total_ = Merge<double>(total_, MomentsOfShifted<double>(count, shift, SumOfAll<P>(sum_), SumOfAll<P>(squares_)));
     count_ = 0;
   }
 
@@ -229,23 +218,26 @@ class MomentsChain {
   int64_t count_ = 0;
   Moments<double> total_{0, 0, 0};
 };
-static_assert(kUnroll == 4, "Flush adds four");
 
 template <typename T>
 void PlaneMoments(const ForwardJob& job, int64_t item) {
   const Plan& plan = job.plan;
   const T* x = static_cast<const T*>(job.arrays.x);
   const int64_t chunk = plan.Chunk(item);
-  for (int64_t c = plan.ColumnBegin(item); c < plan.ColumnEnd(item); ++c) {
-    MomentsChain<T> chain;
+  ForEachGroup(plan, item, [&](int64_t begin, int64_t end) {
+    MomentsChain<T> chains[kMaxGroup];
     for (int64_t r = plan.RowBegin(chunk); r < plan.RowEnd(chunk); ++r) {
-      const Run run = SegmentRun(job.problem, plan, r, c);
-      chain.Add(x + run.offset, run.length);
+      for (int64_t c = begin; c < end; ++c) {
+        const Run run = SegmentRun(job.problem, plan, r, c);
+        chains[c - begin].Add(x + run.offset, run.length);
+      }
     }
-    const Moments<double> moments = chain.Finish();
-    job.partials.first[chunk * plan.columns + c] = moments.mean;
-    job.partials.second[chunk * plan.columns + c] = moments.m2;
-  }
+    for (int64_t c = begin; c < end; ++c) {
+      const Moments<double> moments = chains[c - begin].Finish();
+      job.partials.first[chunk * plan.columns + c] = moments.mean;
+      job.partials.second[chunk * plan.columns + c] = moments.m2;
+    }
+  });
 }
 
 template <typename T>

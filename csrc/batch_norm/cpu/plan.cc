@@ -17,6 +17,7 @@ constexpr int64_t kFewestChunkRows = 16;
 constexpr int64_t kColumnBlock = 2048;  // whose coefficients stay in the first cache, nearly
 
 constexpr int64_t kSegment = 16 * 1024;  // channels-first; a multiple of 8, for whole bytes of mask
+constexpr int64_t kRunBytes = 4096;      // channels-first: what prefetching wants to see in one piece, a page
 constexpr int64_t kMinColumns = 512;     // channels-last: fold until a row is as long
 constexpr int64_t kMinFoldedRows = 8;    // fold only if that many rows remain
 
@@ -52,6 +53,8 @@ void PlanChannelsFirst(const Problem& problem, int64_t channel_bytes, int64_t wa
   plan->segment = std::min(problem.inner, kSegment);
   plan->segments_per_plane = CeilDiv(problem.inner, plan->segment);
   plan->rows = problem.outer * plan->segments_per_plane;
+  const int64_t plane_bytes = channel_bytes / problem.outer;
+  plan->group = std::clamp<int64_t>(kRunBytes / plane_bytes, 1, kMaxGroup);
   const bool is_whole = wanted == 1 || (channel_bytes <= kMaxItemBytes && problem.channels >= kMinWholeItems);
   if (is_whole) {
     const int64_t fitting = std::max<int64_t>(kItemBytes / channel_bytes, 1);

@@ -12,6 +12,7 @@ namespace tfops::cpu {
 // Vector code works on blocks of 16 elements: one AVX-512 register of float32, two bytes of mask.
 inline constexpr int64_t kBlock = 16;
 inline constexpr int64_t kMaxColumns = 4096;  // of an item, channels-last
+inline constexpr int64_t kMaxGroup = 16;      // see Plan::group
 
 // Channels-last data are a matrix of `rows` x `columns`. A column is a channel, unless few or ragged channels would
 // leave vectors part empty: then `fold` consecutive rows are laid side by side and seen as one, column j holding
@@ -28,6 +29,7 @@ struct Plan {
 
   int64_t segment = 0;             // channels-first: elements of a segment (the last of a plane may be shorter)
   int64_t segments_per_plane = 0;  // rows = outer * segments_per_plane
+  int64_t group = 1;  // channels-first: channels gone through side by side, so that small planes make long runs
 
   // Work items are column blocks x chunks of rows. Each chunk has statistics of its own for every column. With a single
   // chunk an item has all of its channels' elements, and goes through all phases while they are in the cache.

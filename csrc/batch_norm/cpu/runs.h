@@ -30,6 +30,29 @@ TFOPS_INLINE void ForEachVector(int64_t length, Body body) {
   if (i < length) body(std::true_type(), i, length - i);
 }
 
+// The elements of a moments chain across lanes: as many for each of kUnroll accumulators. Pieces of a run that begin at
+// multiples of it begin at whole bytes of its mask.
+template <typename P>
+constexpr int64_t kChainElements = kMomentsChainRows<P> * kUnroll * kLanes<P>;
+
+// Calls body(partial, v, i, n) for the vectors of a piece of a run, v being the accumulator for it.
+template <typename P, typename Body>
+TFOPS_INLINE void ForEachVectorInTurn(int64_t begin, int64_t end, Body body) {
+  constexpr int kL = kLanes<P>;
+  int64_t i = begin;
+  for (; i + kUnroll * kL <= end; i += kUnroll * kL) {
+    for (int v = 0; v < kUnroll; ++v) body(std::false_type(), v, i + v * kL, kL);
+  }
+  for (int v = 0; v < kUnroll - 1 && i + kL <= end; ++v, i += kL) body(std::false_type(), v, i, kL);
+  if (i < end) body(std::true_type(), kUnroll - 1, i, end - i);
+}
+
+template <typename P>
+TFOPS_INLINE double SumOfAll(const Vec<P> (&v)[kUnroll]) {
+  return SumOfLanes<P>((v[0] + v[1]) + (v[2] + v[3]));
+}
+static_assert(kUnroll == 4, "SumOfAll adds four");
+
 struct Run {
   int64_t offset = 0;  // of its first element in the tensor
   int64_t length = 0;
@@ -42,6 +65,9 @@ TFOPS_INLINE Run RowRun(const Plan& plan, int64_t row, int64_t column_begin, int
 }
 
 TFOPS_INLINE Run SegmentRun(const Problem& problem, const Plan& plan, int64_t row, int64_t channel) {
+  if (plan.segments_per_plane == 1) {  // spares small planes two divisions
+    return {(row * problem.channels + channel) * problem.inner, problem.inner, row, channel};
+  }
   const int64_t plane = row / plan.segments_per_plane * problem.channels + channel;
   const int64_t begin = row % plan.segments_per_plane * plan.segment;
   return {plane * problem.inner + begin, Min(plan.segment, problem.inner - begin), row, channel};
@@ -50,6 +76,13 @@ TFOPS_INLINE Run SegmentRun(const Problem& problem, const Plan& plan, int64_t ro
 // Elements of a channel in the rows before `row`, channels-first.
 TFOPS_INLINE int64_t ElementsBefore(const Problem& problem, const Plan& plan, int64_t row) {
   return row / plan.segments_per_plane * problem.inner + row % plan.segments_per_plane * plan.segment;
+}
+
+// Calls body(begin, end) for the groups of channels of an item, channels-first.
+template <typename Body>
+TFOPS_INLINE void ForEachGroup(const Plan& plan, int64_t item, Body body) {
+  const int64_t end = plan.ColumnEnd(item);
+  for (int64_t c = plan.ColumnBegin(item); c < end; c += plan.group) body(c, Min(c + plan.group, end));
 }
 
 // Every run of an item.
@@ -61,9 +94,11 @@ TFOPS_INLINE void ForEachRun(const Problem& problem, const Plan& plan, int64_t i
   const int64_t row_begin = plan.RowBegin(chunk);
   const int64_t row_end = plan.RowEnd(chunk);
   if (!plan.channels_last) {
-    for (int64_t c = column_begin; c < column_end; ++c) {
-      for (int64_t r = row_begin; r < row_end; ++r) body(SegmentRun(problem, plan, r, c));
-    }
+    ForEachGroup(plan, item, [&](int64_t group_begin, int64_t group_end) {
+      for (int64_t r = row_begin; r < row_end; ++r) {
+        for (int64_t c = group_begin; c < group_end; ++c) body(SegmentRun(problem, plan, r, c));
+      }
+    });
     return;
   }
   for (int64_t r = row_begin; r < row_end; ++r) body(RowRun(plan, r, column_begin, column_end));

@@ -344,9 +344,12 @@ TFOPS_INLINE void StoreWide(double* p, const Wide<P>& w) {
 
 template <typename P>
 TFOPS_INLINE double SumOfLanes(Vec<P> v) {
-  double sum = 0;
-  for (int lane = 0; lane < kLanes<P>; ++lane) sum += static_cast<double>(v[lane]);
-  return sum;
+  const Wide<P> wide = Widen(v);
+  Vec<double> sum = wide.part[0];
+  for (int k = 1; k < Wide<P>::kParts; ++k) sum += wide.part[k];
+  double total = 0;
+  for (int lane = 0; lane < kLanes<double>; ++lane) total += sum[lane];
+  return total;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
