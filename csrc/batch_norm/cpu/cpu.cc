@@ -103,7 +103,7 @@ bool OutgrowsCache(const Problem& problem, int tensors) {
 
 ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, Arena* arena) {
   ForwardJob job{Simplified(problem), {}, false, arrays, {}, {}};
-  job.plan = MakePlan(job.problem, /*tensors=*/1);
+  job.plan = MakePlan(job.problem, /*backward=*/false);
   job.stream = OutgrowsCache(problem, problem.has_residual ? 3 : 2);
   if (problem.training) job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset}) {
@@ -114,7 +114,7 @@ ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, A
 
 BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays, Arena* arena) {
   BackwardJob job{Simplified(problem), {}, false, arrays, {}, {}};
-  job.plan = MakePlan(job.problem, /*tensors=*/2);
+  job.plan = MakePlan(job.problem, /*backward=*/true);
   job.stream = OutgrowsCache(problem, arrays.dresidual ? 4 : 3);
   job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset,

@@ -49,11 +49,17 @@ void PlanChannelsLast(const Problem& problem, int64_t wanted, Plan* plan) {
   plan->chunks = std::clamp<int64_t>(wanted / plan->column_blocks, 1, std::max<int64_t>(most_chunks, 1));
 }
 
-void PlanChannelsFirst(const Problem& problem, int64_t channel_bytes, int64_t wanted, Plan* plan) {
+void PlanChannelsFirst(const Problem& problem, int64_t channel_bytes, bool needs_sums, int64_t wanted, Plan* plan) {
   plan->segment = std::min(problem.inner, kSegment);
   plan->segments_per_plane = CeilDiv(problem.inner, plan->segment);
   plan->rows = problem.outer * plan->segments_per_plane;
   const int64_t plane_bytes = channel_bytes / problem.outer;
+  if (!needs_sums && plan->rows >= kMinWholeItems) {  // straight through memory
+    plan->group = plan->column_block = plan->columns;
+    plan->column_blocks = 1;
+    plan->chunks = std::min(wanted, plan->rows);
+    return;
+  }
   plan->group = std::clamp<int64_t>(kRunBytes / plane_bytes, 1, kMaxGroup);
   const bool is_whole = wanted == 1 || (channel_bytes <= kMaxItemBytes && problem.channels >= kMinWholeItems);
   if (is_whole) {
@@ -82,17 +88,17 @@ int64_t ElementBytes(DataType dtype) {
   return 8;
 }
 
-Plan MakePlan(const Problem& problem, int tensors) {
+Plan MakePlan(const Problem& problem, bool backward) {
   Plan plan;
   plan.columns = problem.channels;
   if (problem.Elements() == 0) return plan;  // no items
   plan.channels_last = problem.inner == 1;
   const int64_t wanted = std::clamp<int64_t>(problem.Elements() / kItemElements, 1, kMaxItems);
-  const int64_t bytes = tensors * ElementBytes(problem.dtype);
   if (plan.channels_last) {
     PlanChannelsLast(problem, wanted, &plan);
   } else {
-    PlanChannelsFirst(problem, bytes * problem.Count(), wanted, &plan);
+    const int64_t channel_bytes = (backward ? 2 : 1) * problem.Count() * ElementBytes(problem.dtype);
+    PlanChannelsFirst(problem, channel_bytes, backward || problem.training, wanted, &plan);
   }
   return plan;
 }

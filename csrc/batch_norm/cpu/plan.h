@@ -52,8 +52,7 @@ struct Plan {
   TFOPS_INLINE bool HasTail(int64_t chunk) const { return tail > 0 && chunk == chunks - 1; }
 };
 
-// `tensors`: how many of x's size are read: x; or dy and x, for a gradient.
-Plan MakePlan(const Problem& problem, int tensors);
+Plan MakePlan(const Problem& problem, bool backward);
 
 int64_t ElementBytes(DataType dtype);
 
