@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-# For each network: its name, and (batch, *pixels, channels) of each of its batch norms, once each.
+# What gpu.py runs: for each network its name, and (batch, *pixels, channels) of each of its batch norms, once each.
 NETWORKS: dict[str, list[tuple[int, ...]]] = {
     "mnist-256": [(256, 28, 28, 32), (256, 14, 14, 32), (256, 7, 7, 64), (256, 128)],
     "alexnet-256": [(256, 55, 55, 96), (256, 27, 27, 256), (256, 13, 13, 384), (256, 13, 13, 256), (256, 4096)],
@@ -30,7 +30,17 @@ NETWORKS: dict[str, list[tuple[int, ...]]] = {
     "video-4": [(4, 16, 28, 28, 64)],
 }
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# What cpu.py runs.
+CPU_NETWORKS: dict[str, list[tuple[int, ...]]] = {
+    "mnist-256": NETWORKS["mnist-256"],
+    "alexnet-64": [(64, *shape[1:]) for shape in NETWORKS["alexnet-256"]],
+    "resnet50-32": NETWORKS["resnet50-32"],
+    "ragged-64": [*NETWORKS["mobile-64"], (64, 28, 28, 131)],
+    "dense-256": [(256, 4096)],
+    "video-4": NETWORKS["video-4"],
+}
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 PASSES = ("forward", "backward", "inference")
 VARIANTS = ("plain", "relu", "add_relu")
 
@@ -43,7 +53,7 @@ class Cell(NamedTuple):
     layout: str  # "NHWC" or "NCHW", of any rank
     dtype: str
     variant: str
-    what: str  # one of PASSES
+    what: str  # one of PASSES, or "forward_backward"
 
     @property
     def elements(self) -> int:
@@ -62,15 +72,33 @@ class Cell(NamedTuple):
             return (3 + add) * self.tensor_bytes + mask
         return (2 + add) * self.tensor_bytes + (mask if self.what == "forward" else 0)  # x, residual; y, mask
 
+    @property
+    def streamed_bytes(self) -> int:
+        """What has to be moved where nothing stays on the chip from statistics to results: inputs are read twice."""
+        if self.what == "forward_backward":
+            return sum(self._replace(what=what).streamed_bytes for what in ("forward", "backward"))
+        mask = self.elements // 8 if self.variant == "add_relu" else 0
+        again = {
+            "forward": self.tensor_bytes,
+            "backward": 2 * self.tensor_bytes + mask,
+            "inference": 0,
+        }  # x; dy, x, mask
+        return self.least_bytes + again[self.what]
+
 
 def cells(
-    networks: list[str], dtypes: list[str], layouts: list[str], variants: list[str], passes: list[str]
+    networks: list[str],
+    dtypes: list[str],
+    layouts: list[str],
+    variants: list[str],
+    passes: list[str],
+    shapes: dict[str, list[tuple[int, ...]]] = NETWORKS,
 ) -> list[Cell]:
     """All combinations. 2-D data have one layout."""
     return [
         Cell(network, shape, layout, dtype, variant, what)
         for network in networks
-        for shape in NETWORKS[network]
+        for shape in shapes[network]
         for layout in layouts
         if len(shape) > 2 or layout == "NHWC"
         for dtype in dtypes

@@ -1,27 +1,33 @@
-"""The benchmark's prediction runs without a GPU, says that it is one, and without a GPU there is nothing else."""
+"""gpu.py predicts without a GPU, says that it does, and does nothing else; cpu.py's modes run, and reckon right."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tfops_kernels
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
-pytestmark = pytest.mark.skipif(not tfops_kernels.build_info()["cuda"], reason="this build has no CUDA kernels")
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+needs_cuda_build = pytest.mark.skipif(not tfops_kernels.build_info()["cuda"], reason="this build has no CUDA kernels")
+needs_tensorflow = pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow")
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *arguments]
+def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(FOLDER / script), *arguments]
     return subprocess.run(command, cwd=sys.prefix, capture_output=True, text=True, check=False)
 
 
+@needs_cuda_build
 def test_prediction(tmp_path):
-    run = _run("--predict", "--network", "mnist-256", "--dtype", "float16", "--out", str(tmp_path / "out"))
+    run = _run("gpu.py", "--predict", "--network", "mnist-256", "--dtype", "float16", "--out", str(tmp_path / "out"))
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("## PREDICTION, not measured")
     report = json.loads((tmp_path / "out.json").read_text())
@@ -34,10 +40,114 @@ def test_prediction(tmp_path):
         assert (row["moved_bytes"] > row["least_bytes"]) == streams
 
 
+@needs_cuda_build
 def test_nothing_is_measured_without_a_gpu():
     if tfops_kernels.build_info()["gpus"]:
         pytest.skip("there is a GPU")
     pytest.importorskip("torch", reason="needs PyTorch")
-    run = _run("--network", "mnist-256")
+    run = _run("gpu.py", "--network", "mnist-256")
     assert run.returncode == 2
     assert "no GPU" in run.stderr
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch):
+    """Imports a module of benchmarks/."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
+
+
+@needs_tensorflow
+def test_cpu_compares(tmp_path):
+    arguments = ["--network", "dense-256", "--dtype", "float32", "--variant", "add_relu"]
+    arguments += ["--pass", "forward", "forward_backward", "--seconds", "0", "--out", str(tmp_path / "out")]
+    run = _run("cpu.py", *arguments)
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert len(report["rows"]) == 1
+    if report["rows"][0]["others"] <= 0.05:  # there is nothing left to do but to print it again
+        assert _run("cpu.py", *arguments, "--resume").stdout == run.stdout
+    peers = {"tf_onednn", "tf_eigen", "keras", "keras_jit"}
+    if importlib.util.find_spec("torch"):
+        peers.add("torch")
+    for row in report["rows"]:
+        assert not row["absent"]
+        for measured in row["passes"].values():
+            assert set(measured["ratios"]) == peers
+            for value in measured["peers"].values():
+                assert value["n"] >= 3
+                assert 0 < value["us"][0] <= value["us"][1] <= value["us"][2]
+    assert "| dense-256 | 256x4096 | NHWC | float32 | add_relu |" in (tmp_path / "out.md").read_text()
+    has_plot = importlib.util.find_spec("matplotlib") is not None
+    assert (tmp_path / "out.svg").exists() == has_plot
+    assert ("matplotlib is not installed" in run.stderr) != has_plot
+
+
+@needs_tensorflow
+def test_cpu_overhead(benchmarks):
+    modes = benchmarks("cpu_modes")
+    rows = modes.overhead(threads=1, rounds=1, shapes=[(2, 3)])
+    assert len(rows) == 3 * 2 + 3  # op and graph: three passes; function: forward, inference, forward + backward
+    assert "geometric mean of the ratios" in modes.overhead_table(rows)
+
+
+@needs_tensorflow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc/self/clear_refs")
+def test_cpu_scaling():
+    run = _run("cpu.py", "--scaling", "--most", "1e4", "--dtype", "bfloat16", "--threads", "1")
+    assert run.returncode == 0, run.stderr
+    lines = [line.split("|") for line in run.stdout.splitlines() if "2x9x9x64" in line]
+    assert [line[1].strip() for line in lines] == ["NHWC", "NCHW"]
+    for line in lines:
+        assert all(float(value) > 0 for value in line[4:7])
+        assert all(0 <= float(value) < 4 for value in line[7:10])
+
+
+def _row(variant: str, dtype: str, channels: int, ours: float, peers: dict[str, float]) -> dict[str, Any]:
+    times = {name: {"us": [us, us, us], "n": 5} for name, us in {"tfops": ours, **peers}.items()}
+    return {
+        "network": "test",
+        "shape": [1000, channels],
+        "layout": "NHWC",
+        "dtype": dtype,
+        "variant": variant,
+        "absent": {},
+        "others": 0.0,
+        "copy_bytes_per_second": 1e9,
+        "passes": {what: {"peers": times} for what in ("forward", "backward", "inference", "forward_backward")},
+    }
+
+
+def test_cpu_report(benchmarks):
+    cpu_report = benchmarks("cpu_report")
+    report = {
+        "last_level_cache_bytes": 100_000,
+        "rows": [
+            _row("plain", "float32", 64, 1000, {"tf_onednn": 1000, "torch": 800}),
+            _row("plain", "float32", 32, 1000, {"tf_onednn": 4000, "torch": 3000}),
+            _row("plain", "float32", 24, 1000, {"tf_onednn": 2900, "torch": 3000}),
+            _row("add_relu", "bfloat16", 16, 1000, {"tf_onednn": 2000, "torch": 3000}),
+        ],
+    }
+    cpu_report.derive(report)
+    plain, _, _, add = (row["passes"] for row in report["rows"])
+    tensor = 1000 * 64 * 4
+    assert report["copy_bytes_per_second"] == 1e9
+    # in units of bytes a nanosecond, which is the copy's rate: x twice, y; dy and x twice, dx; x, y
+    for what, tensors in (("forward", 3), ("backward", 5), ("inference", 2), ("forward_backward", 8)):
+        assert plain[what]["of_copy"] == pytest.approx(tensors * tensor / 1e6, abs=1e-3)
+        assert plain[what]["regime"] == "streamed"
+    tensor, mask = 1000 * 16 * 2, 1000 * 16 // 8
+    # and residual, the mask written; the mask read twice, dresidual
+    for what, tensors, masks in (("forward", 4, 1), ("backward", 6, 2), ("inference", 3, 0)):
+        assert add[what]["gb_per_second"] == pytest.approx((tensors * tensor + masks * mask) / 1e6, abs=1e-2)
+    assert [add[what]["regime"] for what in ("forward", "backward", "inference")] == ["cached", "", "cached"]
+    assert plain["forward"]["ratios"] == {"tf_onednn": 1.0, "torch": 0.8}
+    assert plain["forward"]["best_peer"] == "torch"
+    text = "\n".join(cpu_report.summary(report))
+    assert "float32 and bfloat16, C % 16 == 0 | 2.00 (2) |  | 1.5 | yes |" in text
+    assert "float32 and bfloat16, other C | 2.90 (1) |  | 3 | **no** |" in text
+    assert "fused op, + add + ReLU | 2.00 (1) |  | 2 | yes |" in text
+    assert f"| PyTorch | {(0.8 * 27) ** 0.25:.2f} (4) |  | 1.5 | yes |" in text
+    assert "below 0.95 of the best peer: 4 of 16." in text
+    assert "- test 1000x64 NHWC float32 plain forward: 0.80, PyTorch" in text

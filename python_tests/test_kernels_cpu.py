@@ -1,10 +1,15 @@
-"""The CPU kernels, on NumPy arrays and without TensorFlow, agree with float64 NumPy."""
+"""The CPU kernels, on NumPy arrays and without TensorFlow: they agree with float64 NumPy, and with themselves.
+
+Bitwise so with themselves, from run to run, for any number of threads, and whether tensors outgrow the cache or not.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import kernel_cases
 import numpy as np
@@ -35,6 +40,101 @@ def test_few_elements_a_channel(count, dtype):
     for unbiased in (True, False):
         case = kernel_cases.Case((count, 19), -1, dtype, exponential_avg_factor=0.25, unbiased=unbiased)
         kernel_cases.check(case, _identity, _identity)
+
+
+def _last_level_cache_bytes():
+    path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    return int(path.read_text().rstrip("K\n")) << 10 if path.exists() else 32 << 20
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize(("row", "axis"), [((24,), -1), ((131,), -1), ((3, 37, 41), 1)], ids=str)
+def test_larger_than_the_cache(row, axis, dtype, residual):
+    """Tensors that outgrow the cache are written past it: bit for bit what their parts are, which do not."""
+    kind = kernel_cases.numpy_dtype(dtype)
+    cache = _last_level_cache_bytes()
+    if cache > 128 << 20:
+        pytest.skip(f"a cache of {cache >> 20} MiB takes too long to outgrow")
+    rows = math.ceil(1.1 * cache / (2 * np.dtype(kind).itemsize * math.prod(row)))
+    rng = np.random.default_rng(0)
+    # Nothing that is aligned, and another offset for each array.
+    x, dy, r = (
+        np.resize(rng.standard_normal(9973), rows * math.prod(row) + i).astype(kind)[i:].reshape(rows, *row)
+        for i in range(1, 4)
+    )
+    param = np.float64 if dtype == "float64" else np.float32
+    scale, offset, mean, variance = rng.uniform(0.5, 2, (4, row[0])).astype(param)
+
+    def run(part):
+        settings = {"axis": axis, "activation": "relu", "training": False, "threads": 2}
+        more = {"residual": r[part]} if residual else {}
+        forward = tfops_kernels.forward(x[part], scale, offset, mean, variance, **settings, **more)
+        gradient = tfops_kernels.backward(dy[part], x[part], scale, offset, mean, variance, **settings, **more)
+        return forward.y, gradient.x, gradient.residual if residual else gradient.x
+
+    parts = [run(slice(begin, begin + rows // 5)) for begin in range(0, rows, rows // 5)]
+    for got, want in zip(run(slice(None)), zip(*parts, strict=True), strict=True):
+        np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), np.concatenate(want).view(f"u{got.itemsize}"))
+
+
+# More than one work item each; folded, ragged and whole columns; planes.
+SHAPES = [
+    ((70000, 3), -1),
+    ((5000, 65), -1),
+    ((900, 600), -1),
+    ((16, 24, 30, 31), 1),
+    ((1, 2, 500, 501), 1),
+    ((300001, 1), -1),
+]
+
+
+def _run(arrays, case, threads):
+    forward = tfops_kernels.forward(
+        arrays["x"],
+        arrays["scale"],
+        arrays["offset"],
+        residual=arrays["residual"],
+        axis=case.axis,
+        activation="relu",
+        threads=threads,
+    )
+    backward = tfops_kernels.backward(
+        arrays["dy"],
+        arrays["x"],
+        arrays["scale"],
+        arrays["offset"],
+        forward.saved_mean,
+        forward.saved_inv_std,
+        residual=True,
+        mask=forward.mask,
+        axis=case.axis,
+        activation="relu",
+        threads=threads,
+    )
+    return [result.tobytes() for result in (*forward, *backward) if result is not None]
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+def test_threads_and_repetition(shape, axis, dtype):
+    case = kernel_cases.Case(shape, axis, dtype)
+    arrays = kernel_cases.inputs(case)
+    want = _run(arrays, case, 1)
+    for threads in (1, 2, 3, 8):
+        assert _run(arrays, case, threads) == want, f"{threads} threads"
+
+
+def test_layouts_agree():
+    """NHWC and NCHW sum in different orders, so they may differ in the last bits, and in no more."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6, 20, 21, 24)).astype(np.float32) + 3
+    scale, offset = rng.uniform(0.5, 2, (2, 24)).astype(np.float32)
+    nhwc = tfops_kernels.forward(x, scale, offset)
+    nchw = tfops_kernels.forward(np.ascontiguousarray(x.transpose(0, 3, 1, 2)), scale, offset, axis=1)
+    np.testing.assert_allclose(nchw.mean, nhwc.mean, rtol=2**-22)
+    np.testing.assert_allclose(nchw.variance, nhwc.variance, rtol=2**-20)
+    np.testing.assert_allclose(nchw.y.transpose(0, 2, 3, 1), nhwc.y, rtol=2**-20, atol=2**-19)
 
 
 def _add(x, residual):

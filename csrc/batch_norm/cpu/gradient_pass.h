@@ -3,7 +3,6 @@
 #ifndef TFOPS_BATCH_NORM_CPU_GRADIENT_PASS_H_
 #define TFOPS_BATCH_NORM_CPU_GRADIENT_PASS_H_
 
-#include <algorithm>
 #include <type_traits>
 
 #include "csrc/batch_norm/cpu/elements.h"
@@ -109,8 +108,7 @@ void ColumnGradientMoments(const BackwardJob& job, int64_t item) {
     const auto add_chain = [&](auto rows_at_once, int64_t r, int64_t steps, int64_t apart, int64_t c, int64_t n) {
       constexpr int kRows = decltype(rows_at_once)::value;
       const ColumnCoefficients<P> coefficients(job.coefficients, c);
-      std::fill_n(sums, n, P(0));
-      std::fill_n(products, n, P(0));
+      for (int64_t j = 0; j < n; ++j) sums[j] = products[j] = P(0);
       for (int64_t i = 0; i < steps; ++i) {
         GradientArrays<T> rows[kRows];
         for (int k = 0; k < kRows; ++k) {

@@ -1,9 +1,9 @@
 // The CPU kernels. Compiled once for each instruction set, as namespace TFOPS_CPU_LEVEL.
 //
-//   moments             x -> partial mean, m2 of each column          a column's accumulators stay in registers over
-//   gradient moments    dy, x -> partial sums of dz, dz * (x - mean)   a chain of rows, then join the doubles
-//   normalize           x -> y, mask                                   runs of contiguous elements, last run first:
-//   gradient normalize  dy, x -> dx, dresidual                         the moments' pass has left those in the cache
+//   moments             x -> partial mean, m2 of each column           rows, a few at a time, through sums of a chain;
+//   gradient moments    dy, x -> partial sums of dz, dz * (x - mean)   chains join in double
+//   normalize           x -> y, mask                                   runs of contiguous elements
+//   gradient normalize  dy, x -> dx, dresidual
 //
 // Chains are short (kChainRows additions), so rounding in float stays small; everything longer is in double. See plan.h
 // for columns, rows and items, and ../moments.h for the arithmetic of a channel.
