@@ -172,7 +172,7 @@ Status Forward(const Problem& problem, const ForwardArrays& arrays, void* worksp
   const int64_t items = job.plan.Items();
   const auto moments = [&](int64_t i) { kernels.moments(job, i); };
   const auto finish = [&](int64_t begin, int64_t end) { kernels.finish_statistics(job, begin, end); };
-  const auto normalize = [&](int64_t i) { kernels.normalize(job, items - 1 - i); };
+  const auto normalize = [&](int64_t i) { kernels.normalize(job, i); };
   const auto all = [&](int64_t i) {
     kernels.moments(job, i);
     ForChannelsOfItem(job.problem, job.plan, i, finish);
@@ -182,7 +182,7 @@ Status Forward(const Problem& problem, const ForwardArrays& arrays, void* worksp
   if (problem.training && items > 0 && job.plan.IsWhole()) {
     phases = {{items, all}};
   } else if (problem.training) {
-    phases = {{items, moments}, ForChannels(problem.channels, finish), {items, normalize}};
+    phases = {{items, moments}, ForChannels(problem.channels, finish), {items, normalize, /*backwards=*/true}};
   } else {
     phases = {ForChannels(problem.channels, finish), {items, normalize}};
   }
@@ -200,7 +200,7 @@ Status Backward(const Problem& problem, const BackwardArrays& arrays, void* work
   const auto prepare = [&](int64_t begin, int64_t end) { kernels.prepare_gradient(job, begin, end); };
   const auto moments = [&](int64_t i) { kernels.gradient_moments(job, i); };
   const auto finish = [&](int64_t begin, int64_t end) { kernels.finish_gradient(job, begin, end); };
-  const auto normalize = [&](int64_t i) { kernels.gradient_normalize(job, items - 1 - i); };
+  const auto normalize = [&](int64_t i) { kernels.gradient_normalize(job, i); };
   const auto all = [&](int64_t i) {
     ForChannelsOfItem(job.problem, job.plan, i, prepare);
     kernels.gradient_moments(job, i);
@@ -214,7 +214,7 @@ Status Backward(const Problem& problem, const BackwardArrays& arrays, void* work
     phases = {ForChannels(problem.channels, prepare),
               {items, moments},
               ForChannels(problem.channels, finish),
-              {items, normalize}};
+              {items, normalize, /*backwards=*/true}};
   }
   RunPhases(threads, Helpers(problem), std::move(phases));
   return {};

@@ -13,29 +13,41 @@ namespace {
 // stack: they may be called as long as items remain, for so long does the caller wait.
 class Call {
  public:
-  explicit Call(std::vector<Phase> phases) : phases_(std::move(phases)), progress_(phases_.size()) {}
+  Call(std::vector<Phase> phases, int64_t threads)
+      : phases_(std::move(phases)), threads_(threads), done_(phases_.size()), taken_(phases_.size() * threads) {}
+
+  void Work() { WorkAs(0); }
+  void Help() { WorkAs(helpers_.fetch_add(1, std::memory_order_relaxed) + 1); }
+
+ private:
+  // On a cache line of its own.
+  struct alignas(64) Counter {
+    std::atomic<int64_t> value{0};
+  };
 
   // Takes items until none are left. Returns when all phases are done; a helper when there is nothing left to take.
-  void Work(bool is_helper) {
+  void WorkAs(int64_t thread) {
     for (size_t p = 0; p < phases_.size(); ++p) {
-      const Phase& phase = phases_[p];
-      Progress& progress = progress_[p];
-      for (int64_t i = progress.taken.fetch_add(1, std::memory_order_relaxed); i < phase.items;
-           i = progress.taken.fetch_add(1, std::memory_order_relaxed)) {
-        phase.body(i);
-        progress.done.fetch_add(1, std::memory_order_release);
-      }
-      if (is_helper && p + 1 == phases_.size()) return;
-      Await(progress.done, phase.items);
+      int64_t done = 0;
+      for (int64_t i = 0; i < threads_; ++i) done += TakeShare(p, (thread + i) % threads_);
+      done_[p].value.fetch_add(done, std::memory_order_release);
+      if (thread > 0 && p + 1 == phases_.size()) return;
+      Await(done_[p].value, phases_[p].items);
     }
   }
 
- private:
-  // On cache lines of their own, for all threads write to them.
-  struct alignas(64) Progress {
-    std::atomic<int64_t> taken{0};
-    alignas(64) std::atomic<int64_t> done{0};
-  };
+  // Does what is left of a share. Returns how many items that were.
+  int64_t TakeShare(size_t p, int64_t share) {
+    const Phase& phase = phases_[p];
+    const int64_t begin = phase.items * share / threads_;
+    const int64_t end = phase.items * (share + 1) / threads_;
+    std::atomic<int64_t>& taken = taken_[p * threads_ + share].value;
+    for (int64_t done = 0;; ++done) {
+      const int64_t i = taken.fetch_add(1, std::memory_order_relaxed);
+      if (i >= end - begin) return done;
+      phase.body(phase.backwards ? end - 1 - i : begin + i);
+    }
+  }
 
   // What is awaited is the end of items that other threads are at, some tens of microseconds: too short to sleep. Only
   // if such a thread has lost its core, it takes longer, and the core may be this one.
@@ -52,8 +64,11 @@ class Call {
     }
   }
 
-  std::vector<Phase> phases_;
-  std::vector<Progress> progress_;
+  const std::vector<Phase> phases_;
+  const int64_t threads_;
+  std::atomic<int64_t> helpers_{0};  // that have come
+  std::vector<Counter> done_;        // items, by phase
+  std::vector<Counter> taken_;       // items, by phase and share
 };
 
 }  // namespace
@@ -63,14 +78,12 @@ void RunPhases(const Threads& threads, int64_t helpers, std::vector<Phase> phase
   for (const Phase& phase : phases) most_items = std::max(most_items, phase.items);
   helpers = std::min({helpers, static_cast<int64_t>(threads.helpers), most_items - 1});
   if (helpers <= 0) {
-    for (const Phase& phase : phases) {
-      for (int64_t i = 0; i < phase.items; ++i) phase.body(i);
-    }
+    Call(std::move(phases), /*threads=*/1).Work();
     return;
   }
-  const auto call = std::make_shared<Call>(std::move(phases));
-  for (int64_t i = 0; i < helpers; ++i) threads.schedule([call] { call->Work(/*is_helper=*/true); });
-  call->Work(/*is_helper=*/false);
+  const auto call = std::make_shared<Call>(std::move(phases), helpers + 1);
+  for (int64_t i = 0; i < helpers; ++i) threads.schedule([call] { call->Help(); });
+  call->Work();
 }
 
 }  // namespace tfops::cpu
