@@ -264,8 +264,8 @@ class TensorFlowWorker(Worker):
         if jit and steps >= LEAST_LOOP_STEPS:
             return self._loop(cell, peer, t, steps)
         steps = 1 if jit else steps
-        run = self.graph(peer, what, steps, t, saved, jit)
-        return Call(run, steps, lambda: run()[0])
+        run, first = (self.graph(peer, what, count, t, saved, jit) for count in (steps, 1))
+        return Call(run, steps, first)
 
     def graph(self, peer: Any, what: str, steps: int, t: Tensors, saved: tuple, jit: bool = False) -> Callable:
         """So many steps as a graph: a function without arguments, that returns what `chain` does."""

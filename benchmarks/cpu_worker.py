@@ -9,8 +9,8 @@ allocator (the one that comes with oneDNN, or TF_CPU_ALLOCATOR_USE_BFC), and by 
 and TensorFlow without oneDNN are several times slower without.
 
 Calling a graph takes TensorFlow 0.2 ms, whatever is in it. So a graph holds several steps if they are short, each on
-the result of the one before (y is the next x, dx the next dy), and times are of a step. PyTorch does as many steps a
-call.
+the result of the one before (y is the next x, dx the next dy), and times are of a step. Only the last step's results
+are returned: those in between are free to be overwritten, by whatever peer can. PyTorch does as many steps a call.
 """
 
 from __future__ import annotations
@@ -109,12 +109,12 @@ def next_step(step: Callable[[Tensors], tuple], what: str, t: Tensors, results: 
     return step(t._replace(x=named.get("y", t.x), dy=named.get("dx", t.dy)))
 
 
-def chain(step: Callable[[Tensors], tuple], what: str, steps: int, t: Tensors) -> tuple[tuple, tuple]:
-    """The results of the first and the last of so many steps."""
-    first = last = step(t)
+def chain(step: Callable[[Tensors], tuple], what: str, steps: int, t: Tensors) -> tuple:
+    """The results of the last of so many steps."""
+    results = step(t)
     for _ in range(steps - 1):
-        last = next_step(step, what, t, last)
-    return first, last
+        results = next_step(step, what, t, results)
+    return results
 
 
 def numbers(cell: Cell) -> dict[str, np.ndarray]:

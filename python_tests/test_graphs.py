@@ -215,3 +215,39 @@ def test_bad_shapes_are_found_while_building_the_graph():
             tfops.fused_batch_norm(x, ok, ok, epsilon=-8.0)
         with pytest.raises(ValueError, match="exponential_avg_factor"):
             tfops.fused_batch_norm(x, ok, ok, ok, ok, exponential_avg_factor=1.5)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_y_overwrites_an_input_only_where_nobody_else_reads_it(is_training, with_residual):
+    rng = np.random.default_rng(0)
+    shape = (64, 33, 64)  # enough for several threads
+    tensors = [tf.constant(rng.standard_normal(shape).astype(np.float32)) for _ in range(2)]
+    vectors = [tf.constant(rng.uniform(0.5, 2, 64).astype(np.float32)) for _ in range(4)]
+
+    def step(x, residual):
+        return tfops.fused_batch_norm(
+            x,
+            *vectors,
+            is_training=is_training,
+            exponential_avg_factor=0.5,
+            activation="relu",
+            residual=residual if with_residual else None,
+        )
+
+    @tf.function
+    def nobody(x, residual):
+        return step(2.0 * x, 3.0 * residual)
+
+    @tf.function
+    def somebody(x, residual):
+        x, residual = 2.0 * x, 3.0 * residual
+        return *step(x, residual), x, residual
+
+    want = step(2.0 * tensors[0], 3.0 * tensors[1])
+    *kept, x, residual = somebody(*tensors)
+    np.testing.assert_array_equal(x, 2.0 * tensors[0])
+    np.testing.assert_array_equal(residual, 3.0 * tensors[1])
+    for got in (nobody(*tensors), kept):
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_array_equal(g, w)

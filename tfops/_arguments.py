@@ -27,7 +27,13 @@ class Arguments(NamedTuple):
     is_training: bool | tf.Tensor
 
 
+# What is a tensor already, or a bool, is looked at first and is done with: eager calls on small tensors take little
+# longer than their Python.
+
+
 def _tensor(name: str, value: Any, dtype: tf.DType) -> tf.Tensor:
+    if isinstance(value, tf.Tensor) and value.dtype == dtype:
+        return value
     if getattr(value, "dtype", None) is not None and tf.as_dtype(value.dtype) != dtype:
         raise TypeError(f"{name} must be of dtype {dtype.name}, but it is {tf.as_dtype(value.dtype).name}")
     return tf.convert_to_tensor(value, dtype, name=name)
@@ -35,6 +41,8 @@ def _tensor(name: str, value: Any, dtype: tf.DType) -> tf.Tensor:
 
 def _is_training(value: Any) -> bool | tf.Tensor:
     """A bool if it is known by now, else a scalar bool tensor."""
+    if isinstance(value, bool):
+        return value
     if not tf.is_tensor(value):
         return bool(value)
     if value.dtype != tf.bool or value.shape.rank not in (0, None):
@@ -57,7 +65,8 @@ def convert(
     residual: Any,
 ) -> Arguments:
     """All tensors as tensors. Raises TypeError or ValueError, naming the argument and its value."""
-    x = tf.convert_to_tensor(x, name="x")
+    if not isinstance(x, tf.Tensor):
+        x = tf.convert_to_tensor(x, name="x")
     if x.dtype not in _DATA_TYPES:
         names = ", ".join(dtype.name for dtype in _DATA_TYPES)
         raise TypeError(f"x must be of dtype {names}, but it is {x.dtype.name}")

@@ -96,7 +96,7 @@ def fused_batch_norm(
 
         def infer() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             y = ops.tfops_batch_norm_inference(x, scale, offset, mean, variance, **common)
-            return y, tf.identity(mean), tf.identity(variance)
+            return y, mean, variance
 
         if isinstance(training, bool):
             return tuple(train() if training else infer())

@@ -181,9 +181,9 @@ class BatchNormOp : public OpKernel {
 
   const Attributes& attributes() const { return attributes_; }
 
-  // The last input, where there is a residual.
-  static std::vector<int> ResidualInput(OpKernelContext* context, const Problem& problem) {
-    return problem.has_residual ? std::vector<int>{context->num_inputs() - 1} : std::vector<int>{};
+  // Inputs in whose buffer y may be: the residual, which is the last, and x.
+  static std::vector<int> ReusableForY(OpKernelContext* context, const Problem& problem) {
+    return problem.has_residual ? std::vector<int>{context->num_inputs() - 1, 0} : std::vector<int>{0};
   }
 
  private:
@@ -214,7 +214,7 @@ class TrainingOp final : public BatchNormOp {
     }
 
     Outputs outputs(context);
-    TF_RETURN_IF_ERROR(outputs.Reuse(ResidualInput(context, problem), inputs.data_shape(), &arrays.y));
+    TF_RETURN_IF_ERROR(outputs.Reuse(ReusableForY(context, problem), inputs.data_shape(), &arrays.y));
     for (void** vector : {&arrays.mean_out, &arrays.variance_out, &arrays.saved_mean, &arrays.saved_inv_std}) {
       TF_RETURN_IF_ERROR(outputs.Allocate(inputs.vector_shape(), vector));
     }
@@ -246,9 +246,7 @@ class InferenceOp final : public BatchNormOp {
     TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
 
     Outputs outputs(context);
-    std::vector<int> reusable = ResidualInput(context, problem);
-    reusable.push_back(0);
-    TF_RETURN_IF_ERROR(outputs.Reuse(reusable, inputs.data_shape(), &arrays.y));
+    TF_RETURN_IF_ERROR(outputs.Reuse(ReusableForY(context, problem), inputs.data_shape(), &arrays.y));
     return Device::Run(context, problem, arrays);
   }
 };
