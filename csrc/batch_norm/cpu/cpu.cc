@@ -96,15 +96,19 @@ int64_t LastLevelCacheBytes() {
 }
 
 // Whether as many tensors of x's size are more than the cache holds: then an output written through it would only push
-// out what is still to be read. Nothing but speed depends on it.
+// out what is still to be read. Not so an output in an input's place, whose lines have just been read. Nothing but
+// speed depends on it.
 bool OutgrowsCache(const Problem& problem, int tensors) {
   return problem.Elements() > LastLevelCacheBytes() / (tensors * ElementBytes(problem.dtype));
 }
 
 ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, Arena* arena) {
-  ForwardJob job{Simplified(problem), {}, false, arrays, {}, {}};
+  ForwardJob job;
+  job.problem = Simplified(problem);
+  job.arrays = arrays;
   job.plan = MakePlan(job.problem, /*backward=*/false);
-  job.stream = OutgrowsCache(problem, problem.has_residual ? 3 : 2);
+  const bool in_place = arrays.y == arrays.x || arrays.y == arrays.residual;
+  job.stream_y = !in_place && OutgrowsCache(problem, problem.has_residual ? 3 : 2);
   if (problem.training) job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset}) {
     *piece = TakeColumns(problem, job.plan, arena);
@@ -113,9 +117,12 @@ ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, A
 }
 
 BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays, Arena* arena) {
-  BackwardJob job{Simplified(problem), {}, false, arrays, {}, {}};
+  BackwardJob job;
+  job.problem = Simplified(problem);
+  job.arrays = arrays;
   job.plan = MakePlan(job.problem, /*backward=*/true);
-  job.stream = OutgrowsCache(problem, arrays.dresidual ? 4 : 3);
+  job.stream_dresidual = arrays.dresidual && arrays.dresidual != arrays.dy && OutgrowsCache(problem, 4);
+  job.stream_dx = arrays.dx != arrays.dy && OutgrowsCache(problem, arrays.dresidual ? 4 : 3);
   job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset,
                        &job.coefficients.tilt, &job.coefficients.shift}) {

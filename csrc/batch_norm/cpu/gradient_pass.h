@@ -23,7 +23,8 @@ struct GradientArrays {
   int64_t length;
   T* dx;
   T* dresidual;
-  bool stream;
+  bool stream_dx;
+  bool stream_dresidual;
 };
 
 template <typename T>
@@ -38,7 +39,8 @@ TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardJob& job, const Run& ru
           run.length,
           static_cast<T*>(arrays.dx) + run.offset,
           dresidual ? dresidual + run.offset : nullptr,
-          job.stream};
+          job.stream_dx,
+          job.stream_dresidual};
 }
 
 template <typename P>
@@ -257,20 +259,20 @@ TFOPS_INLINE void GradientNormalizeVector(const GradientArrays<T>& arrays, const
   Vec<P> dx = g.dz * coefficients.Slope(i);
   if (training) dx += g.xc * coefficients.Tilt(i) + coefficients.Shift(i);
   // dresidual first: it may be dy itself, but so may dx, and both have been read.
-  if (arrays.dresidual) StoreLanes<kPartial>(arrays.dresidual + i, g.dz, n, arrays.stream);
-  StoreLanes<kPartial>(arrays.dx + i, dx, n, arrays.stream);
+  if (arrays.dresidual) StoreLanes<kPartial>(arrays.dresidual + i, g.dz, n, arrays.stream_dresidual);
+  StoreLanes<kPartial>(arrays.dx + i, dx, n, arrays.stream_dx);
 }
 
 template <Activation kActivation, typename T, typename C>
 TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T> arrays, const C& coefficients, bool training) {
   constexpr int kL = kLanes<Param<T>>;
   int64_t i = 0;
-  if (arrays.stream && !arrays.bits) {
+  if ((arrays.stream_dx || arrays.stream_dresidual) && !arrays.bits) {
     i = ElementsBeforeStream(arrays.dx, arrays.length);
     if (i > 0) GradientNormalizeVector<true, kActivation>(arrays, coefficients, training, 0, i);
   }
-  arrays.stream =
-      arrays.stream && IsStreamable(arrays.dx + i) && (!arrays.dresidual || IsStreamable(arrays.dresidual + i));
+  arrays.stream_dx = arrays.stream_dx && IsStreamable(arrays.dx + i);
+  arrays.stream_dresidual = arrays.stream_dresidual && IsStreamable(arrays.dresidual + i);
   for (; i + kL <= arrays.length; i += kL) {
     GradientNormalizeVector<false, kActivation>(arrays, coefficients, training, i, kL);
   }
@@ -296,7 +298,7 @@ void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
       }
     });
   });
-  if (job.stream) StreamFence();
+  if (job.stream_dx || job.stream_dresidual) StreamFence();
 }
 
 }  // namespace

@@ -24,11 +24,11 @@ struct Coefficients {
   void* shift = nullptr;
 };
 
-// stream: outputs go past the cache, which is too small for them and what was read.
+// stream: the output goes past the cache, which is too small for it and what was read.
 struct ForwardJob {
   Problem problem;
   Plan plan;
-  bool stream = false;
+  bool stream_y = false;
   ForwardArrays arrays;
   Partials partials;
   Coefficients coefficients;
@@ -37,7 +37,8 @@ struct ForwardJob {
 struct BackwardJob {
   Problem problem;
   Plan plan;
-  bool stream = false;
+  bool stream_dx = false;
+  bool stream_dresidual = false;
   BackwardArrays arrays;
   Partials partials;
   Coefficients coefficients;

@@ -74,7 +74,7 @@ void NormalizeItem(const ForwardJob& job, int64_t item) {
       uint8_t buffer[kRunMaskBytes];
       uint8_t* bits = buffered ? buffer : MaskInPlace(problem, plan, run, mask);
       const NormalizeArrays<T> arrays{x + run.offset, residual ? residual + run.offset : nullptr, y + run.offset, bits,
-                                      job.stream};
+                                      job.stream_y};
       if (plan.channels_last) {
         NormalizeRun<kActivation>(arrays, ColumnCoefficients<P>(job.coefficients, run.column), run.length);
       } else {
@@ -83,7 +83,7 @@ void NormalizeItem(const ForwardJob& job, int64_t item) {
       if (buffered) ScatterMask(problem, plan, run, buffer, mask);
     });
   });
-  if (job.stream) StreamFence();
+  if (job.stream_y) StreamFence();
 }
 
 }  // namespace
