@@ -8,12 +8,12 @@ import tensorflow as tf
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu")
 _AXIS_OF_FORMAT = {"NHWC": -1, "NDHWC": -1, "NWC": -1, "NCHW": 1, "NCDHW": 1, "NCW": 1}
-_DATA_TYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+_DATA_TYPES = (tf.float32, tf.bfloat16, tf.float16, tf.float64)
 
 
 def param_type(data_type: tf.DType) -> tf.DType:
     """The type of parameters and statistics, and of all arithmetic: float64 for float64, else float32."""
-    return tf.float64 if data_type == tf.float64 else tf.float32
+    return tf.float64 if data_type is tf.float64 else tf.float32
 
 
 class Arguments(NamedTuple):
@@ -32,7 +32,7 @@ class Arguments(NamedTuple):
 
 
 def _tensor(name: str, value: Any, dtype: tf.DType) -> tf.Tensor:
-    if isinstance(value, tf.Tensor) and value.dtype == dtype:
+    if isinstance(value, tf.Tensor) and value.dtype is dtype:
         return value
     if getattr(value, "dtype", None) is not None and tf.as_dtype(value.dtype) != dtype:
         raise TypeError(f"{name} must be of dtype {dtype.name}, but it is {tf.as_dtype(value.dtype).name}")

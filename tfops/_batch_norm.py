@@ -61,43 +61,43 @@ def fused_batch_norm(
       TypeError, ValueError: naming the argument and its value.
       tf.errors.InvalidArgumentError: for shapes and values that are known only when the op runs.
     """
-    with tf.name_scope(name or "FusedBatchNorm"):
-        arguments = convert(
+    arguments = convert(
+        x,
+        scale,
+        offset,
+        mean,
+        variance,
+        data_format,
+        is_training,
+        exponential_avg_factor,
+        axis,
+        activation,
+        residual,
+    )
+    x, scale, offset, mean, variance, residual, axis, training = arguments
+    common = {
+        "residual": [] if residual is None else [residual],
+        "axis": axis,
+        "epsilon": epsilon,
+        "activation": activation or "",
+        "name": name,
+    }
+
+    def train() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        return ops.tfops_batch_norm_training(
             x,
             scale,
             offset,
-            mean,
-            variance,
-            data_format,
-            is_training,
-            exponential_avg_factor,
-            axis,
-            activation,
-            residual,
-        )
-        x, scale, offset, mean, variance, residual, axis, training = arguments
-        common = {
-            "residual": [] if residual is None else [residual],
-            "axis": axis,
-            "epsilon": epsilon,
-            "activation": activation or "",
-        }
+            running=[] if mean is None else [mean, variance],
+            exponential_avg_factor=exponential_avg_factor,
+            unbiased=unbiased,
+            **common,
+        )[:3]
 
-        def train() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            return ops.tfops_batch_norm_training(
-                x,
-                scale,
-                offset,
-                running=[] if mean is None else [mean, variance],
-                exponential_avg_factor=exponential_avg_factor,
-                unbiased=unbiased,
-                **common,
-            )[:3]
+    def infer() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        y = ops.tfops_batch_norm_inference(x, scale, offset, mean, variance, **common)
+        return y, mean, variance
 
-        def infer() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            y = ops.tfops_batch_norm_inference(x, scale, offset, mean, variance, **common)
-            return y, mean, variance
-
-        if isinstance(training, bool):
-            return tuple(train() if training else infer())
-        return tuple(tf.cond(training, lambda: tuple(train()), infer))
+    if isinstance(training, bool):
+        return tuple(train() if training else infer())
+    return tuple(tf.cond(training, lambda: tuple(train()), infer))

@@ -46,10 +46,12 @@ def _training_grad(op: tf.Operation, dy: Any, dmean: Any, dvariance: Any, *_: An
         has_residual=bool(residual),
         **attributes,
     )
-    kept = 1.0 - attributes["exponential_avg_factor"]
     gradients = [dx, dscale, doffset]
     if running:
-        gradients += [kept * dmean, kept * dvariance]
+        # A tape tells which inputs it has no use for: most often these.
+        unused = getattr(op, "skip_input_indices", None) or ()
+        kept = 1.0 - attributes["exponential_avg_factor"]
+        gradients += [None if i in unused else kept * d for i, d in ((3, dmean), (4, dvariance))]
     if residual:
         gradients.append(dresidual if attributes["activation"] else dy)
     return gradients
