@@ -1,7 +1,7 @@
 """Gradients of the ops: the first by the gradient ops, those of the gradient ops by formulas in plain TensorFlow.
 
 Whoever differentiates twice gets TensorFlow's own derivatives of the formulas below, which compute what the gradient
-ops compute, and is free to differentiate again. So it is with the phases, whose first gradient is `_phases.normalize`'s.
+ops compute, and is free to differentiate again. The phases' first gradient is that of `_phases.normalize`.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfops import _gradients  # noqa: F401  (registers them)
+from tfops._arguments import param_type
 from tfops._library import ops
 
 
@@ -35,6 +36,12 @@ def replicas() -> int:
     return 1 if context is None else context.num_replicas_in_sync
 
 
+def moments(x: tf.Tensor, axis: int, keep: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """count, mean and variance of x over all dimensions but `axis`: [C]. The arguments are those of the next."""
+    keeps = [] if keep is None else [keep]
+    return tuple(ops.tfops_batch_norm_moments(x, keep=keeps, axis=axis, U=param_type(x.dtype)))
+
+
 def batch_statistics(
     x: tf.Tensor, axis: int, *, keep: tf.Tensor | None = None, ballast: float = 0.0, synchronized: bool = False
 ) -> Statistics:
@@ -47,7 +54,7 @@ def batch_statistics(
       ballast: what divisors have in excess of the number of elements; >= 0.
       synchronized: over all replicas. They may hold different numbers of elements, or none; one collective.
     """
-    count, mean, variance = ops.tfops_batch_norm_moments(x, keep=[] if keep is None else [keep], axis=axis)
+    count, mean, variance = moments(x, axis, keep)
     synchronized = synchronized and replicas() > 1
     if synchronized:
         packed = tf.concat([count, mean, variance], 0)[None]
@@ -59,7 +66,7 @@ def batch_statistics(
 
 
 def _merge(count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, ballast: float) -> tuple[tf.Tensor, ...]:
-    """From [parts, C] to [C]: Chan's rule for any number of parts, in float64. See Merge in csrc/batch_norm/moments.h."""
+    """From [parts, C] to [C]: Chan's rule for any number of parts, in float64; `Merge` of csrc/batch_norm/moments.h."""
     n, means, variances = (tf.cast(tensor, tf.float64) for tensor in (count, mean, variance))
     total = tf.reduce_sum(n, 0)
     center = tf.math.divide_no_nan(tf.reduce_sum(n * means, 0), total + ballast)

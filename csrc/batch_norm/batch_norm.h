@@ -137,9 +137,9 @@ struct BackwardArrays {
 };
 
 // The phases by themselves, for statistics that are not simply those of a call's data: those of some of the elements,
-// of several devices, or corrected. Forward: Moments(), whatever makes mean and variance of its results, and Forward()
-// in inference. Backward: GradientMoments() and GradientNormalize(), which are the two halves of Backward() in
-// inference, and between them whatever makes tilt and shift of the gradients of mean and variance.
+// of several devices, or corrected. Forward: BatchMoments(), whatever makes mean and variance of its results, and
+// Forward() in inference. Backward: GradientMoments() and GradientNormalize(), which are the two halves of Backward()
+// in inference, and between them whatever makes tilt and shift of the gradients of mean and variance.
 
 // The elements that count: elements i * length to (i + 1) * length - 1 of the tensor, as it lies in memory, where
 // flags[i] is not 0.
@@ -184,8 +184,8 @@ TFOPS_EXPORT Status Backward(const Problem& problem, const BackwardArrays& array
 
 // The problem of the gradient phases is one of inference. Their workspace is BackwardWorkspaceBytes(problem).
 TFOPS_EXPORT size_t MomentsWorkspaceBytes(const Problem& problem);
-TFOPS_EXPORT Status Moments(const Problem& problem, const MomentsArrays& arrays, void* workspace,
-                            const Threads& threads);
+TFOPS_EXPORT Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* workspace,
+                                 const Threads& threads);
 // Writes all but dx and dresidual.
 TFOPS_EXPORT Status GradientMoments(const Problem& problem, const BackwardArrays& arrays, void* workspace,
                                     const Threads& threads);
@@ -209,7 +209,7 @@ TFOPS_EXPORT Status Forward(const Problem& problem, const ForwardArrays& arrays,
 TFOPS_EXPORT Status Backward(const Problem& problem, const BackwardArrays& arrays, void* workspace, void* stream);
 
 TFOPS_EXPORT Status MomentsWorkspaceBytes(const Problem& problem, size_t* bytes);
-TFOPS_EXPORT Status Moments(const Problem& problem, const MomentsArrays& arrays, void* workspace, void* stream);
+TFOPS_EXPORT Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* workspace, void* stream);
 TFOPS_EXPORT Status GradientMoments(const Problem& problem, const BackwardArrays& arrays, void* workspace,
                                     void* stream);
 TFOPS_EXPORT Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays,

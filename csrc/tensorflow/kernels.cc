@@ -47,7 +47,7 @@ class CpuDevice {
   static absl::Status Run(OpKernelContext* context, const Problem& problem, const MomentsArrays& arrays) {
     Tensor workspace;
     TF_RETURN_IF_ERROR(AllocateWorkspace(context, cpu::MomentsWorkspaceBytes(problem), &workspace));
-    return ToAbsl(cpu::Moments(problem, arrays, workspace.data(), IntraOpThreads(context)));
+    return ToAbsl(cpu::BatchMoments(problem, arrays, workspace.data(), IntraOpThreads(context)));
   }
 
   // One half of Backward: GradientNormalize if there are `statistics`, else GradientMoments.
@@ -91,7 +91,7 @@ class GpuDevice {
     TF_RETURN_IF_ERROR(ToAbsl(cuda::MomentsWorkspaceBytes(problem, &bytes)));
     Tensor workspace;
     TF_RETURN_IF_ERROR(AllocateWorkspace(context, bytes, &workspace));
-    return ToAbsl(cuda::Moments(problem, arrays, workspace.data(), Stream(context)));
+    return ToAbsl(cuda::BatchMoments(problem, arrays, workspace.data(), Stream(context)));
   }
 
   static absl::Status RunHalf(OpKernelContext* context, const Problem& problem, const BackwardArrays& arrays,

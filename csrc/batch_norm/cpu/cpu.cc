@@ -237,7 +237,7 @@ size_t MomentsWorkspaceBytes(const Problem& problem) {
   return arena.used();
 }
 
-Status Moments(const Problem& problem, const MomentsArrays& arrays, void* workspace, const Threads& threads) {
+Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* workspace, const Threads& threads) {
   const Status status = Check(problem);
   if (!status.ok()) return status;
   Arena arena(workspace);

@@ -16,7 +16,7 @@ Status BackwardWorkspaceBytes(const Problem&, size_t*) { return NotBuilt(); }
 Status Forward(const Problem&, const ForwardArrays&, void*, void*) { return NotBuilt(); }
 Status Backward(const Problem&, const BackwardArrays&, void*, void*) { return NotBuilt(); }
 Status MomentsWorkspaceBytes(const Problem&, size_t*) { return NotBuilt(); }
-Status Moments(const Problem&, const MomentsArrays&, void*, void*) { return NotBuilt(); }
+Status BatchMoments(const Problem&, const MomentsArrays&, void*, void*) { return NotBuilt(); }
 Status GradientMoments(const Problem&, const BackwardArrays&, void*, void*) { return NotBuilt(); }
 Status GradientNormalize(const Problem&, const BackwardArrays&, const StatisticsGradient&, void*, void*) {
   return NotBuilt();
