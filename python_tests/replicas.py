@@ -5,6 +5,7 @@ A process of its own, since logical devices have to be asked for before TensorFl
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -18,6 +19,25 @@ cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
+# The collectives of the layer: which, and of how many numbers.
+collectives = []
+sum_over_replicas = tf.distribute.ReplicaContext.all_reduce
+
+
+def _recorded(name):
+    original = getattr(tf.distribute.ReplicaContext, name)
+
+    def call(self, *arguments):
+        tensors = [argument for argument in tf.nest.flatten(arguments) if tf.is_tensor(argument)]
+        collectives.append((name, *(tensor.shape.num_elements() for tensor in tensors)))
+        return original(self, *arguments)
+
+    return call
+
+
+for method in ("all_gather", "all_reduce"):
+    setattr(tf.distribute.ReplicaContext, method, _recorded(method))
+
 
 def run(case, parts):
     rng = np.random.default_rng(0)
@@ -29,9 +49,11 @@ def run(case, parts):
     bounds = np.cumsum([0, *parts])
     dtype = case["dtype"]
 
-    def part(context, array, dtype):
+    def parted(array, dtype):
         pieces = [tf.constant(array[a:b], dtype) for a, b in itertools.pairwise(bounds)]
-        return pieces[context.replica_id_in_sync_group]
+        if len(parts) == 1:
+            return pieces[0]
+        return strategy.experimental_distribute_values_from_function(lambda c: pieces[c.replica_id_in_sync_group])
 
     def make():
         layer = tfops.keras.BatchNormalization(synchronized=True, momentum=0.75, dtype=dtype, **case["layer"])
@@ -42,33 +64,35 @@ def run(case, parts):
             layer.beta.assign(np.linspace(-1, 1, channels))
         return layer
 
-    def step(layer):
-        context = tf.distribute.get_replica_context()
-        inputs = [part(context, x, dtype)] + ([part(context, residual, dtype)] if case["residual"] else [])
-        kwargs = {"residual": inputs[1]} if case["residual"] else {}
+    def step(layer, x, residual, weights, mask):
+        inputs = [x, residual] if case["residual"] else [x]
+        kwargs = {"residual": residual} if case["residual"] else {}
         if case["mask"]:
-            kwargs["mask"] = part(context, mask, tf.bool)
+            kwargs["mask"] = mask
         with tf.GradientTape() as outer:
             outer.watch(inputs)
             with tf.GradientTape() as tape:
                 tape.watch(inputs)
                 y = layer(inputs[0], training=True, **kwargs)
-                loss = tf.reduce_sum(part(context, weights, dtype) * y * y)
+                loss = tf.reduce_sum(weights * y * y)
             data = tape.gradient(loss, inputs + [v.value for v in layer.trainable_variables])
             product = tf.reduce_sum(data[0] ** 2) if case["second"] else tf.constant(0.0, dtype)
         # Gradients of variables are summed by the optimizer; here, by hand.
-        variables = [context.all_reduce("sum", g) for g in data[len(inputs) :]]
+        context = tf.distribute.get_replica_context()
+        variables = [sum_over_replicas(context, "sum", g) for g in data[len(inputs) :]]
         second = outer.gradient(product, inputs[0]) if case["second"] else tf.zeros_like(inputs[0])
         return [y, *data[: len(inputs)], second], variables
 
+    data = [parted(array, dtype) for array in (x, residual, weights)] + [parted(mask, tf.bool)]
     if len(parts) == 1:
         layer = make()
-        split, whole = step(layer)
+        split, whole = step(layer, *data)
         moving = [[w.numpy() for w in layer.non_trainable_weights]]
     else:
         with strategy.scope():
             layer = make()
-        split, whole = strategy.run(tf.function(lambda: step(layer)) if case["graph"] else lambda: step(layer))
+        on_replica = functools.partial(step, layer)
+        split, whole = strategy.run(tf.function(on_replica) if case["graph"] else on_replica, data)
         split = [np.concatenate([p.numpy() for p in strategy.experimental_local_results(value)]) for value in split]
         whole = [strategy.experimental_local_results(value)[0] for value in whole]
         averages = [strategy.experimental_local_results(w.value) for w in layer.non_trainable_weights]
@@ -78,4 +102,8 @@ def run(case, parts):
 
 
 cases = json.loads(sys.argv[1])
-print(json.dumps([[run(case, case["parts"]), run(case, [sum(case["parts"])])] for case in cases]))
+results = []
+for case in cases:
+    collectives.clear()
+    results.append([run(case, case["parts"]), run(case, [sum(case["parts"])]), sorted(collectives)])
+print(json.dumps(results))

@@ -155,4 +155,6 @@ def test_dtypes_of_inputs(policy, inputs, autocast):
     for training in (True, False):
         want, got = (layer(x, training=training) for layer in (stock, fused))
         assert got.dtype == want.dtype
-        _assert_same([want, *stock.weights], [got, *fused.weights], want.dtype.name)
+        # Keras computes in float32 if the inputs are integers, whatever the policy.
+        tolerance = "float32" if inputs == "int32" and policy == "float64" else want.dtype.name
+        _assert_same([want, *stock.weights], [got, *fused.weights], tolerance)

@@ -48,7 +48,7 @@ def test_two_replicas_as_one_device(results, name):
     """Outputs, gradients, second derivatives and moving averages; the latter are the same on both replicas."""
     if name not in results:
         pytest.skip("this Keras has no renorm")
-    replicas, (single,) = results[name]
+    replicas, (single,), _ = results[name]
     tolerance = 1e-5 if name != "large mean" else 1e-4
     for replica in replicas:
         assert len(replica) == len(single)
@@ -56,3 +56,9 @@ def test_two_replicas_as_one_device(results, name):
             bound = tolerance * (1 + np.abs(want).max())
             np.testing.assert_allclose(got, want, rtol=0, atol=bound, err_msg=str(i))
     assert replicas[0][-2:] == replicas[1][-2:]
+
+
+def test_one_collective_each_way(results):
+    """On each replica: count, mean and variance forward, two sums backward."""
+    *_, collectives = results["eager"]
+    assert collectives == [["all_gather", 9], ["all_gather", 9], ["all_reduce", 6], ["all_reduce", 6]]
