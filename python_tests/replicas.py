@@ -27,10 +27,10 @@ sum_over_replicas = tf.distribute.ReplicaContext.all_reduce
 def _recorded(name):
     original = getattr(tf.distribute.ReplicaContext, name)
 
-    def call(self, *arguments):
-        tensors = [argument for argument in tf.nest.flatten(arguments) if tf.is_tensor(argument)]
+    def call(self, *arguments, **options):
+        tensors = [argument for argument in tf.nest.flatten([arguments, options]) if tf.is_tensor(argument)]
         collectives.append((name, *(tensor.shape.num_elements() for tensor in tensors)))
-        return original(self, *arguments)
+        return original(self, *arguments, **options)
 
     return call
 

@@ -26,6 +26,7 @@ CASES = {
     "renorm": _case(
         (5, 7), layer={"renorm": True, "renorm_momentum": 0.5, "renorm_clipping": {"rmax": 1.5}}, mask=True
     ),
+    "eager": _case((9, 3), graph=False),
     "bare": _case((5, 7), layer={"scale": False, "center": False}),
 }
 
