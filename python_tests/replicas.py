@@ -105,5 +105,5 @@ cases = json.loads(sys.argv[1])
 results = []
 for case in cases:
     collectives.clear()
-    results.append([run(case, case["parts"]), run(case, [sum(case["parts"])]), sorted(collectives)])
+    results.append([run(case, case["parts"]), run(case, [sum(case["parts"])]), sorted(collectives, key=str)])
 print(json.dumps(results))

@@ -43,7 +43,7 @@ struct BackwardJob {
   Coefficients coefficients;
 };
 
-// counts: [chunks, columns], what each chunk has of a column; only where elements were chosen.
+// counts: [chunks, columns], how many elements each chunk keeps of a column.
 struct MomentsJob {
   ForwardJob forward;
   MomentsArrays arrays;
