@@ -126,8 +126,10 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
 
 MomentsJob MakeMomentsJob(Problem problem, const MomentsArrays& arrays, Arena* arena) {
   problem.training = true;  // that is, the plan is one for statistics
-  MomentsJob job{{Simplified(problem), {}, false, {}, {}, {}}, arrays, nullptr};
+  MomentsJob job;
+  job.arrays = arrays;
   ForwardJob& forward = job.forward;
+  forward.problem = Simplified(problem);
   forward.plan = MakePlan(forward.problem, /*backward=*/false);
   forward.arrays.x = arrays.x;
   forward.partials = TakePartials(forward, arena);

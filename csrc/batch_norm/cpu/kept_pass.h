@@ -218,7 +218,7 @@ void KeptGradientNormalizeItem(const BackwardJob& job, const Kept& kept, int64_t
       });
     });
   });
-  if (job.stream) StreamFence();
+  StreamFence();
 }
 
 }  // namespace
