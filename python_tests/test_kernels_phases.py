@@ -1,4 +1,4 @@
-"""The CUDA phases by themselves, run on the CPU by csrc/simt, agree with the CPU's; and those with float64 NumPy."""
+"""The CPU's phases by themselves agree with float64 NumPy; and CUDA's, run on the CPU by csrc/simt, with those."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_cpu_threads_change_nothing(shape, axis):
 @pytest.mark.parametrize("device", ["three", "small"])
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-def test_cuda(simt, shape, axis, dtype, device):
+def test_cuda_by_simt(simt, shape, axis, dtype, device):
     given = _given(shape, axis, dtype)
     for i, keep in enumerate(_keeps(shape)):
         simt.configure(device, seed=i, offset=i % 2 if keep is None or shape[-1] % 8 else 0)
