@@ -161,10 +161,7 @@ def test_cpu_threads_change_nothing(shape, axis):
                 np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("device", ["three", "small"])
-@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-def test_cuda_by_simt(simt, shape, axis, dtype, device):
+def assert_cuda_agrees(simt, shape, axis, dtype, device):
     given = _given(shape, axis, dtype)
     for i, keep in enumerate(_keeps(shape)):
         simt.configure(device, seed=i, offset=i % 2 if keep is None or shape[-1] % 8 else 0)
@@ -180,3 +177,10 @@ def test_cuda_by_simt(simt, shape, axis, dtype, device):
             cpu().gradient(given, axis, activation, residual, keep),
             dtype,
         )
+
+
+@pytest.mark.parametrize("device", ["three", "small"])
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+def test_cuda_by_simt(simt, shape, axis, dtype, device):
+    assert_cuda_agrees(simt, shape, axis, dtype, device)
