@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not INFO["cuda"], reason="this build has no CUDA
 STREAMING = ("MomentsKernel", "NormalizeKernel", "GradientMomentsKernel", "GradientNormalizeKernel")
 ON_CHIP = ("OnChipForwardKernel", "OnChipBackwardKernel")
 OPS = [f"Tfops>BatchNorm{mode}{grad}" for mode in ("Training", "Inference") for grad in ("", "Grad")]
+OPS += [f"Tfops>BatchNorm{phase}" for phase in ("Moments", "GradientMoments", "GradientNormalize")]
 
 
 def _tool(name: str) -> str:

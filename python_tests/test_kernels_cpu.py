@@ -161,7 +161,7 @@ def test_rounding_is_to_nearest_even(dtype):
 
 @pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
 def test_levels(level):
-    """All of this file, with the kernels of another instruction set."""
+    """All of this file and the CPU's phases by themselves, with the kernels of another instruction set."""
     if level == tfops_kernels.build_info()["cpu_instruction_set"]:
         pytest.skip(f"{level} is what the other tests ran")
 
@@ -173,5 +173,7 @@ def test_levels(level):
     chosen = run("-c", "import tfops_kernels; print(tfops_kernels.build_info()['cpu_instruction_set'])").stdout
     if chosen.strip() != level:
         pytest.skip(f"this machine has no {level}")
-    tests = run("-m", "pytest", "-q", "-k", "not levels", "-p", "no:cacheprovider", __file__)
+    phases = str(Path(__file__).with_name("test_kernels_phases.py"))
+    selected = ("-k", "not levels and not by_simt")
+    tests = run("-m", "pytest", "-q", *selected, "-p", "no:cacheprovider", __file__, phases)
     assert tests.returncode == 0, tests.stdout

@@ -10,6 +10,7 @@ import kernel_cases
 import numpy as np
 import pytest
 import simt_runner
+import test_kernels_phases
 from kernel_cases import Case
 
 # Of csrc/simt/runtime.cc. On the small ones, small tensors are as large as large ones on the others.
@@ -167,5 +168,7 @@ def test_every_kernel_ran(simt, monkeypatch):
                 simt.configure("three", offset=offset)
                 for dtype in kernel_cases.DTYPES:
                     _check(simt, Case(shape, axis, dtype, activation="relu", residual=True))
+    for dtype in kernel_cases.DTYPES:
+        test_kernels_phases.assert_cuda_agrees(simt, (300, 64), -1, dtype, "three")
     ran = {report["kernel"] for report in simt.machine.take_reports()}
     assert not wanted - ran

@@ -1,7 +1,7 @@
 """Gradients of the ops: the first by the gradient ops, those of the gradient ops by formulas in plain TensorFlow.
 
-Whoever differentiates twice gets TensorFlow's own derivatives of `_training_gradient` and `_inference_gradient` below,
-which compute what the gradient ops compute, and is free to differentiate again.
+Whoever differentiates twice gets TensorFlow's own derivatives of the formulas below, which compute what the gradient
+ops compute, and is free to differentiate again. The phases' first gradient is that of `_phases.normalize`.
 """
 
 from __future__ import annotations
@@ -244,3 +244,61 @@ def _inference_grad_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
         list(upstream if has_dresidual else upstream[:-1]),
         arguments,
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The phases by themselves.
+
+
+def _kept(op: tf.Operation, dtype: tf.DType) -> tf.Tensor | float:
+    """The input `keep` as factors."""
+    keeps = op.get_attr("num_keeps")
+    if not keeps:
+        return 1.0
+    keep = op.inputs[1 if op.type == "Tfops>BatchNormMoments" else 8]
+    return tf.cast(keep, dtype)[..., None]
+
+
+@tf.RegisterGradient("Tfops>BatchNormMoments")
+def _moments_grad(op: tf.Operation, _: Any, dmean: Any, dvariance: Any) -> list[Any]:
+    x = op.inputs[0]
+    count, mean, _ = op.outputs
+    wide = tf.cast(x, count.dtype)
+    layout = _Layout(wide, op.get_attr("axis"))
+    shift = layout.vector(tf.math.divide_no_nan(dmean, count))
+    tilt = layout.vector(tf.math.divide_no_nan(2 * dvariance, count))
+    dx = _kept(op, wide.dtype) * ((wide - layout.vector(mean)) * tilt + shift)
+    return [tf.cast(dx, x.dtype)] + [None] * op.get_attr("num_keeps")
+
+
+@tf.RegisterGradient("Tfops>BatchNormGradientMoments")
+def _gradient_moments_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
+    attributes = _attributes(op, _SHARED)
+    arguments = list(op.inputs)
+
+    def function(*arguments: Any) -> list[tf.Tensor]:
+        residual = arguments[6] if op.get_attr("num_residuals") else None
+        return _inference_gradient(*arguments[:6], residual, **attributes)[1:5]
+
+    wide = [tf.cast(tensor, param_type(op.inputs[1].dtype)) for tensor in arguments]
+    return _derivatives(function, wide, list(upstream), arguments)
+
+
+@tf.RegisterGradient("Tfops>BatchNormGradientNormalize")
+def _gradient_normalize_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
+    attributes = _attributes(op, _SHARED)
+    keeps, residuals = op.get_attr("num_keeps"), op.get_attr("num_residuals")
+    arguments = [*op.inputs[:8], *op.inputs[8 + keeps :]]
+    param = param_type(op.inputs[1].dtype)
+    kept = _kept(op, param)
+
+    def function(*arguments: Any) -> list[tf.Tensor]:
+        x, mean, tilt, shift = (arguments[i] for i in (1, 4, 6, 7))
+        layout = _Layout(x, attributes["axis"])
+        dx, *_, dz = _inference_gradient(*arguments[:6], arguments[8] if residuals else None, **attributes)
+        return [dx + kept * ((x - layout.vector(mean)) * layout.vector(tilt) + layout.vector(shift)), dz]
+
+    wide = [tf.cast(tensor, param) for tensor in arguments]
+    has_dresidual = residuals and attributes["activation"]
+    gradients = _derivatives(function, wide, list(upstream if has_dresidual else upstream[:1]), arguments)
+    return [*gradients[:8], *[None] * keeps, *gradients[8:]]

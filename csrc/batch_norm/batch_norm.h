@@ -136,6 +136,34 @@ struct BackwardArrays {
   void* dresidual = nullptr;     // [N]; null if it is not wanted, or dy itself (activation none)
 };
 
+// The phases by themselves, for statistics that are not simply those of a call's data: those of some of the elements,
+// of several devices, or corrected. Forward: BatchMoments(), whatever makes mean and variance of its results, and
+// Forward() in inference. Backward: GradientMoments() and GradientNormalize(), which are the two halves of Backward()
+// in inference, and between them whatever makes tilt and shift of the gradients of mean and variance.
+
+// The elements that count: elements i * length to (i + 1) * length - 1 of the tensor, as it lies in memory, where
+// flags[i] is not 0.
+struct Kept {
+  const uint8_t* flags = nullptr;  // null: all elements count
+  int64_t length = 1;              // `channels` where inner == 1, or a divisor of inner
+};
+
+struct MomentsArrays {
+  const void* x = nullptr;  // [N]
+  Kept kept;
+
+  void* count = nullptr;     // [C]
+  void* mean = nullptr;      // [C]; 0 where count is 0
+  void* variance = nullptr;  // [C]; m2 / count; 0 where count is 0
+};
+
+// What the statistics add to dx where elements were kept: (x - mean) * tilt + shift.
+struct StatisticsGradient {
+  const void* tilt = nullptr;   // [C]
+  const void* shift = nullptr;  // [C]
+  Kept kept;
+};
+
 namespace cpu {
 
 // The threads that a call may use: its own, and up to `helpers` more. schedule(task) has the task run on another
@@ -154,6 +182,17 @@ TFOPS_EXPORT Status Forward(const Problem& problem, const ForwardArrays& arrays,
 TFOPS_EXPORT Status Backward(const Problem& problem, const BackwardArrays& arrays, void* workspace,
                              const Threads& threads);
 
+// The problem of the gradient phases is one of inference. Their workspace is BackwardWorkspaceBytes(problem).
+TFOPS_EXPORT size_t MomentsWorkspaceBytes(const Problem& problem);
+TFOPS_EXPORT Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* workspace,
+                                 const Threads& threads);
+// Writes all but dx and dresidual.
+TFOPS_EXPORT Status GradientMoments(const Problem& problem, const BackwardArrays& arrays, void* workspace,
+                                    const Threads& threads);
+// Writes dx and dresidual.
+TFOPS_EXPORT Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays,
+                                      const StatisticsGradient& statistics, void* workspace, const Threads& threads);
+
 // The instruction set whose kernels run: "x86-64-v4", "x86-64-v3", "x86-64-v2" or "generic". It is the best that this
 // machine has, or what the environment variable TFOPS_CPU names, if the machine has that.
 TFOPS_EXPORT const char* InstructionSet();
@@ -168,6 +207,13 @@ TFOPS_EXPORT Status ForwardWorkspaceBytes(const Problem& problem, size_t* bytes)
 TFOPS_EXPORT Status BackwardWorkspaceBytes(const Problem& problem, size_t* bytes);
 TFOPS_EXPORT Status Forward(const Problem& problem, const ForwardArrays& arrays, void* workspace, void* stream);
 TFOPS_EXPORT Status Backward(const Problem& problem, const BackwardArrays& arrays, void* workspace, void* stream);
+
+TFOPS_EXPORT Status MomentsWorkspaceBytes(const Problem& problem, size_t* bytes);
+TFOPS_EXPORT Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* workspace, void* stream);
+TFOPS_EXPORT Status GradientMoments(const Problem& problem, const BackwardArrays& arrays, void* workspace,
+                                    void* stream);
+TFOPS_EXPORT Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays,
+                                      const StatisticsGradient& statistics, void* workspace, void* stream);
 
 // What the choice of kernels depends on. The defaults are those of an H200.
 struct Device {

@@ -101,6 +101,40 @@ void CudaBackward(const Problem& problem, const BackwardArrays& arrays, uintptr_
   ThrowUnlessOk(cuda::Backward(problem, arrays, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
 }
 
+void CpuMoments(const Problem& problem, const MomentsArrays& arrays, int threads) {
+  const auto workspace = AllocateAligned(cpu::MomentsWorkspaceBytes(problem));
+  CallThreads call_threads(threads);
+  ThrowUnlessOk(cpu::BatchMoments(problem, arrays, workspace.get(), call_threads.Get()));
+}
+
+// One half of Backward: GradientNormalize if there are `statistics`, else GradientMoments. So is the next.
+void CpuGradientPhase(const Problem& problem, const BackwardArrays& arrays, const StatisticsGradient* statistics,
+                      int threads) {
+  const auto workspace = AllocateAligned(cpu::BackwardWorkspaceBytes(problem));
+  CallThreads call_threads(threads);
+  ThrowUnlessOk(statistics ? cpu::GradientNormalize(problem, arrays, *statistics, workspace.get(), call_threads.Get())
+                           : cpu::GradientMoments(problem, arrays, workspace.get(), call_threads.Get()));
+}
+
+void CudaGradientPhase(const Problem& problem, const BackwardArrays& arrays, const StatisticsGradient* statistics,
+                       uintptr_t workspace, uintptr_t stream) {
+  void* memory = reinterpret_cast<void*>(workspace);
+  void* on = reinterpret_cast<void*>(stream);
+  ThrowUnlessOk(statistics ? cuda::GradientNormalize(problem, arrays, *statistics, memory, on)
+                           : cuda::GradientMoments(problem, arrays, memory, on));
+}
+
+size_t CudaMomentsWorkspaceBytes(const Problem& problem) {
+  size_t bytes = 0;
+  ThrowUnlessOk(cuda::MomentsWorkspaceBytes(problem, &bytes));
+  return bytes;
+}
+
+void CudaMoments(const Problem& problem, const MomentsArrays& arrays, uintptr_t workspace, uintptr_t stream) {
+  ThrowUnlessOk(
+      cuda::BatchMoments(problem, arrays, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
+}
+
 Problem MakeProblem(const std::vector<int64_t>& shape, int64_t axis, DataType dtype, const std::string& activation,
                     bool has_residual, bool training, double epsilon, double exponential_avg_factor, bool unbiased) {
   Problem problem;
@@ -197,6 +231,22 @@ PYBIND11_MODULE(_kernels, m) {
   DefinePointer(backward, "dvariance_in", &BackwardArrays::dvariance_in);
   DefinePointer(backward, "dresidual", &BackwardArrays::dresidual);
 
+  py::class_<Kept> kept(m, "Kept", local);
+  kept.def(py::init<>()).def_readwrite("length", &Kept::length);
+  DefinePointer(kept, "flags", &Kept::flags);
+
+  py::class_<MomentsArrays> moments(m, "MomentsArrays", local);
+  moments.def(py::init<>()).def_readwrite("kept", &MomentsArrays::kept);
+  DefinePointer(moments, "x", &MomentsArrays::x);
+  DefinePointer(moments, "count", &MomentsArrays::count);
+  DefinePointer(moments, "mean", &MomentsArrays::mean);
+  DefinePointer(moments, "variance", &MomentsArrays::variance);
+
+  py::class_<StatisticsGradient> statistics(m, "StatisticsGradient", local);
+  statistics.def(py::init<>()).def_readwrite("kept", &StatisticsGradient::kept);
+  DefinePointer(statistics, "tilt", &StatisticsGradient::tilt);
+  DefinePointer(statistics, "shift", &StatisticsGradient::shift);
+
   py::class_<cuda::Device>(m, "CudaDevice", local)
       .def(py::init([] {
         cuda::Device device;
@@ -233,6 +283,11 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("cuda_backward", &CudaBackward, release);
   m.def("cuda_forward_workspace_bytes", &CudaForwardWorkspaceBytes);
   m.def("cuda_backward_workspace_bytes", &CudaBackwardWorkspaceBytes);
+  m.def("cpu_moments", &CpuMoments, release);
+  m.def("cpu_gradient_phase", &CpuGradientPhase, release);
+  m.def("cuda_moments", &CudaMoments, release);
+  m.def("cuda_gradient_phase", &CudaGradientPhase, release);
+  m.def("cuda_moments_workspace_bytes", &CudaMomentsWorkspaceBytes);
 
   m.def("instruction_set", &cpu::InstructionSet);
   m.def("cuda_build", [] {

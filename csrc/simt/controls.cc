@@ -88,13 +88,17 @@ void DefineControls(py::module_& module) {
 
 namespace tfops::cpu {
 
+static Status CudaOnly() { return {StatusCode::kUnavailable, "this module runs CUDA kernels only"}; }
+
 size_t ForwardWorkspaceBytes(const Problem&) { return 0; }
 size_t BackwardWorkspaceBytes(const Problem&) { return 0; }
-Status Forward(const Problem&, const ForwardArrays&, void*, const Threads&) {
-  return {StatusCode::kUnavailable, "this module runs CUDA kernels only"};
-}
-Status Backward(const Problem&, const BackwardArrays&, void*, const Threads&) {
-  return {StatusCode::kUnavailable, "this module runs CUDA kernels only"};
+size_t MomentsWorkspaceBytes(const Problem&) { return 0; }
+Status Forward(const Problem&, const ForwardArrays&, void*, const Threads&) { return CudaOnly(); }
+Status Backward(const Problem&, const BackwardArrays&, void*, const Threads&) { return CudaOnly(); }
+Status BatchMoments(const Problem&, const MomentsArrays&, void*, const Threads&) { return CudaOnly(); }
+Status GradientMoments(const Problem&, const BackwardArrays&, void*, const Threads&) { return CudaOnly(); }
+Status GradientNormalize(const Problem&, const BackwardArrays&, const StatisticsGradient&, void*, const Threads&) {
+  return CudaOnly();
 }
 const char* InstructionSet() { return "none"; }
 

@@ -44,6 +44,22 @@ class CpuDevice {
     return ToAbsl(cpu::Backward(problem, arrays, workspace.data(), IntraOpThreads(context)));
   }
 
+  static absl::Status Run(OpKernelContext* context, const Problem& problem, const MomentsArrays& arrays) {
+    Tensor workspace;
+    TF_RETURN_IF_ERROR(AllocateWorkspace(context, cpu::MomentsWorkspaceBytes(problem), &workspace));
+    return ToAbsl(cpu::BatchMoments(problem, arrays, workspace.data(), IntraOpThreads(context)));
+  }
+
+  // One half of Backward: GradientNormalize if there are `statistics`, else GradientMoments.
+  static absl::Status RunHalf(OpKernelContext* context, const Problem& problem, const BackwardArrays& arrays,
+                              const StatisticsGradient* statistics) {
+    Tensor workspace;
+    TF_RETURN_IF_ERROR(AllocateWorkspace(context, cpu::BackwardWorkspaceBytes(problem), &workspace));
+    const cpu::Threads threads = IntraOpThreads(context);
+    return ToAbsl(statistics ? cpu::GradientNormalize(problem, arrays, *statistics, workspace.data(), threads)
+                             : cpu::GradientMoments(problem, arrays, workspace.data(), threads));
+  }
+
  private:
   static cpu::Threads IntraOpThreads(OpKernelContext* context) {
     tensorflow::thread::ThreadPool* pool = context->device()->tensorflow_cpu_worker_threads()->workers;
@@ -68,6 +84,25 @@ class GpuDevice {
     Tensor workspace;
     TF_RETURN_IF_ERROR(AllocateWorkspace(context, bytes, &workspace));
     return ToAbsl(cuda::Backward(problem, arrays, workspace.data(), Stream(context)));
+  }
+
+  static absl::Status Run(OpKernelContext* context, const Problem& problem, const MomentsArrays& arrays) {
+    size_t bytes = 0;
+    TF_RETURN_IF_ERROR(ToAbsl(cuda::MomentsWorkspaceBytes(problem, &bytes)));
+    Tensor workspace;
+    TF_RETURN_IF_ERROR(AllocateWorkspace(context, bytes, &workspace));
+    return ToAbsl(cuda::BatchMoments(problem, arrays, workspace.data(), Stream(context)));
+  }
+
+  static absl::Status RunHalf(OpKernelContext* context, const Problem& problem, const BackwardArrays& arrays,
+                              const StatisticsGradient* statistics) {
+    size_t bytes = 0;
+    TF_RETURN_IF_ERROR(ToAbsl(cuda::BackwardWorkspaceBytes(problem, &bytes)));
+    Tensor workspace;
+    TF_RETURN_IF_ERROR(AllocateWorkspace(context, bytes, &workspace));
+    void* stream = Stream(context);
+    return ToAbsl(statistics ? cuda::GradientNormalize(problem, arrays, *statistics, workspace.data(), stream)
+                             : cuda::GradientMoments(problem, arrays, workspace.data(), stream));
   }
 
  private:
@@ -111,6 +146,16 @@ class Inputs {
   absl::Status OptionalData(const char* name, const void** data) { return TakeList(name, data_shape_, {data}); }
   absl::Status OptionalVectors(const char* name, const void** first, const void** second) {
     return TakeList(name, vector_shape_, {first, second});
+  }
+
+  absl::Status Keep(Kept* kept) {
+    TensorShape shape = data_shape_;
+    kept->length = shape.dim_size(shape.dims() - 1);
+    shape.RemoveLastDims(1);
+    const void* flags = nullptr;
+    TF_RETURN_IF_ERROR(TakeList("keep", shape, {&flags}));
+    kept->flags = static_cast<const uint8_t*>(flags);
+    return absl::OkStatus();
   }
 
   const TensorShape& data_shape() const { return data_shape_; }
@@ -320,14 +365,95 @@ class InferenceGradOp final : public BatchNormOp {
   }
 };
 
+template <typename Device>
+class MomentsOp final : public OpKernel {
+ public:
+  explicit MomentsOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, ReadTypes(context, &attributes_));
+  }
+
+  void Compute(OpKernelContext* context) override { OP_REQUIRES_OK(context, Run(context)); }
+
+ private:
+  absl::Status Run(OpKernelContext* context) {
+    const Tensor& x = context->input(0);
+    Problem problem;
+    TF_RETURN_IF_ERROR(FoldShape(x, attributes_, &problem));
+    MomentsArrays arrays;
+    Inputs inputs(context, x, problem);
+    TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
+    TF_RETURN_IF_ERROR(inputs.Keep(&arrays.kept));
+
+    Outputs outputs(context);
+    for (void** vector : {&arrays.count, &arrays.mean, &arrays.variance}) {
+      TF_RETURN_IF_ERROR(outputs.Allocate(inputs.vector_shape(), vector));
+    }
+    return Device::Run(context, problem, arrays);
+  }
+
+  Attributes attributes_;
+};
+
+// Both gradient phases: they differ in what they take beside x and dy, and in which gradients they write.
+template <typename Device, bool kNormalize>
+class GradientPhaseOp : public BatchNormOp {
+ public:
+  explicit GradientPhaseOp(OpKernelConstruction* context) : BatchNormOp(context, /*training=*/false) {}
+
+ private:
+  absl::Status Run(OpKernelContext* context) override {
+    const Tensor& x = context->input(1);
+    Problem problem;
+    TF_RETURN_IF_ERROR(FoldShape(x, attributes(), &problem));
+    BackwardArrays arrays;
+    StatisticsGradient statistics;
+    Inputs inputs(context, x, problem);
+    TF_RETURN_IF_ERROR(inputs.Data("dy", &arrays.dy));
+    TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
+    TF_RETURN_IF_ERROR(inputs.Vector("scale", &arrays.scale));
+    TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
+    TF_RETURN_IF_ERROR(inputs.Vector("mean", &arrays.mean));
+    TF_RETURN_IF_ERROR(inputs.Vector("variance", &arrays.spread));
+    if (kNormalize) {
+      TF_RETURN_IF_ERROR(inputs.Vector("tilt", &statistics.tilt));
+      TF_RETURN_IF_ERROR(inputs.Vector("shift", &statistics.shift));
+      TF_RETURN_IF_ERROR(inputs.Keep(&statistics.kept));
+    }
+    TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
+
+    Outputs outputs(context);
+    if (kNormalize) {
+      TF_RETURN_IF_ERROR(AllocateGradients(&outputs, inputs, problem, {}, &arrays));
+      return Device::RunHalf(context, problem, arrays, &statistics);
+    }
+    for (void** vector : {&arrays.dscale, &arrays.doffset, &arrays.dmean_in, &arrays.dvariance_in}) {
+      TF_RETURN_IF_ERROR(outputs.Allocate(inputs.vector_shape(), vector));
+    }
+    return Device::RunHalf(context, problem, arrays, nullptr);
+  }
+};
+
+template <typename Device>
+class GradientMomentsOp final : public GradientPhaseOp<Device, false> {
+  using GradientPhaseOp<Device, false>::GradientPhaseOp;
+};
+
+template <typename Device>
+class GradientNormalizeOp final : public GradientPhaseOp<Device, true> {
+  using GradientPhaseOp<Device, true>::GradientPhaseOp;
+};
+
 #define TFOPS_REGISTER_OP(name, op, device, DeviceClass, T, U)                                                 \
   REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::device).TypeConstraint<T>("T").TypeConstraint<U>("U"), \
                           op<DeviceClass>)
-#define TFOPS_REGISTER_OPS(device, DeviceClass, T, U)                                          \
-  TFOPS_REGISTER_OP("Tfops>BatchNormTraining", TrainingOp, device, DeviceClass, T, U);         \
-  TFOPS_REGISTER_OP("Tfops>BatchNormTrainingGrad", TrainingGradOp, device, DeviceClass, T, U); \
-  TFOPS_REGISTER_OP("Tfops>BatchNormInference", InferenceOp, device, DeviceClass, T, U);       \
-  TFOPS_REGISTER_OP("Tfops>BatchNormInferenceGrad", InferenceGradOp, device, DeviceClass, T, U)
+#define TFOPS_REGISTER_OPS(device, DeviceClass, T, U)                                                \
+  TFOPS_REGISTER_OP("Tfops>BatchNormTraining", TrainingOp, device, DeviceClass, T, U);               \
+  TFOPS_REGISTER_OP("Tfops>BatchNormTrainingGrad", TrainingGradOp, device, DeviceClass, T, U);       \
+  TFOPS_REGISTER_OP("Tfops>BatchNormInference", InferenceOp, device, DeviceClass, T, U);             \
+  TFOPS_REGISTER_OP("Tfops>BatchNormInferenceGrad", InferenceGradOp, device, DeviceClass, T, U);     \
+  TFOPS_REGISTER_OP("Tfops>BatchNormMoments", MomentsOp, device, DeviceClass, T, U);                 \
+  TFOPS_REGISTER_OP("Tfops>BatchNormGradientMoments", GradientMomentsOp, device, DeviceClass, T, U); \
+  TFOPS_REGISTER_OP("Tfops>BatchNormGradientNormalize", GradientNormalizeOp, device, DeviceClass, T, U)
 #define TFOPS_REGISTER_DEVICE(device, DeviceClass)                      \
   TFOPS_REGISTER_OPS(device, DeviceClass, Eigen::half, float);          \
   TFOPS_REGISTER_OPS(device, DeviceClass, tensorflow::bfloat16, float); \

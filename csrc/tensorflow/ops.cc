@@ -21,13 +21,13 @@ class Shapes {
 
   absl::Status Init() {
     TF_RETURN_IF_ERROR(ReadAttributes(context_, training_, &attributes_));
-    TF_RETURN_IF_ERROR(Input("x", &x_));
-    channels_ = context_->UnknownDim();
-    if (!context_->RankKnown(x_)) return absl::OkStatus();
-    const int rank = context_->Rank(x_);
-    TF_RETURN_IF_ERROR(CheckAxis(rank, attributes_.axis));
-    channels_ = context_->Dim(x_, attributes_.axis);
-    return absl::OkStatus();
+    return Locate();
+  }
+
+  // For an op with no attributes but its types and its axis.
+  absl::Status InitTypes() {
+    TF_RETURN_IF_ERROR(ReadTypes(context_, &attributes_));
+    return Locate();
   }
 
   // An input of x's shape.
@@ -60,6 +60,19 @@ class Shapes {
     return absl::OkStatus();
   }
 
+  // A list of none or one of x's shape but for the last dimension.
+  absl::Status Keep() {
+    std::vector<ShapeHandle> shapes;
+    TF_RETURN_IF_ERROR(context_->input("keep", &shapes));
+    if (shapes.empty() || !context_->RankKnown(x_)) return absl::OkStatus();
+    ShapeHandle wanted, merged;
+    TF_RETURN_IF_ERROR(context_->Subshape(x_, 0, -1, &wanted));
+    if (context_->Merge(wanted, shapes[0], &merged).ok()) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat("keep must have the shape of x without its last dimension, ",
+                                                   context_->DebugString(wanted), ", but it has ",
+                                                   context_->DebugString(shapes[0])));
+  }
+
   // The shape of x, its channels known if any input told them.
   ShapeHandle DataShape() {
     if (!context_->RankKnown(x_)) return x_;
@@ -84,6 +97,16 @@ class Shapes {
   const Attributes& attributes() const { return attributes_; }
 
  private:
+  absl::Status Locate() {
+    TF_RETURN_IF_ERROR(Input("x", &x_));
+    channels_ = context_->UnknownDim();
+    if (!context_->RankKnown(x_)) return absl::OkStatus();
+    const int rank = context_->Rank(x_);
+    TF_RETURN_IF_ERROR(CheckAxis(rank, attributes_.axis));
+    channels_ = context_->Dim(x_, attributes_.axis);
+    return absl::OkStatus();
+  }
+
   absl::Status Input(const char* name, ShapeHandle* shape) {
     std::vector<ShapeHandle> shapes;
     TF_RETURN_IF_ERROR(context_->input(name, &shapes));
@@ -169,6 +192,38 @@ absl::Status InferenceGradShapes(InferenceContext* context) {
   return absl::OkStatus();
 }
 
+absl::Status MomentsShapes(InferenceContext* context) {
+  Shapes shapes(context, /*training=*/true);
+  TF_RETURN_IF_ERROR(shapes.InitTypes());
+  TF_RETURN_IF_ERROR(shapes.Keep());
+  for (int i = 0; i <= 2; ++i) context->set_output(i, shapes.VectorShape());
+  return absl::OkStatus();
+}
+
+absl::Status GradientMomentsShapes(InferenceContext* context) {
+  Shapes shapes(context, /*training=*/false);
+  TF_RETURN_IF_ERROR(shapes.Init());
+  TF_RETURN_IF_ERROR(shapes.Data("dy"));
+  for (const char* name : {"scale", "offset", "mean", "variance"}) TF_RETURN_IF_ERROR(shapes.Vector(name));
+  TF_RETURN_IF_ERROR(shapes.OptionalData("residual"));
+  for (int i = 0; i <= 3; ++i) context->set_output(i, shapes.VectorShape());
+  return absl::OkStatus();
+}
+
+absl::Status GradientNormalizeShapes(InferenceContext* context) {
+  Shapes shapes(context, /*training=*/false);
+  TF_RETURN_IF_ERROR(shapes.Init());
+  TF_RETURN_IF_ERROR(shapes.Data("dy"));
+  for (const char* name : {"scale", "offset", "mean", "variance", "tilt", "shift"}) {
+    TF_RETURN_IF_ERROR(shapes.Vector(name));
+  }
+  TF_RETURN_IF_ERROR(shapes.Keep());
+  TF_RETURN_IF_ERROR(shapes.OptionalData("residual"));
+  context->set_output(0, shapes.DataShape());
+  context->set_output(1, HasResidualGradient(shapes.attributes().problem) ? shapes.DataShape() : context->Vector(0));
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 #define TFOPS_COMMON_ATTRIBUTES                                             \
@@ -246,5 +301,53 @@ REGISTER_OP("Tfops>BatchNormInferenceGrad")
     .Output("dresidual: T")
     .TFOPS_COMMON_ATTRIBUTES.Attr("has_residual: bool = false")
     .SetShapeFn(InferenceGradShapes);
+
+// The phases by themselves; normalize is BatchNormInference. See batch_norm.h.
+//
+// keep: nothing, or which rows of x's last dimension count, and get a share of the statistics' gradient.
+
+REGISTER_OP("Tfops>BatchNormMoments")
+    .Input("x: T")
+    .Input("keep: num_keeps * bool")
+    .Output("count: U")
+    .Output("mean: U")
+    .Output("variance: U")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("U: {float, double}")
+    .Attr("axis: int = -1")
+    .Attr("num_keeps: int >= 0 = 0")
+    .SetShapeFn(MomentsShapes);
+
+// residual: if there is one and an activation; as in the next.
+REGISTER_OP("Tfops>BatchNormGradientMoments")
+    .Input("dy: T")
+    .Input("x: T")
+    .Input("scale: U")
+    .Input("offset: U")
+    .Input("mean: U")
+    .Input("variance: U")
+    .Input("residual: num_residuals * T")
+    .Output("dscale: U")
+    .Output("doffset: U")
+    .Output("dmean: U")
+    .Output("dvariance: U")
+    .TFOPS_COMMON_ATTRIBUTES.SetShapeFn(GradientMomentsShapes);
+
+// dx = dz * scale * inv_std, and where elements are kept, + (x - mean) * tilt + shift. dresidual: empty without one.
+REGISTER_OP("Tfops>BatchNormGradientNormalize")
+    .Input("dy: T")
+    .Input("x: T")
+    .Input("scale: U")
+    .Input("offset: U")
+    .Input("mean: U")
+    .Input("variance: U")
+    .Input("tilt: U")
+    .Input("shift: U")
+    .Input("keep: num_keeps * bool")
+    .Input("residual: num_residuals * T")
+    .Output("dx: T")
+    .Output("dresidual: T")
+    .TFOPS_COMMON_ATTRIBUTES.Attr("num_keeps: int >= 0 = 0")
+    .SetShapeFn(GradientNormalizeShapes);
 
 }  // namespace tfops

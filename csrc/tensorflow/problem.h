@@ -44,11 +44,10 @@ inline absl::Status CheckAxis(int rank, int64_t axis) {
   return ToAbsl(Fold(ones.data(), rank, axis, &ignored));
 }
 
-// Reads and checks the attributes of an op. Context is an OpKernelConstruction or an InferenceContext.
+// Reads and checks the types and the axis of an op. Context is an OpKernelConstruction or an InferenceContext.
 template <typename Context>
-absl::Status ReadAttributes(Context* context, bool training, Attributes* attributes) {
+absl::Status ReadTypes(Context* context, Attributes* attributes) {
   Problem& problem = attributes->problem;
-  problem.training = training;
   tensorflow::DataType data_type, param_type;
   TF_RETURN_IF_ERROR(context->GetAttr("T", &data_type));
   TF_RETURN_IF_ERROR(context->GetAttr("U", &param_type));
@@ -73,7 +72,19 @@ absl::Status ReadAttributes(Context* context, bool training, Attributes* attribu
                      tensorflow::DataTypeString(data_type), ", but they are ", tensorflow::DataTypeString(param_type)));
   }
 
-  TF_RETURN_IF_ERROR(context->GetAttr("axis", &attributes->axis));
+  int64_t num_keeps = 0;
+  if (context->GetAttr("num_keeps", &num_keeps).ok() && num_keeps > 1) {
+    return absl::InvalidArgumentError(absl::StrCat("num_keeps must be 0 or 1, but it is ", num_keeps));
+  }
+  return context->GetAttr("axis", &attributes->axis);
+}
+
+// Reads and checks all attributes.
+template <typename Context>
+absl::Status ReadAttributes(Context* context, bool training, Attributes* attributes) {
+  TF_RETURN_IF_ERROR(ReadTypes(context, attributes));
+  Problem& problem = attributes->problem;
+  problem.training = training;
   float epsilon = 0;
   TF_RETURN_IF_ERROR(context->GetAttr("epsilon", &epsilon));
   problem.epsilon = epsilon;

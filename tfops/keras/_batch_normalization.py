@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfops._arguments import ACTIVATIONS, param_type
 from tfops._batch_norm import fused_batch_norm
+from tfops._phases import Statistics, batch_statistics, normalize, replicas
 
 
 def check_backend(backend: str) -> None:
@@ -26,9 +27,10 @@ check_backend(keras.backend.backend())
 class BatchNormalization(keras.layers.BatchNormalization):
     """`keras.layers.BatchNormalization` with the fused kernels, and with activation and residual addition in them.
 
-    Takes every argument of Keras' layer, with the same defaults, and holds the same weights. As there, the moving
-    variance averages the population variance. Masks, `renorm` and `synchronized` in training take Keras' own way, and
-    the activation after it.
+    Takes every argument of Keras' layer, with the same defaults, and holds the same weights under the same names. As
+    there, the moving variance averages the population variance. Without an activation its config is that of Keras'
+    layer. Two things differ in training: `synchronized` holds with a mask too, and a batch of no elements leaves the
+    moving statistics as they are.
 
     Args:
       activation: None, "relu", "relu6", "leaky_relu" (slope 0.2) or "silu"; applied to the result.
@@ -36,6 +38,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     Call arguments:
       inputs, training, mask: as in Keras.
       residual: a tensor of the inputs' shape, added before the activation.
+      inputs_mask: where Keras puts the inputs' own mask if there is a residual; `mask` goes before it.
     """
 
     def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any):
@@ -53,37 +56,88 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def compute_output_shape(self, inputs_shape: Any, residual_shape: Any = None) -> Any:
         return super().compute_output_shape(inputs_shape)
 
-    def call(self, inputs: Any, training: bool | None = None, mask: Any = None, residual: Any = None) -> Any:
+    def call(
+        self, inputs: Any, training: bool | None = None, mask: Any = None, residual: Any = None, inputs_mask: Any = None
+    ) -> Any:
         training = bool(training) and self.trainable
-        renorm = getattr(self, "renorm", False)  # not in older Keras, such as Python 3.10's newest
-        if training and (mask is not None or renorm or self.synchronized):
-            return self._finish(super().call(inputs, training=training, mask=mask), residual)
-        x = tf.cast(inputs, self.compute_dtype)
+        mask = inputs_mask if mask is None else mask
+        x = self._data(inputs)
+        if mask is not None and len(mask.shape) != len(x.shape) - 1:
+            raise ValueError(
+                f"mask must have one dimension less than inputs, but its shape is {tuple(mask.shape)} and that of "
+                f"inputs is {tuple(x.shape)}"
+            )
         param = param_type(x.dtype)
         moving_mean, moving_variance = tf.cast(self.moving_mean, param), tf.cast(self.moving_variance, param)
-        y, mean, variance = fused_batch_norm(
-            x,
-            tf.cast(self.gamma, param) if self.scale else tf.ones_like(moving_mean),
-            tf.cast(self.beta, param) if self.center else tf.zeros_like(moving_mean),
-            moving_mean,
-            moving_variance,
-            epsilon=self.epsilon,
-            is_training=training,
-            exponential_avg_factor=1.0 - self.momentum if training else 1.0,
-            axis=self.axis,
-            activation=self.activation,
-            residual=None if residual is None else tf.cast(residual, x.dtype),
-            unbiased=False,
-        )
-        if training:
-            self.moving_mean.assign(tf.cast(mean, self.moving_mean.dtype))
-            self.moving_variance.assign(tf.cast(variance, self.moving_variance.dtype))
-        return y
+        scale = tf.cast(self.gamma, param) if self.scale else tf.ones_like(moving_mean)
+        offset = tf.cast(self.beta, param) if self.center else tf.zeros_like(moving_mean)
+        settings = {
+            "axis": self.axis,
+            "epsilon": self.epsilon,
+            "activation": self.activation,
+            "residual": None if residual is None else tf.cast(residual, x.dtype),
+        }
+        renorm = getattr(self, "renorm", False)  # not in older Keras, such as Python 3.10's newest
+        if training and (mask is not None or renorm or (self.synchronized and replicas() > 1)):
+            statistics = batch_statistics(
+                x,
+                self.axis,
+                keep=None if mask is None else tf.broadcast_to(tf.cast(mask, tf.bool), tf.shape(x)[:-1]),
+                ballast=0.0 if mask is None else keras.config.epsilon(),  # Keras' masked means have it
+                synchronized=self.synchronized,
+            )
+            if renorm:
+                r, d, *_ = self._renorm_correction_and_moments(statistics.mean, statistics.variance)
+                scale, offset = self._compose_transforms(r, d, scale, offset, param)
+            self._update(statistics, renorm)
+            y = normalize(x, scale, offset, statistics, **settings)
+        else:
+            y, mean, variance = fused_batch_norm(
+                x,
+                scale,
+                offset,
+                moving_mean,
+                moving_variance,
+                is_training=training,
+                exponential_avg_factor=1.0 - self.momentum if training else 1.0,
+                unbiased=False,
+                **settings,
+            )
+            if training:
+                self.moving_mean.assign(tf.cast(mean, self.moving_mean.dtype))
+                self.moving_variance.assign(tf.cast(variance, self.moving_variance.dtype))
+        return tf.cast(y, self.compute_dtype)
 
-    def _finish(self, z: Any, residual: Any) -> Any:
-        if residual is not None:
-            z += tf.cast(residual, z.dtype)
-        return z if self.activation is None else keras.activations.get(self.activation)(z)
+    def _data(self, inputs: Any) -> tf.Tensor:
+        """The inputs in a type that has kernels, as wide as theirs and as the compute type."""
+        x = tf.convert_to_tensor(inputs)
+        if not x.dtype.is_floating:
+            return tf.cast(x, keras.backend.result_type("float32", self.compute_dtype))
+        return tf.cast(x, keras.backend.result_type(x.dtype.name, self.compute_dtype))
+
+    def _update(self, statistics: Statistics, renorm: bool) -> None:
+        """The moving statistics: Keras' averages, but no elements leave them as they are."""
+        mean, variance = statistics.mean, statistics.variance
+        taken = statistics.count + statistics.ballast > 0
+
+        def average(variable: Any, value: tf.Tensor, momentum: float) -> tf.Tensor:
+            old = tf.cast(variable, value.dtype)
+            new = tf.where(taken, old * momentum + value * (1.0 - momentum), old)
+            variable.assign(tf.cast(new, variable.dtype))
+            return new
+
+        average(self.moving_mean, mean, self.momentum)
+        if not renorm:
+            average(self.moving_variance, variance, self.momentum)
+            return
+        stddev = tf.sqrt(variance + self.epsilon)
+        average(self.renorm_mean, mean, self.renorm_momentum)
+        average(self.renorm_stddev, stddev, self.renorm_momentum)
+        moving_stddev = average(self.moving_stddev, stddev, self.momentum)
+        moving_variance = tf.nn.relu(tf.square(moving_stddev) - self.epsilon)
+        average(self.moving_variance, moving_variance, 0.0)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "activation": self.activation}
+        config = super().get_config()
+        # Without one, the config is one for Keras' layer too.
+        return config if self.activation is None else {**config, "activation": self.activation}

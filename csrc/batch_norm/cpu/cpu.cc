@@ -131,6 +131,19 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
   return job;
 }
 
+MomentsJob MakeMomentsJob(Problem problem, const MomentsArrays& arrays, Arena* arena) {
+  problem.training = true;  // that is, the plan is one for statistics
+  MomentsJob job;
+  job.arrays = arrays;
+  ForwardJob& forward = job.forward;
+  forward.problem = Simplified(problem);
+  forward.plan = MakePlan(forward.problem, /*backward=*/false);
+  forward.arrays.x = arrays.x;
+  forward.partials = TakePartials(forward, arena);
+  job.counts = arena->Take<double>(std::max<int64_t>(forward.plan.chunks, 1) * forward.plan.columns);
+  return job;
+}
+
 Status Check(const Problem& problem) {
   const Status status = Validate(problem);
   return status.ok() ? Chosen().status : status;
@@ -224,6 +237,62 @@ Status Backward(const Problem& problem, const BackwardArrays& arrays, void* work
               {items, normalize, /*backwards=*/true}};
   }
   RunPhases(threads, Helpers(problem), std::move(phases));
+  return {};
+}
+
+size_t MomentsWorkspaceBytes(const Problem& problem) {
+  Arena arena(nullptr);
+  MakeMomentsJob(problem, {}, &arena);
+  return arena.used();
+}
+
+Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* workspace, const Threads& threads) {
+  const Status status = Check(problem);
+  if (!status.ok()) return status;
+  Arena arena(workspace);
+  const MomentsJob job = MakeMomentsJob(problem, arrays, &arena);
+  const Kernels& kernels = Chosen().level.kernels_for(problem.dtype);
+  const auto moments = [&](int64_t i) {
+    return arrays.kept.flags ? kernels.kept_moments(job, i) : kernels.moments(job.forward, i);
+  };
+  const auto finish = [&](int64_t begin, int64_t end) { kernels.finish_moments(job, begin, end); };
+  RunPhases(threads, Helpers(problem), {{job.forward.plan.Items(), moments}, ForChannels(problem.channels, finish)});
+  return {};
+}
+
+Status GradientMoments(const Problem& problem, const BackwardArrays& arrays, void* workspace, const Threads& threads) {
+  const Status status = Check(problem);
+  if (!status.ok()) return status;
+  Arena arena(workspace);
+  const BackwardJob job = MakeBackwardJob(problem, arrays, &arena);
+  const Kernels& kernels = Chosen().level.kernels_for(problem.dtype);
+  const auto prepare = [&](int64_t begin, int64_t end) { kernels.prepare_gradient(job, begin, end); };
+  const auto moments = [&](int64_t i) { kernels.gradient_moments(job, i); };
+  const auto finish = [&](int64_t begin, int64_t end) { kernels.finish_gradient(job, begin, end); };
+  RunPhases(
+      threads, Helpers(problem),
+      {ForChannels(problem.channels, prepare), {job.plan.Items(), moments}, ForChannels(problem.channels, finish)});
+  return {};
+}
+
+Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays, const StatisticsGradient& statistics,
+                         void* workspace, const Threads& threads) {
+  const Status status = Check(problem);
+  if (!status.ok()) return status;
+  Arena arena(workspace);
+  const BackwardJob job = MakeBackwardJob(problem, arrays, &arena);
+  BackwardJob centered = job;
+  centered.problem.training = true;  // that is, dx has terms of the statistics
+  const Kernels& kernels = Chosen().level.kernels_for(problem.dtype);
+  const auto prepare = [&](int64_t begin, int64_t end) {
+    kernels.prepare_gradient(job, begin, end);
+    kernels.spread_statistics_gradient(job, statistics, begin, end);
+  };
+  const auto normalize = [&](int64_t i) {
+    if (statistics.kept.flags) return kernels.kept_gradient_normalize(job, statistics.kept, i);
+    kernels.gradient_normalize(centered, i);
+  };
+  RunPhases(threads, Helpers(problem), {ForChannels(problem.channels, prepare), {job.plan.Items(), normalize}});
   return {};
 }
 

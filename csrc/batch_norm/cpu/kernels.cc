@@ -11,6 +11,7 @@
 #include "csrc/batch_norm/cpu/kernels.h"
 
 #include "csrc/batch_norm/cpu/gradient_pass.h"
+#include "csrc/batch_norm/cpu/kept_pass.h"
 #include "csrc/batch_norm/cpu/moments_pass.h"
 #include "csrc/batch_norm/cpu/normalize_pass.h"
 
@@ -18,9 +19,17 @@ namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
 
 template <typename T>
-constexpr Kernels kKernels = {&MomentsItem<T>,          &FinishStatisticsOf<T>,  &NormalizeItem<T>,
-                              &PrepareGradientOf<T>,    &GradientMomentsItem<T>, &FinishGradientOf<T>,
-                              &GradientNormalizeItem<T>};
+constexpr Kernels kKernels = {&MomentsItem<T>,
+                              &FinishStatisticsOf<T>,
+                              &NormalizeItem<T>,
+                              &PrepareGradientOf<T>,
+                              &GradientMomentsItem<T>,
+                              &FinishGradientOf<T>,
+                              &GradientNormalizeItem<T>,
+                              &KeptMomentsItem<T>,
+                              &FinishMomentsOf<T>,
+                              &SpreadStatisticsGradientOf<T>,
+                              &KeptGradientNormalizeItem<T>};
 
 }  // namespace
 

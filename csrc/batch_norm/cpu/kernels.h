@@ -44,6 +44,13 @@ struct BackwardJob {
   Coefficients coefficients;
 };
 
+// counts: [chunks, columns], how many elements each chunk keeps of a column.
+struct MomentsJob {
+  ForwardJob forward;
+  MomentsArrays arrays;
+  double* counts = nullptr;
+};
+
 // For one data type. Finish functions take a range of channels, the others an item of the plan.
 struct Kernels {
   void (*moments)(const ForwardJob& job, int64_t item);
@@ -53,6 +60,12 @@ struct Kernels {
   void (*gradient_moments)(const BackwardJob& job, int64_t item);
   void (*finish_gradient)(const BackwardJob& job, int64_t begin, int64_t end);
   void (*gradient_normalize)(const BackwardJob& job, int64_t item);
+  // For the phases by themselves.
+  void (*kept_moments)(const MomentsJob& job, int64_t item);
+  void (*finish_moments)(const MomentsJob& job, int64_t begin, int64_t end);
+  void (*spread_statistics_gradient)(const BackwardJob& job, const StatisticsGradient& statistics, int64_t begin,
+                                     int64_t end);
+  void (*kept_gradient_normalize)(const BackwardJob& job, const Kept& kept, int64_t item);
 };
 
 // One for each instruction set that this build holds kernels for (TFOPS_CPU_LEVELS, from CMake).

@@ -41,7 +41,14 @@ Status StreamingBackward(const Problem& problem, const BackwardArrays& arrays, c
   const Status finish = FinishGradients<F>(problem, arrays, partials, ShapeOf(tiling), coefficients, stream);
   if (!finish.ok()) return finish;
   return Launch(GradientNormalizeKernel<T, kLanes>, tiling.grid, tiling.block, stream, tiling, affine, gradient,
-                problem.activation, coefficients, problem.training, arrays.dx, ResidualGradient(problem, arrays));
+                problem.activation, coefficients, problem.training, Kept{}, arrays.dx,
+                ResidualGradient(problem, arrays));
+}
+
+bool GradientAligned(const Problem& problem, const BackwardArrays& arrays) {
+  const void* tensors[] = {arrays.dy, arrays.x, arrays.dx, arrays.dresidual,
+                           NeedsResidual(problem) ? arrays.residual : nullptr};
+  return AllAligned(tensors, 5);
 }
 
 }  // namespace
@@ -74,9 +81,7 @@ Status Backward(const Problem& problem, const BackwardArrays& arrays, void* work
       return FinishGradients<F>(problem, arrays, nullptr, PartialsShape{0, 0, problem.channels}, nullptr, stream);
     });
   }
-  const void* tensors[] = {arrays.dy, arrays.x, arrays.dx, arrays.dresidual,
-                           NeedsResidual(problem) ? arrays.residual : nullptr};
-  const bool aligned = AllAligned(tensors, 5);
+  const bool aligned = GradientAligned(problem, arrays);
   Choice choice;
   if (const Status status = RecallTier(problem, Pass::kBackward, aligned, device, number, &choice); !status.ok())
     return status;
@@ -90,6 +95,56 @@ Status Backward(const Problem& problem, const BackwardArrays& arrays, void* work
     using T = typename decltype(type)::Type;
     return WithLanes<T>(tiling.lanes > 1, [&](auto lanes) {
       return StreamingBackward<T, decltype(lanes)::value>(problem, arrays, tiling, workspace, stream);
+    });
+  });
+}
+
+Status GradientMoments(const Problem& problem, const BackwardArrays& arrays, void* workspace, void* stream) {
+  if (const Status status = Validate(problem); !status.ok()) return status;
+  Device device;
+  int number = 0;
+  if (const Status status = CurrentDevice(&device, &number); !status.ok()) return status;
+  if (problem.channels == 0) return {};
+  auto* partials = static_cast<GradientSums*>(workspace);
+  const auto finish = [&](auto type, const PartialsShape& shape) {
+    using F = Arithmetic<typename decltype(type)::Type>;
+    return FinishGradients<F>(problem, arrays, partials, shape, nullptr, stream);
+  };
+  if (problem.Elements() == 0) {
+    return WithDataType(problem.dtype, [&](auto type) { return finish(type, PartialsShape{0, 0, problem.channels}); });
+  }
+  const StreamingTiling tiling = MakeStreamingTiling(problem, GradientAligned(problem, arrays), device.multiprocessors);
+  return WithDataType(problem.dtype, [&](auto type) {
+    using T = typename decltype(type)::Type;
+    return WithLanes<T>(tiling.lanes > 1, [&](auto lanes) {
+      const Status moments =
+          Launch(GradientMomentsKernel<T, decltype(lanes)::value>, tiling.grid, tiling.block, stream, tiling,
+                 AffineOf(problem, arrays), GradientOf(problem, arrays), problem.activation, partials);
+      return moments.ok() ? finish(type, ShapeOf(tiling)) : moments;
+    });
+  });
+}
+
+Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays, const StatisticsGradient& statistics,
+                         void* workspace, void* stream) {
+  if (const Status status = Validate(problem); !status.ok()) return status;
+  Device device;
+  int number = 0;
+  if (const Status status = CurrentDevice(&device, &number); !status.ok()) return status;
+  if (problem.Elements() == 0) return {};
+  const StreamingTiling tiling =
+      MakeStreamingTiling(problem, statistics.kept, GradientAligned(problem, arrays), device.multiprocessors);
+  return WithDataType(problem.dtype, [&](auto type) {
+    using T = typename decltype(type)::Type;
+    return WithLanes<T>(tiling.lanes > 1, [&](auto lanes) {
+      using F = Arithmetic<T>;
+      auto* coefficients = static_cast<GradientCoefficients<F>*>(workspace);
+      const Status gather = Launch(GatherCoefficientsKernel<F>, FinishGrid(problem.channels), kFinishBlock, stream,
+                                   statistics, problem.channels, coefficients);
+      if (!gather.ok()) return gather;
+      return Launch(GradientNormalizeKernel<T, decltype(lanes)::value>, tiling.grid, tiling.block, stream, tiling,
+                    AffineOf(problem, arrays), GradientOf(problem, arrays), problem.activation, coefficients,
+                    /*centered=*/true, statistics.kept, arrays.dx, ResidualGradient(problem, arrays));
     });
   });
 }

@@ -57,6 +57,27 @@ __global__ void __launch_bounds__(FinishTuning::kThreads* FinishTuning::kChannel
   }
 }
 
+// The moments by themselves.
+template <typename F>
+__global__ void __launch_bounds__(FinishTuning::kThreads* FinishTuning::kChannels)
+    FinishBatchMomentsKernel(MomentsArrays arrays, const PartialMoments<double>* partials, PartialsShape shape) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * FinishTuning::kChannels + threadIdx.x;
+  const PartialMoments<double> total = MergeSplits(partials, shape, c);
+  if (threadIdx.y > 0 || c >= shape.channels) return;
+  static_cast<F*>(arrays.count)[c] = static_cast<F>(total.count);
+  static_cast<F*>(arrays.mean)[c] = static_cast<F>(total.mean);
+  static_cast<F*>(arrays.variance)[c] = static_cast<F>(total.count > 0 ? total.m2 / total.count : 0);
+}
+
+// The coefficients of dx as they were given.
+template <typename F>
+__global__ void __launch_bounds__(FinishTuning::kThreads* FinishTuning::kChannels)
+    GatherCoefficientsKernel(StatisticsGradient statistics, int64_t channels, GradientCoefficients<F>* coefficients) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * FinishTuning::kChannels + threadIdx.x;
+  if (threadIdx.y > 0 || c >= channels) return;
+  coefficients[c] = {F(0), static_cast<const F*>(statistics.tilt)[c], static_cast<const F*>(statistics.shift)[c]};
+}
+
 // `coefficients` may be null: nothing needs them where there is no element.
 template <typename F>
 __global__ void __launch_bounds__(FinishTuning::kThreads* FinishTuning::kChannels)

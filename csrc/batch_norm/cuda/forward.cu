@@ -28,7 +28,7 @@ Status StreamingForward(const Problem& problem, const ForwardArrays& arrays, con
   if (problem.training) {
     auto* partials = static_cast<PartialMoments<double>*>(workspace);
     const Status moments =
-        Launch(MomentsKernel<T, kLanes>, tiling.grid, tiling.block, stream, tiling, arrays.x, partials);
+        Launch(MomentsKernel<T, kLanes>, tiling.grid, tiling.block, stream, tiling, arrays.x, Kept{}, partials);
     if (!moments.ok()) return moments;
     const Status finish = FinishMoments<Arithmetic<T>>(problem, arrays, partials, ShapeOf(tiling), stream);
     if (!finish.ok()) return finish;
@@ -88,6 +88,44 @@ Status Forward(const Problem& problem, const ForwardArrays& arrays, void* worksp
     using T = typename decltype(type)::Type;
     return WithLanes<T>(tiling.lanes > 1, [&](auto lanes) {
       return StreamingForward<T, decltype(lanes)::value>(problem, arrays, tiling, workspace, stream);
+    });
+  });
+}
+
+Status MomentsWorkspaceBytes(const Problem& problem, size_t* bytes) {
+  *bytes = 0;
+  Device device;
+  int number = 0;
+  if (const Status status = CurrentDevice(&device, &number); !status.ok()) return status;
+  if (problem.Elements() == 0) return {};
+  const int64_t items = std::max(SplitItems(problem, /*aligned=*/false, device.multiprocessors),
+                                 SplitItems(problem, /*aligned=*/true, device.multiprocessors));
+  *bytes = static_cast<size_t>(items) * sizeof(PartialMoments<double>);
+  return {};
+}
+
+Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* workspace, void* stream) {
+  Device device;
+  int number = 0;
+  if (const Status status = CurrentDevice(&device, &number); !status.ok()) return status;
+  if (problem.channels == 0) return {};
+  auto* partials = static_cast<PartialMoments<double>*>(workspace);
+  const auto finish = [&](auto type, const PartialsShape& shape) {
+    using F = Arithmetic<typename decltype(type)::Type>;
+    return Launch(FinishBatchMomentsKernel<F>, FinishGrid(problem.channels), kFinishBlock, stream, arrays, partials,
+                  shape);
+  };
+  if (problem.Elements() == 0) {
+    return WithDataType(problem.dtype, [&](auto type) { return finish(type, PartialsShape{0, 0, problem.channels}); });
+  }
+  const StreamingTiling tiling =
+      MakeStreamingTiling(problem, arrays.kept, AllAligned(&arrays.x, 1), device.multiprocessors);
+  return WithDataType(problem.dtype, [&](auto type) {
+    using T = typename decltype(type)::Type;
+    return WithLanes<T>(tiling.lanes > 1, [&](auto lanes) {
+      const Status moments = Launch(MomentsKernel<T, decltype(lanes)::value>, tiling.grid, tiling.block, stream, tiling,
+                                    arrays.x, arrays.kept, partials);
+      return moments.ok() ? finish(type, ShapeOf(tiling)) : moments;
     });
   });
 }

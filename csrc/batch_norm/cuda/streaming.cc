@@ -62,6 +62,12 @@ StreamingTiling MakeStreamingTiling(const Problem& problem, bool aligned, int mu
   return tiling;
 }
 
+StreamingTiling MakeStreamingTiling(const Problem& problem, const Kept& kept, bool aligned, int multiprocessors) {
+  constexpr int kVectorBytes = 16;
+  const bool uniform = !kept.flags || kept.length % (kVectorBytes / SizeOf(problem.dtype)) == 0;
+  return MakeStreamingTiling(problem, aligned && uniform, multiprocessors);
+}
+
 int64_t SplitItems(const Problem& problem, bool aligned, int multiprocessors) {
   const StreamingTiling tiling = MakeStreamingTiling(problem, aligned, multiprocessors);
   return tiling.Splits() * tiling.units;

@@ -24,6 +24,11 @@ __device__ __forceinline__ Walk<kLanes, kDirection> WalkSplit(const StreamingTil
   return {tiling, place, slab, first, count};
 }
 
+// Whether the vector at an offset counts: as a whole, as MakeStreamingTiling has seen to.
+__device__ __forceinline__ bool IsKept(const Kept& kept, int64_t offset) {
+  return !kept.flags || LoadGlobal(kept.flags + offset / kept.length) != 0;
+}
+
 // Stores a block's merged totals as partials[split][unit], in a phase that walks forward.
 template <int kLanes, typename Accumulator>
 __device__ __forceinline__ void StoreBlock(const Accumulator& accumulator, const StreamingTiling& tiling, int64_t unit,

@@ -23,6 +23,9 @@ struct StreamingTiling : Tiling {
 // For a problem with at least one element.
 StreamingTiling MakeStreamingTiling(const Problem& problem, bool aligned, int multiprocessors);
 
+// The same where only some elements count: vectors hold none that count beside others that do not.
+StreamingTiling MakeStreamingTiling(const Problem& problem, const Kept& kept, bool aligned, int multiprocessors);
+
 // Partial results, one for each split and unit.
 int64_t SplitItems(const Problem& problem, bool aligned, int multiprocessors);
 
