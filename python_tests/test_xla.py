@@ -231,8 +231,12 @@ def _model(jit_compile, policy="float32"):
     return model
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-def test_keras_model_trains_compiled(policy):
+@pytest.mark.parametrize(
+    ("policy", "epochs", "tolerance"),
+    # In float16 every step makes more of a difference in the last digits, so there are few.
+    [("float32", 5, 1e-5), ("mixed_float16", 1, 5e-3)],
+)
+def test_keras_model_trains_compiled(policy, epochs, tolerance):
     rng = np.random.default_rng(0)
     y = rng.integers(4, size=40)
     x = (rng.standard_normal((40, 6, 6, 3)) + y[:, None, None, None]).astype(np.float32)
@@ -240,11 +244,10 @@ def test_keras_model_trains_compiled(policy):
     for jit_compile in (False, True):
         model = _model(jit_compile, policy)
         assert model.jit_compile == jit_compile
-        history = model.fit(x, y, batch_size=16, epochs=4, shuffle=False, verbose=0)  # a last batch of 8
+        history = model.fit(x, y, batch_size=16, epochs=epochs, shuffle=False, verbose=0)  # a last batch of 8
         runs.append([history.history["loss"], model.predict(x, batch_size=16, verbose=0), *model.get_weights()])
-    assert runs[1][0][-1] < 0.7 * runs[1][0][0]
+    assert epochs == 1 or runs[1][0][-1] < 0.7 * runs[1][0][0]
     # Convolutions are XLA's here and oneDNN's there; they differ in the last digits.
-    tolerance = {"float32": 1e-4, "mixed_float16": 2e-2}[policy]
     for compiled, plain in zip(runs[1], runs[0], strict=True):
         np.testing.assert_allclose(compiled, plain, rtol=0, atol=tolerance * (1 + np.abs(plain).max()))
 
@@ -296,7 +299,7 @@ def test_why_they_are_not_there(tmp_path):
 def test_what_keras_is_told(monkeypatch, problem, cuda, gpus, supported):
     monkeypatch.setattr(_xla, "PROBLEM", problem)
     monkeypatch.setattr(_xla._kernels, "cuda_build", lambda: {"cuda": cuda})
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: gpus if kind == "GPU" else [])
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind=None: gpus if kind == "GPU" else [])
     assert tfops.keras.BatchNormalization().supports_jit is supported
 
 

@@ -21,7 +21,7 @@ _TRAINING = ("exponential_avg_factor", "unbiased")
 
 def _attributes(op: tf.Operation, names: tuple[str, ...]) -> dict[str, Any]:
     values = {name: op.get_attr(name) for name in names}
-    # An eager op's attributes are as they were given: not rounded to the float32 that the kernel gets, strings in bytes.
+    # An eager op's attributes are as they were given: not rounded to the kernel's float32, and strings are bytes.
     for name in {"epsilon", "exponential_avg_factor"} & values.keys():
         values[name] = float(np.float32(values[name]))
     values["activation"] = tf.compat.as_str(values["activation"])

@@ -1,6 +1,6 @@
 """Registers the ops' XLA kernels, which `jit_compile=True` needs: a library of its own, which may be missing.
 
-It is loaded with the package, not when first needed: that takes a few milliseconds, and whether a graph will be
+It is loaded with the package, not when first needed: that takes less than a millisecond, and whether a graph will be
 compiled is not always known when it is built (a function called by a compiled one, a saved model).
 """
 
@@ -35,4 +35,4 @@ def supports_jit() -> bool:
     """
     if PROBLEM:
         return False
-    return _kernels.cuda_build()["cuda"] or not tf.config.list_physical_devices("GPU")
+    return _kernels.cuda_build()["cuda"] or not tf.config.get_visible_devices("GPU")

@@ -336,10 +336,13 @@ ffi::Error RunOnCuda(void* stream, ffi::ScratchAllocator scratch, const Problem&
   if (ffi::Error error = FillArrays<Op>(problem, arguments, results, &arrays); error.failure()) return error;
   size_t bytes = 0;
   if (const Status status = Op::kCudaWorkspaceBytes(problem, &bytes); !status.ok()) return ToFfi(status);
-  std::optional<void*> workspace = nullptr;
-  if (bytes > 0) workspace = scratch.Allocate(bytes, /*alignment=*/16);  // the most that XLA lets one ask for
-  if (!workspace) return NoMemory(bytes);
-  return ToFfi(Op::kCuda(problem, arrays, *workspace, stream));
+  void* workspace = nullptr;
+  if (bytes > 0) {
+    const std::optional<void*> allocated = scratch.Allocate(bytes, /*alignment=*/16);  // XLA refuses more
+    if (!allocated) return NoMemory(bytes);
+    workspace = *allocated;
+  }
+  return ToFfi(Op::kCuda(problem, arrays, workspace, stream));
 }
 
 template <typename Op>
