@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -297,10 +298,16 @@ def test_why_they_are_not_there(tmp_path):
     ids=["cpu", "gpu", "gpu without CUDA kernels", "no library"],
 )
 def test_what_keras_is_told(monkeypatch, problem, cuda, gpus, supported):
+    devices = [SimpleNamespace(device_type="CPU"), *(SimpleNamespace(device_type="GPU") for _ in gpus)]
     monkeypatch.setattr(_xla, "PROBLEM", problem)
     monkeypatch.setattr(_xla._kernels, "cuda_build", lambda: {"cuda": cuda})
     monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind=None: gpus if kind == "GPU" else [])
-    assert tfops.keras.BatchNormalization().supports_jit is supported
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda: devices)
+    layer = tfops.keras.BatchNormalization()
+    assert layer.supports_jit is supported
+    model = keras.Sequential([layer])
+    model.compile("sgd", "mse")  # jit_compile="auto": where there is a GPU
+    assert model.jit_compile is (supported and bool(gpus))
 
 
 def _run(code):

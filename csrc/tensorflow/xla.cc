@@ -9,6 +9,7 @@
 // A library of its own, for it needs the XLA in TensorFlow's libtensorflow_cc, which a program that only serves models
 // may lack, and it takes a minute to compile.
 
+#include <algorithm>
 #include <cstdlib>
 #include <functional>
 #include <memory>
@@ -324,7 +325,8 @@ ffi::Error RunOnCpu(ffi::ThreadPool pool, const Problem& problem, ffi::Remaining
   const size_t bytes = (Op::kCpuWorkspaceBytes(problem) + kAlignment - 1) / kAlignment * kAlignment;
   const std::unique_ptr<void, void (*)(void*)> workspace(std::aligned_alloc(kAlignment, bytes), std::free);
   if (!workspace && bytes > 0) return NoMemory(bytes);
-  const cpu::Threads threads = {static_cast<int>(pool.num_threads()) - 1,
+  const int64_t num_threads = std::max<int64_t>(pool.num_threads(), 1);  // 0 where XLA was given no pool
+  const cpu::Threads threads = {static_cast<int>(num_threads) - 1,
                                 [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); }};
   return ToFfi(Op::kCpu(problem, arrays, workspace.get(), threads));
 }
