@@ -7,6 +7,7 @@ TensorFlow's devices are idle. Each network is built once and copied, weights an
     xla       the same, compiled by XLA; for images of 224 x 224 with --xla only, since on a CPU it is slow
     tfops     tfops.keras.BatchNormalization in the place of each, and nothing else changed
     fused     tfops' with the activation and the addition that follow it in the same op
+    xla_fused the same, compiled by XLA, where xla is
     without   no batch norm, activations and additions kept: what the step costs apart from batch norm
 
 The steps of all variants alternate, one of each a round, each round in another order. Before, the outputs of tfops
@@ -156,6 +157,7 @@ def variants(model: keras.Model) -> dict[str, keras.Model]:
         "xla": keras.models.clone_model(model),
         "tfops": keras.models.clone_model(model, clone_function=to_tfops),
         "fused": fuse(model, plan_folds(model)),
+        "xla_fused": fuse(model, plan_folds(model)),
         "without": keras.models.clone_model(model, call_function=skip_norm),
     }
     return {"keras": model, **{name: copy_variables(model, other) for name, other in models.items()}}
@@ -216,8 +218,8 @@ def measure(name: str, xla: bool, budget: float) -> dict[str, Any]:
     error = check(models, images)
 
     if not (xla or network.xla):
-        del models["xla"]
-    steps = {column: training_step(model, xla=column == "xla") for column, model in models.items()}
+        del models["xla"], models["xla_fused"]
+    steps = {column: training_step(model, xla=column.startswith("xla")) for column, model in models.items()}
     # These are traced and compiled first, and not counted.
     first = {column: seconds_of(step, images, labels) for column, step in steps.items()}
     seconds: dict[str, list[float]] = {column: [] for column in steps}
@@ -261,7 +263,7 @@ def summarize(seconds: dict[str, list[float]]) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Output
 
-COLUMNS = ("keras", "xla", "tfops", "fused", "without")
+COLUMNS = ("keras", "xla", "tfops", "fused", "xla_fused", "without")
 
 
 def table(rows: list[dict[str, Any]], title: str) -> str:

@@ -1,5 +1,6 @@
 # Finds the TensorFlow package beside this Python, without importing it: TensorFlow_VERSION and the imported target
-# TensorFlow::Framework (headers, libtensorflow_framework, and the definitions of tf.sysconfig.get_compile_flags()).
+# TensorFlow::Framework (headers, libtensorflow_framework, and the definitions of tf.sysconfig.get_compile_flags());
+# TensorFlow::Xla (those of XLA, and libtensorflow_cc) as well, where the package holds it.
 
 execute_process(
   COMMAND ${Python_EXECUTABLE} -c [[
@@ -16,6 +17,7 @@ if(found)
 endif()
 find_path(TensorFlow_INCLUDE_DIR tensorflow/core/framework/op.h PATHS ${TensorFlow_ROOT_DIR}/include NO_DEFAULT_PATH)
 find_file(TensorFlow_FRAMEWORK libtensorflow_framework.so.2 PATHS ${TensorFlow_ROOT_DIR} NO_DEFAULT_PATH)
+find_file(TensorFlow_CC libtensorflow_cc.so.2 PATHS ${TensorFlow_ROOT_DIR} NO_DEFAULT_PATH)
 
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(TensorFlow
@@ -30,4 +32,14 @@ if(TensorFlow_FOUND AND NOT TARGET TensorFlow::Framework)
     INTERFACE_INCLUDE_DIRECTORIES ${TensorFlow_INCLUDE_DIR}
     INTERFACE_SYSTEM_INCLUDE_DIRECTORIES ${TensorFlow_INCLUDE_DIR}
     INTERFACE_COMPILE_DEFINITIONS "_GLIBCXX_USE_CXX11_ABI=1;EIGEN_MAX_ALIGN_BYTES=64")
+endif()
+if(TensorFlow_FOUND AND TensorFlow_CC AND NOT TARGET TensorFlow::Xla)
+  add_library(TensorFlow::Xla SHARED IMPORTED)
+  # What XLA's headers include, beside TensorFlow's own.
+  set(folders ${TensorFlow_INCLUDE_DIR}/external/highwayhash ${TensorFlow_INCLUDE_DIR}/external/farmhash_archive/src)
+  set_target_properties(TensorFlow::Xla PROPERTIES
+    IMPORTED_LOCATION ${TensorFlow_CC}
+    INTERFACE_INCLUDE_DIRECTORIES "${folders}"
+    INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${folders}"
+    INTERFACE_LINK_LIBRARIES TensorFlow::Framework)
 endif()

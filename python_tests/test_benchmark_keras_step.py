@@ -28,7 +28,7 @@ def test_mnist(tmp_path):
     assert row["batch_norms"] == row["folded_activations"] == 4
     assert row["folded_additions"] == 0
     assert row["error"] < 1e-4
-    assert set(row["step"]) == {"keras", "xla", "tfops", "fused", "without"}
+    assert set(row["step"]) == {"keras", "xla", "tfops", "fused", "xla_fused", "without"}
     assert all(median > 0 for median, _ in row["step"].values())
     assert all(share < 1 for share, _ in row["share"].values())
 

@@ -98,7 +98,6 @@ def test_model_trains_saves_and_loads(tmp_path):
     model = _residual_model()
     assert model.output_shape == (None, 4)
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    assert not model.jit_compile
     rng = np.random.default_rng(0)
     y = rng.integers(4, size=64)
     x = (rng.standard_normal((64, 8, 8, 3)) + 2 * y[:, None, None, None]).astype(np.float32)

@@ -62,12 +62,16 @@ def test_libraries_need_no_driver_and_vendor_nothing():
     needed, path = _dynamic(_library_file("tfops/_tfops_ops.so"))
     assert needed - SYSTEM == {"libtfops_kernels.so", "libtensorflow_framework.so.2"}
     assert path == "$ORIGIN/../tfops_kernels"
+    # TensorFlow has loaded its own two; what is loaded is found by name.
+    needed, path = _dynamic(_library_file("tfops/_tfops_xla.so"))
+    assert needed - SYSTEM == {"libtfops_kernels.so", "libtensorflow_framework.so.2", "libtensorflow_cc.so.2"}
+    assert path == "$ORIGIN/../tfops_kernels"
 
 
 def test_wheel_holds_what_it_should():
     files = [str(file) for file in importlib.metadata.files("tfops") if "__pycache__" not in str(file)]
     libraries = {Path(file).name.split(".")[0] for file in files if ".so" in file}
-    assert libraries == {"libtfops_kernels", "_kernels", "_tfops_ops"}
+    assert libraries == {"libtfops_kernels", "_kernels", "_tfops_ops", "_tfops_xla"}
     folders = {file.split("/")[0] for file in files if not file.startswith("..")}
     assert folders == {"tfops", "tfops_kernels", f"tfops-{tfops.__version__}.dist-info"}
     for name in ("tfops/py.typed", "tfops_kernels/py.typed"):
@@ -146,7 +150,7 @@ def test_info_command():
         text=True,
         check=True,
     )
-    for name in ("tfops", "TensorFlow", "CPU kernels", "CUDA kernels", "CUDA driver", "GPU"):
+    for name in ("tfops", "TensorFlow", "CPU kernels", "CUDA kernels", "XLA kernels", "CUDA driver", "GPU"):
         assert f"\n{name} " in f"\n{run.stdout}"
 
 

@@ -6,7 +6,7 @@
 Importing registers the ops, so that saved models and graphs that hold them can be loaded.
 """
 
-from tfops import _library, keras, reference  # noqa: F401  (_library is first: it says what is missing)
+from tfops import _library, _xla, keras, reference  # noqa: F401  (_library is first: it says what is missing)
 from tfops._batch_norm import fused_batch_norm
 from tfops._info import build_info
 from tfops_kernels import _build

@@ -21,7 +21,9 @@ _TRAINING = ("exponential_avg_factor", "unbiased")
 
 def _attributes(op: tf.Operation, names: tuple[str, ...]) -> dict[str, Any]:
     values = {name: op.get_attr(name) for name in names}
-    # An eager op's string attribute is bytes.
+    # An eager op's attributes are as they were given: not rounded to the kernel's float32, and strings are bytes.
+    for name in {"epsilon", "exponential_avg_factor"} & values.keys():
+        values[name] = float(np.float32(values[name]))
     values["activation"] = tf.compat.as_str(values["activation"])
     return values
 
@@ -88,7 +90,8 @@ class _Layout:
         rank = tf.rank(x) if x.shape.rank is None else x.shape.rank
         self._channel = tf.cast(tf.math.floormod(axis, rank), tf.int32)
         dimensions = tf.range(rank)
-        self._others = tf.boolean_mask(dimensions, dimensions != self._channel)
+        others = tf.range(rank - 1)
+        self._others = others + tf.cast(others >= self._channel, tf.int32)
         shape = tf.shape(x, out_type=tf.int64)
         self.channels = shape[self._channel]
         self.inner = tf.reduce_prod(shape[self._channel + 1 :])

@@ -19,6 +19,7 @@ def main() -> int:
             if info["cuda"]
             else "none in this build",
         ),
+        ("XLA kernels", ("CPU and CUDA" if info["cuda"] else "CPU") if info["xla"] else f"none: {info['xla_problem']}"),
         ("CUDA driver", f"serves CUDA {info['cuda_driver']}" if info["cuda_driver"] else "none"),
     ]
     for gpu in info["gpus"]:

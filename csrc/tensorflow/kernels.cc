@@ -113,19 +113,7 @@ class GpuDevice {
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Checks. Shape functions made them too, but only where shapes were known, and not for eager execution.
-
-absl::Status CheckShape(const char* name, const Tensor& tensor, const TensorShape& wanted) {
-  if (tensor.shape() == wanted) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat(name, " must have shape ", wanted.DebugString(), ", but it has ", tensor.shape().DebugString()));
-}
-
-absl::Status FoldShape(const Tensor& x, const Attributes& attributes, Problem* problem) {
-  *problem = attributes.problem;
-  const auto dims = x.shape().dim_sizes();
-  return ToAbsl(Fold(dims.data(), x.dims(), attributes.axis, problem));
-}
+// Inputs and outputs. Eager execution knows no shape functions, so every input is checked here.
 
 // Takes an op's inputs by name, in a row, each checked.
 class Inputs {
@@ -165,7 +153,7 @@ class Inputs {
   absl::Status Take(const char* name, const TensorShape& shape, const void** data) {
     const Tensor* tensor = nullptr;
     TF_RETURN_IF_ERROR(context_->input(name, &tensor));
-    TF_RETURN_IF_ERROR(CheckShape(name, *tensor, shape));
+    TF_RETURN_IF_ERROR(CheckShape(name, tensor->shape(), shape));
     *data = tensor->data();
     return absl::OkStatus();
   }
@@ -174,7 +162,7 @@ class Inputs {
     tensorflow::OpInputList list;
     TF_RETURN_IF_ERROR(context_->input_list(name, &list));
     for (int i = 0; i < list.size(); ++i) {
-      TF_RETURN_IF_ERROR(CheckShape(name, list[i], shape));
+      TF_RETURN_IF_ERROR(CheckShape(name, list[i].shape(), shape));
       *data[static_cast<size_t>(i)] = list[i].data();
     }
     return absl::OkStatus();
@@ -244,7 +232,7 @@ class TrainingOp final : public BatchNormOp {
   absl::Status Run(OpKernelContext* context) override {
     const Tensor& x = context->input(0);
     Problem problem;
-    TF_RETURN_IF_ERROR(FoldShape(x, attributes(), &problem));
+    TF_RETURN_IF_ERROR(FoldShape(x.shape(), attributes(), &problem));
     ForwardArrays arrays;
     Inputs inputs(context, x, problem);
     TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
@@ -252,11 +240,7 @@ class TrainingOp final : public BatchNormOp {
     TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
     TF_RETURN_IF_ERROR(inputs.OptionalVectors("running", &arrays.mean, &arrays.variance));
     TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
-    if (!arrays.mean && problem.channels > 0 && problem.exponential_avg_factor != 1) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("running must hold mean and variance where exponential_avg_factor != 1, but that is ",
-                       problem.exponential_avg_factor, " and running is empty"));
-    }
+    TF_RETURN_IF_ERROR(CheckRunning(problem, arrays.mean != nullptr));
 
     Outputs outputs(context);
     TF_RETURN_IF_ERROR(outputs.Reuse(ReusableForY(context, problem), inputs.data_shape(), &arrays.y));
@@ -280,7 +264,7 @@ class InferenceOp final : public BatchNormOp {
   absl::Status Run(OpKernelContext* context) override {
     const Tensor& x = context->input(0);
     Problem problem;
-    TF_RETURN_IF_ERROR(FoldShape(x, attributes(), &problem));
+    TF_RETURN_IF_ERROR(FoldShape(x.shape(), attributes(), &problem));
     ForwardArrays arrays;
     Inputs inputs(context, x, problem);
     TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
@@ -317,7 +301,7 @@ class TrainingGradOp final : public BatchNormOp {
   absl::Status Run(OpKernelContext* context) override {
     const Tensor& x = context->input(1);
     Problem problem;
-    TF_RETURN_IF_ERROR(FoldShape(x, attributes(), &problem));
+    TF_RETURN_IF_ERROR(FoldShape(x.shape(), attributes(), &problem));
     BackwardArrays arrays;
     Inputs inputs(context, x, problem);
     TF_RETURN_IF_ERROR(inputs.Data("dy", &arrays.dy));
@@ -347,7 +331,7 @@ class InferenceGradOp final : public BatchNormOp {
   absl::Status Run(OpKernelContext* context) override {
     const Tensor& x = context->input(1);
     Problem problem;
-    TF_RETURN_IF_ERROR(FoldShape(x, attributes(), &problem));
+    TF_RETURN_IF_ERROR(FoldShape(x.shape(), attributes(), &problem));
     BackwardArrays arrays;
     Inputs inputs(context, x, problem);
     TF_RETURN_IF_ERROR(inputs.Data("dy", &arrays.dy));
@@ -378,7 +362,7 @@ class MomentsOp final : public OpKernel {
   absl::Status Run(OpKernelContext* context) {
     const Tensor& x = context->input(0);
     Problem problem;
-    TF_RETURN_IF_ERROR(FoldShape(x, attributes_, &problem));
+    TF_RETURN_IF_ERROR(FoldShape(x.shape(), attributes_, &problem));
     MomentsArrays arrays;
     Inputs inputs(context, x, problem);
     TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
@@ -404,7 +388,7 @@ class GradientPhaseOp : public BatchNormOp {
   absl::Status Run(OpKernelContext* context) override {
     const Tensor& x = context->input(1);
     Problem problem;
-    TF_RETURN_IF_ERROR(FoldShape(x, attributes(), &problem));
+    TF_RETURN_IF_ERROR(FoldShape(x.shape(), attributes(), &problem));
     BackwardArrays arrays;
     StatisticsGradient statistics;
     Inputs inputs(context, x, problem);

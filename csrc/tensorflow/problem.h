@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "csrc/batch_norm/batch_norm.h"
+#include "tensorflow/core/framework/tensor_shape.h"
 #include "tensorflow/core/framework/types.h"
 #include "tensorflow/core/platform/errors.h"
 
@@ -35,6 +36,29 @@ struct Attributes {
 
 inline bool HasResidualGradient(const Problem& problem) {
   return problem.has_residual && problem.activation != Activation::kNone;
+}
+
+// Checks of the kernels. Shape functions made them too, but only where shapes were known.
+
+inline absl::Status CheckShape(const char* name, const tensorflow::TensorShape& shape,
+                               const tensorflow::TensorShape& wanted) {
+  if (shape == wanted) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(name, " must have shape ", wanted.DebugString(), ", but it has ", shape.DebugString()));
+}
+
+inline absl::Status FoldShape(const tensorflow::TensorShape& x, const Attributes& attributes, Problem* problem) {
+  *problem = attributes.problem;
+  const auto dims = x.dim_sizes();
+  return ToAbsl(Fold(dims.data(), x.dims(), attributes.axis, problem));
+}
+
+// Training: the running statistics may be left out only where nothing of them is kept.
+inline absl::Status CheckRunning(const Problem& problem, bool has_running) {
+  if (has_running || problem.channels == 0 || problem.exponential_avg_factor == 1) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("running must hold mean and variance where exponential_avg_factor != 1, but that is ",
+                   problem.exponential_avg_factor, " and running is empty"));
 }
 
 inline absl::Status CheckAxis(int rank, int64_t axis) {

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfops import _xla
 from tfops._arguments import ACTIVATIONS, param_type
 from tfops._batch_norm import fused_batch_norm
 from tfops._phases import Statistics, batch_statistics, normalize, replicas
@@ -46,8 +47,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, but it is {activation!r}")
         super().__init__(*args, **kwargs)
         self.activation = activation
-        # The ops have no XLA kernels.
-        self.supports_jit = False
+        self.supports_jit = _xla.supports_jit()
 
     # Keras tells the arguments of build and compute_output_shape by name: those of call, and "_shape".
     def build(self, inputs_shape: Any, residual_shape: Any = None) -> None:

@@ -1,0 +1,38 @@
+"""Registers the ops' XLA kernels, which `jit_compile=True` needs: a library of its own, which may be missing.
+
+It is loaded with the package, not when first needed: that takes less than a millisecond, and whether a graph will be
+compiled is not always known when it is built (a function called by a compiled one, a saved model).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tensorflow as tf
+
+from tfops import _library  # noqa: F401  (the ops first: these are kernels of theirs)
+from tfops_kernels import _kernels
+
+
+def load(library: Path) -> str:
+    """Loads the library file; returns why its kernels are not there, or "" if they are."""
+    if not library.exists():
+        return "this tfops was built without them (TFOPS_XLA=OFF)"
+    try:
+        tf.load_library(str(library))
+    except tf.errors.OpError as error:
+        return error.message
+    return ""
+
+
+PROBLEM = load(Path(__file__).with_name("_tfops_xla.so"))
+
+
+def supports_jit() -> bool:
+    """Whether XLA can compile the ops on the devices of this process, as Keras asks of a layer.
+
+    With a GPU, Keras compiles for it; then a build without CUDA kernels has none for XLA either.
+    """
+    if PROBLEM:
+        return False
+    return _kernels.cuda_build()["cuda"] or not tf.config.get_visible_devices("GPU")
