@@ -20,7 +20,7 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
-#include "csrc/tensorflow/problem.h"
+#include "csrc/tensorflow/xla_operands.h"
 #include "tensorflow/compiler/tf2xla/shape_util.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
@@ -49,139 +49,6 @@ namespace ffi = xla::ffi;
 using tensorflow::TensorShape;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The ops' inputs and outputs
-
-enum class Extent { kNothing, kData, kVector, kMask };
-
-template <typename Arrays>
-struct Operand {
-  const char* name;
-  Extent extent;
-  void (*set)(Arrays*, void*);  // puts the pointer into its field; not called for kNothing
-};
-
-template <auto Field, typename Arrays>
-void Set(Arrays* arrays, void* data) {
-  arrays->*Field = static_cast<std::remove_reference_t<decltype(arrays->*Field)>>(data);
-}
-
-template <typename Arrays>
-using Operands = std::vector<Operand<Arrays>>;
-
-Extent DataIf(bool condition) { return condition ? Extent::kData : Extent::kNothing; }
-Extent MaskOf(const Problem& problem) { return NeedsMask(problem) ? Extent::kMask : Extent::kNothing; }
-
-// What ops on the same arrays share: the kernels.
-
-struct ForwardOp {
-  using Arrays = ForwardArrays;
-  static constexpr auto kCpuWorkspaceBytes = cpu::ForwardWorkspaceBytes;
-  static constexpr auto kCpu = cpu::Forward;
-  static constexpr auto kCudaWorkspaceBytes = cuda::ForwardWorkspaceBytes;
-  static constexpr auto kCuda = cuda::Forward;
-};
-
-struct BackwardOp {
-  using Arrays = BackwardArrays;
-  static constexpr auto kCpuWorkspaceBytes = cpu::BackwardWorkspaceBytes;
-  static constexpr auto kCpu = cpu::Backward;
-  static constexpr auto kCudaWorkspaceBytes = cuda::BackwardWorkspaceBytes;
-  static constexpr auto kCuda = cuda::Backward;
-};
-
-// `count` is the number of an op's inputs, from which a list of none or two follows.
-
-struct Training : ForwardOp {
-  static constexpr bool kTraining = true;
-
-  static Operands<Arrays> Inputs(const Problem& problem, size_t count) {
-    Operands<Arrays> inputs = {{"x", Extent::kData, Set<&Arrays::x>},
-                               {"scale", Extent::kVector, Set<&Arrays::scale>},
-                               {"offset", Extent::kVector, Set<&Arrays::offset>}};
-    if (count >= inputs.size() + 2) {
-      inputs.push_back({"running", Extent::kVector, Set<&Arrays::mean>});
-      inputs.push_back({"running", Extent::kVector, Set<&Arrays::variance>});
-    }
-    if (problem.has_residual) inputs.push_back({"residual", Extent::kData, Set<&Arrays::residual>});
-    return inputs;
-  }
-
-  static Operands<Arrays> Outputs(const Problem& problem) {
-    return {{"y", Extent::kData, Set<&Arrays::y>},
-            {"mean", Extent::kVector, Set<&Arrays::mean_out>},
-            {"variance", Extent::kVector, Set<&Arrays::variance_out>},
-            {"saved_mean", Extent::kVector, Set<&Arrays::saved_mean>},
-            {"saved_inv_std", Extent::kVector, Set<&Arrays::saved_inv_std>},
-            {"mask", MaskOf(problem), Set<&Arrays::mask>}};
-  }
-};
-
-struct TrainingGrad : BackwardOp {
-  static constexpr bool kTraining = true;
-
-  static Operands<Arrays> Inputs(const Problem& problem, size_t count) {
-    Operands<Arrays> inputs = {{"dy", Extent::kData, Set<&Arrays::dy>},
-                               {"x", Extent::kData, Set<&Arrays::x>},
-                               {"scale", Extent::kVector, Set<&Arrays::scale>},
-                               {"offset", Extent::kVector, Set<&Arrays::offset>},
-                               {"saved_mean", Extent::kVector, Set<&Arrays::mean>},
-                               {"saved_inv_std", Extent::kVector, Set<&Arrays::spread>},
-                               {"mask", MaskOf(problem), Set<&Arrays::mask>}};
-    if (count >= inputs.size() + 2) {
-      inputs.push_back({"drunning", Extent::kVector, Set<&Arrays::dmean>});
-      inputs.push_back({"drunning", Extent::kVector, Set<&Arrays::dvariance>});
-    }
-    if (NeedsResidual(problem)) inputs.push_back({"residual", Extent::kData, Set<&Arrays::residual>});
-    return inputs;
-  }
-
-  static Operands<Arrays> Outputs(const Problem& problem) {
-    return {{"dx", Extent::kData, Set<&Arrays::dx>},
-            {"dscale", Extent::kVector, Set<&Arrays::dscale>},
-            {"doffset", Extent::kVector, Set<&Arrays::doffset>},
-            {"dresidual", DataIf(HasResidualGradient(problem)), Set<&Arrays::dresidual>}};
-  }
-};
-
-struct Inference : ForwardOp {
-  static constexpr bool kTraining = false;
-
-  static Operands<Arrays> Inputs(const Problem& problem, size_t) {
-    Operands<Arrays> inputs = {{"x", Extent::kData, Set<&Arrays::x>},
-                               {"scale", Extent::kVector, Set<&Arrays::scale>},
-                               {"offset", Extent::kVector, Set<&Arrays::offset>},
-                               {"mean", Extent::kVector, Set<&Arrays::mean>},
-                               {"variance", Extent::kVector, Set<&Arrays::variance>}};
-    if (problem.has_residual) inputs.push_back({"residual", Extent::kData, Set<&Arrays::residual>});
-    return inputs;
-  }
-
-  static Operands<Arrays> Outputs(const Problem&) { return {{"y", Extent::kData, Set<&Arrays::y>}}; }
-};
-
-struct InferenceGrad : BackwardOp {
-  static constexpr bool kTraining = false;
-
-  static Operands<Arrays> Inputs(const Problem& problem, size_t) {
-    Operands<Arrays> inputs = {
-        {"dy", Extent::kData, Set<&Arrays::dy>},         {"x", Extent::kData, Set<&Arrays::x>},
-        {"scale", Extent::kVector, Set<&Arrays::scale>}, {"offset", Extent::kVector, Set<&Arrays::offset>},
-        {"mean", Extent::kVector, Set<&Arrays::mean>},   {"variance", Extent::kVector, Set<&Arrays::spread>}};
-    if (NeedsResidual(problem)) inputs.push_back({"residual", Extent::kData, Set<&Arrays::residual>});
-    return inputs;
-  }
-
-  static Operands<Arrays> Outputs(const Problem& problem) {
-    return {{"dx", Extent::kData, Set<&Arrays::dx>},
-            {"dscale", Extent::kVector, Set<&Arrays::dscale>},
-            {"doffset", Extent::kVector, Set<&Arrays::doffset>},
-            {"dmean", Extent::kVector, Set<&Arrays::dmean_in>},
-            {"dvariance", Extent::kVector, Set<&Arrays::dvariance_in>},
-            {"dresidual", DataIf(HasResidualGradient(problem)), Set<&Arrays::dresidual>}};
-  }
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Compiling
 
 // An MLIR dictionary. 17 digits tell a double exactly.
@@ -203,6 +70,11 @@ TensorShape ShapeOf(Extent extent, const TensorShape& x, const Problem& problem)
       return TensorShape({problem.channels});
     case Extent::kMask:
       return TensorShape({LayoutOfMask(problem).Bytes()});
+    case Extent::kRows: {
+      TensorShape rows = x;
+      rows.RemoveLastDims(1);
+      return rows;
+    }
     case Extent::kNothing:
       break;
   }
@@ -213,7 +85,11 @@ template <typename Op>
 class XlaOp final : public tensorflow::XlaOpKernel {
  public:
   explicit XlaOp(tensorflow::OpKernelConstruction* context) : XlaOpKernel(context) {
-    OP_REQUIRES_OK(context, ReadAttributes(context, Op::kTraining, &attributes_));
+    if (std::is_same_v<Op, BatchMoments>) {
+      OP_REQUIRES_OK(context, ReadTypes(context, &attributes_));
+    } else {
+      OP_REQUIRES_OK(context, ReadAttributes(context, Op::kTraining, &attributes_));
+    }
   }
 
   void Compile(tensorflow::XlaOpKernelContext* context) override { OP_REQUIRES_OK(context, Emit(context)); }
@@ -306,6 +182,8 @@ ffi::Error FillArrays(const Problem& problem, const ffi::RemainingArgs& argument
     auto buffer = arguments.get<ffi::AnyBuffer>(i);
     if (buffer.has_error()) return buffer.error();
     if (inputs[i].extent != Extent::kNothing) inputs[i].set(arrays, buffer->untyped_data());
+    Kept* kept = KeptOf(arrays);
+    if (kept && absl::string_view(inputs[i].name) == "x") kept->length = buffer->dimensions().back();
   }
   for (size_t i = 0; i < outputs.size(); ++i) {
     auto buffer = results.get<ffi::AnyBuffer>(i);
@@ -381,11 +259,14 @@ XLA_FFI_Error* CudaHandler(XLA_FFI_CallFrame* frame) {
 #define TFOPS_REGISTER_XLA_OP(name, Op, jit_device, platform, Handler)           \
   REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::jit_device), XlaOp<Op>); \
   XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), name, platform, Handler<Op>)
-#define TFOPS_REGISTER_XLA_OPS(...)                                                \
-  TFOPS_REGISTER_XLA_OP("Tfops>BatchNormTraining", Training, __VA_ARGS__);         \
-  TFOPS_REGISTER_XLA_OP("Tfops>BatchNormTrainingGrad", TrainingGrad, __VA_ARGS__); \
-  TFOPS_REGISTER_XLA_OP("Tfops>BatchNormInference", Inference, __VA_ARGS__);       \
-  TFOPS_REGISTER_XLA_OP("Tfops>BatchNormInferenceGrad", InferenceGrad, __VA_ARGS__)
+#define TFOPS_REGISTER_XLA_OPS(...)                                                      \
+  TFOPS_REGISTER_XLA_OP("Tfops>BatchNormTraining", Training, __VA_ARGS__);               \
+  TFOPS_REGISTER_XLA_OP("Tfops>BatchNormTrainingGrad", TrainingGrad, __VA_ARGS__);       \
+  TFOPS_REGISTER_XLA_OP("Tfops>BatchNormInference", Inference, __VA_ARGS__);             \
+  TFOPS_REGISTER_XLA_OP("Tfops>BatchNormInferenceGrad", InferenceGrad, __VA_ARGS__);     \
+  TFOPS_REGISTER_XLA_OP("Tfops>BatchNormMoments", BatchMoments, __VA_ARGS__);            \
+  TFOPS_REGISTER_XLA_OP("Tfops>BatchNormGradientMoments", GradientMoments, __VA_ARGS__); \
+  TFOPS_REGISTER_XLA_OP("Tfops>BatchNormGradientNormalize", GradientNormalize, __VA_ARGS__)
 
 TFOPS_REGISTER_XLA_OPS(DEVICE_CPU_XLA_JIT, "Host", CpuHandler);
 #ifdef TFOPS_WITH_CUDA

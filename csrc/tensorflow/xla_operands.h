@@ -1,0 +1,241 @@
+// What the ops have for inputs and outputs under XLA, as tables, and which kernels they call.
+
+#ifndef TFOPS_TENSORFLOW_XLA_OPERANDS_H_
+#define TFOPS_TENSORFLOW_XLA_OPERANDS_H_
+
+#include <type_traits>
+#include <vector>
+
+#include "csrc/tensorflow/problem.h"
+
+namespace tfops {
+
+enum class Extent { kNothing, kData, kVector, kMask, kRows };  // kRows: x without its last dimension
+
+template <typename Arrays>
+struct Operand {
+  const char* name;
+  Extent extent;
+  void (*set)(Arrays*, void*);  // puts the pointer into its field; not called for kNothing
+};
+
+template <auto Field, typename Arrays>
+void Set(Arrays* arrays, void* data) {
+  arrays->*Field = static_cast<std::remove_reference_t<decltype(arrays->*Field)>>(data);
+}
+
+template <typename Arrays>
+using Operands = std::vector<Operand<Arrays>>;
+
+inline Extent DataIf(bool condition) { return condition ? Extent::kData : Extent::kNothing; }
+inline Extent MaskOf(const Problem& problem) { return NeedsMask(problem) ? Extent::kMask : Extent::kNothing; }
+
+// What ops on the same arrays share: the kernels.
+
+struct ForwardOp {
+  using Arrays = ForwardArrays;
+  static constexpr auto kCpuWorkspaceBytes = cpu::ForwardWorkspaceBytes;
+  static constexpr auto kCpu = cpu::Forward;
+  static constexpr auto kCudaWorkspaceBytes = cuda::ForwardWorkspaceBytes;
+  static constexpr auto kCuda = cuda::Forward;
+};
+
+struct BackwardOp {
+  using Arrays = BackwardArrays;
+  static constexpr auto kCpuWorkspaceBytes = cpu::BackwardWorkspaceBytes;
+  static constexpr auto kCpu = cpu::Backward;
+  static constexpr auto kCudaWorkspaceBytes = cuda::BackwardWorkspaceBytes;
+  static constexpr auto kCuda = cuda::Backward;
+};
+
+struct MomentsOp {
+  using Arrays = MomentsArrays;
+  static constexpr auto kCpuWorkspaceBytes = cpu::MomentsWorkspaceBytes;
+  static constexpr auto kCpu = cpu::BatchMoments;
+  static constexpr auto kCudaWorkspaceBytes = cuda::MomentsWorkspaceBytes;
+  static constexpr auto kCuda = cuda::BatchMoments;
+};
+
+struct GradientMomentsOp : BackwardOp {
+  static constexpr auto kCpu = cpu::GradientMoments;
+  static constexpr auto kCuda = cuda::GradientMoments;
+};
+
+struct NormalizeArrays : BackwardArrays {
+  StatisticsGradient statistics;
+};
+
+struct GradientNormalizeOp : BackwardOp {
+  using Arrays = NormalizeArrays;
+  static Status kCpu(const Problem& problem, const Arrays& arrays, void* workspace, const cpu::Threads& threads) {
+    return cpu::GradientNormalize(problem, arrays, arrays.statistics, workspace, threads);
+  }
+  static Status kCuda(const Problem& problem, const Arrays& arrays, void* workspace, void* stream) {
+    return cuda::GradientNormalize(problem, arrays, arrays.statistics, workspace, stream);
+  }
+};
+
+// Where the flags of an op go that has them.
+inline Kept* KeptOf(MomentsArrays* arrays) { return &arrays->kept; }
+inline Kept* KeptOf(NormalizeArrays* arrays) { return &arrays->statistics.kept; }
+inline Kept* KeptOf(ForwardArrays*) { return nullptr; }
+inline Kept* KeptOf(BackwardArrays*) { return nullptr; }
+
+template <typename Arrays>
+void SetFlags(Arrays* arrays, void* data) {
+  KeptOf(arrays)->flags = static_cast<const uint8_t*>(data);
+}
+
+template <const void* StatisticsGradient::* kField>
+void SetStatistic(NormalizeArrays* arrays, void* data) {
+  arrays->statistics.*kField = data;
+}
+
+// `count` is the number of an op's inputs, from which a list of none, one or two follows.
+
+struct Training : ForwardOp {
+  static constexpr bool kTraining = true;
+
+  static Operands<Arrays> Inputs(const Problem& problem, size_t count) {
+    Operands<Arrays> inputs = {{"x", Extent::kData, Set<&Arrays::x>},
+                               {"scale", Extent::kVector, Set<&Arrays::scale>},
+                               {"offset", Extent::kVector, Set<&Arrays::offset>}};
+    if (count >= inputs.size() + 2) {
+      inputs.push_back({"running", Extent::kVector, Set<&Arrays::mean>});
+      inputs.push_back({"running", Extent::kVector, Set<&Arrays::variance>});
+    }
+    if (problem.has_residual) inputs.push_back({"residual", Extent::kData, Set<&Arrays::residual>});
+    return inputs;
+  }
+
+  static Operands<Arrays> Outputs(const Problem& problem) {
+    return {{"y", Extent::kData, Set<&Arrays::y>},
+            {"mean", Extent::kVector, Set<&Arrays::mean_out>},
+            {"variance", Extent::kVector, Set<&Arrays::variance_out>},
+            {"saved_mean", Extent::kVector, Set<&Arrays::saved_mean>},
+            {"saved_inv_std", Extent::kVector, Set<&Arrays::saved_inv_std>},
+            {"mask", MaskOf(problem), Set<&Arrays::mask>}};
+  }
+};
+
+struct TrainingGrad : BackwardOp {
+  static constexpr bool kTraining = true;
+
+  static Operands<Arrays> Inputs(const Problem& problem, size_t count) {
+    Operands<Arrays> inputs = {{"dy", Extent::kData, Set<&Arrays::dy>},
+                               {"x", Extent::kData, Set<&Arrays::x>},
+                               {"scale", Extent::kVector, Set<&Arrays::scale>},
+                               {"offset", Extent::kVector, Set<&Arrays::offset>},
+                               {"saved_mean", Extent::kVector, Set<&Arrays::mean>},
+                               {"saved_inv_std", Extent::kVector, Set<&Arrays::spread>},
+                               {"mask", MaskOf(problem), Set<&Arrays::mask>}};
+    if (count >= inputs.size() + 2) {
+      inputs.push_back({"drunning", Extent::kVector, Set<&Arrays::dmean>});
+      inputs.push_back({"drunning", Extent::kVector, Set<&Arrays::dvariance>});
+    }
+    if (NeedsResidual(problem)) inputs.push_back({"residual", Extent::kData, Set<&Arrays::residual>});
+    return inputs;
+  }
+
+  static Operands<Arrays> Outputs(const Problem& problem) {
+    return {{"dx", Extent::kData, Set<&Arrays::dx>},
+            {"dscale", Extent::kVector, Set<&Arrays::dscale>},
+            {"doffset", Extent::kVector, Set<&Arrays::doffset>},
+            {"dresidual", DataIf(HasResidualGradient(problem)), Set<&Arrays::dresidual>}};
+  }
+};
+
+struct Inference : ForwardOp {
+  static constexpr bool kTraining = false;
+
+  static Operands<Arrays> Inputs(const Problem& problem, size_t) {
+    Operands<Arrays> inputs = {{"x", Extent::kData, Set<&Arrays::x>},
+                               {"scale", Extent::kVector, Set<&Arrays::scale>},
+                               {"offset", Extent::kVector, Set<&Arrays::offset>},
+                               {"mean", Extent::kVector, Set<&Arrays::mean>},
+                               {"variance", Extent::kVector, Set<&Arrays::variance>}};
+    if (problem.has_residual) inputs.push_back({"residual", Extent::kData, Set<&Arrays::residual>});
+    return inputs;
+  }
+
+  static Operands<Arrays> Outputs(const Problem&) { return {{"y", Extent::kData, Set<&Arrays::y>}}; }
+};
+
+struct InferenceGrad : BackwardOp {
+  static constexpr bool kTraining = false;
+
+  static Operands<Arrays> Inputs(const Problem& problem, size_t) {
+    Operands<Arrays> inputs = {
+        {"dy", Extent::kData, Set<&Arrays::dy>},         {"x", Extent::kData, Set<&Arrays::x>},
+        {"scale", Extent::kVector, Set<&Arrays::scale>}, {"offset", Extent::kVector, Set<&Arrays::offset>},
+        {"mean", Extent::kVector, Set<&Arrays::mean>},   {"variance", Extent::kVector, Set<&Arrays::spread>}};
+    if (NeedsResidual(problem)) inputs.push_back({"residual", Extent::kData, Set<&Arrays::residual>});
+    return inputs;
+  }
+
+  static Operands<Arrays> Outputs(const Problem& problem) {
+    return {{"dx", Extent::kData, Set<&Arrays::dx>},
+            {"dscale", Extent::kVector, Set<&Arrays::dscale>},
+            {"doffset", Extent::kVector, Set<&Arrays::doffset>},
+            {"dmean", Extent::kVector, Set<&Arrays::dmean_in>},
+            {"dvariance", Extent::kVector, Set<&Arrays::dvariance_in>},
+            {"dresidual", DataIf(HasResidualGradient(problem)), Set<&Arrays::dresidual>}};
+  }
+};
+
+struct BatchMoments : MomentsOp {
+  static constexpr bool kTraining = true;
+
+  static Operands<Arrays> Inputs(const Problem&, size_t count) {
+    Operands<Arrays> inputs = {{"x", Extent::kData, Set<&Arrays::x>}};
+    if (count > 1) inputs.push_back({"keep", Extent::kRows, SetFlags});
+    return inputs;
+  }
+
+  static Operands<Arrays> Outputs(const Problem&) {
+    return {{"count", Extent::kVector, Set<&Arrays::count>},
+            {"mean", Extent::kVector, Set<&Arrays::mean>},
+            {"variance", Extent::kVector, Set<&Arrays::variance>}};
+  }
+};
+
+struct GradientMoments : GradientMomentsOp {
+  static constexpr bool kTraining = false;
+
+  static Operands<Arrays> Inputs(const Problem& problem, size_t count) { return InferenceGrad::Inputs(problem, count); }
+
+  static Operands<Arrays> Outputs(const Problem&) {
+    return {{"dscale", Extent::kVector, Set<&Arrays::dscale>},
+            {"doffset", Extent::kVector, Set<&Arrays::doffset>},
+            {"dmean", Extent::kVector, Set<&Arrays::dmean_in>},
+            {"dvariance", Extent::kVector, Set<&Arrays::dvariance_in>}};
+  }
+};
+
+struct GradientNormalize : GradientNormalizeOp {
+  static constexpr bool kTraining = false;
+
+  static Operands<Arrays> Inputs(const Problem& problem, size_t count) {
+    Operands<Arrays> inputs = {{"dy", Extent::kData, Set<&Arrays::dy>},
+                               {"x", Extent::kData, Set<&Arrays::x>},
+                               {"scale", Extent::kVector, Set<&Arrays::scale>},
+                               {"offset", Extent::kVector, Set<&Arrays::offset>},
+                               {"mean", Extent::kVector, Set<&Arrays::mean>},
+                               {"variance", Extent::kVector, Set<&Arrays::spread>},
+                               {"tilt", Extent::kVector, SetStatistic<&StatisticsGradient::tilt>},
+                               {"shift", Extent::kVector, SetStatistic<&StatisticsGradient::shift>}};
+    const size_t residuals = NeedsResidual(problem) ? 1 : 0;
+    if (count > inputs.size() + residuals) inputs.push_back({"keep", Extent::kRows, SetFlags});
+    if (residuals > 0) inputs.push_back({"residual", Extent::kData, Set<&Arrays::residual>});
+    return inputs;
+  }
+
+  static Operands<Arrays> Outputs(const Problem& problem) {
+    return {{"dx", Extent::kData, Set<&Arrays::dx>},
+            {"dresidual", DataIf(HasResidualGradient(problem)), Set<&Arrays::dresidual>}};
+  }
+};
+
+}  // namespace tfops
+
+#endif  // TFOPS_TENSORFLOW_XLA_OPERANDS_H_
