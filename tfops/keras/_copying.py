@@ -1,0 +1,279 @@
+"""Copies a Keras model, with batch norms of another class."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import tempfile
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import keras
+
+from tfops.keras._batch_normalization import BatchNormalization
+from tfops.keras._folding import Fold, is_graph, is_list, nodes, plan
+
+
+class Report(NamedTuple):
+    """What became of a batch norm."""
+
+    name: str
+    kinds: list[str]  # of what was folded in, or unfolded
+    text: str
+
+
+class Copier:
+    """One conversion of a model to batch norms of class `to`."""
+
+    def __init__(self, model: keras.Model, to: type[keras.Layer], fold: bool):
+        self.paths: dict[str, str] = {}  # of variables, from the model's to the copy's
+        self._model = model
+        self._to = to
+        self._from = keras.layers.BatchNormalization if to is BatchNormalization else BatchNormalization
+        self._folds = plan(model, fold and to is BatchNormalization)  # of each graph and Sequential
+        self._of_norm: dict[int, list[Fold]] = defaultdict(list)  # the same, of each batch norm
+        for each in [fold for part in self._folds.values() for fold in part]:
+            self._of_norm[id(each.norm)].append(each)
+        self._copies: dict[int, Any] = {}  # by the id of the layer or operation
+        self._parts: dict[tuple[int, str], keras.Layer] = {}  # additions and activations of unfolded batch norms
+        self._names = {layer.name for layer in model._flatten_layers()}
+        self._pairs: dict[int, tuple[keras.Layer, keras.Layer]] = {}  # layers whose state has been copied
+
+    def run(self) -> tuple[keras.Model, list[Report]]:
+        copy = self._copy(self._model)
+        self._transfer(self._model, copy)
+        count, wanted = len(copy.variables), len(self._model.variables)
+        if count != wanted:
+            raise ValueError(
+                f"cannot convert {_describe(self._model)}: its copy has {count} variables, not {wanted}. Layers have "
+                "been added to it, removed, or shared, and its config does not tell"
+            )
+        reports = [self._report(layer) for layer, _ in self._pairs.values() if self._is_replaced(layer)]
+        return copy, reports
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Copies without state
+
+    def _copy(self, layer: Any) -> Any:
+        """The copy of a layer, model or operation: always the same one, so that what is shared stays so."""
+        if id(layer) not in self._copies:
+            self._copies[id(layer)] = self._make(layer)
+        return self._copies[id(layer)]
+
+    def _make(self, layer: Any) -> Any:
+        if is_graph(layer):
+            return self._make_graph(layer)
+        if is_list(layer):
+            return self._make_list(layer)
+        if id(layer) in self._of_norm:
+            return self._make_norm(layer)
+        if type(layer) is keras.layers.Lambda:
+            # Its config has the function's code, without what that refers to.
+            return keras.layers.Lambda(
+                layer.function,
+                output_shape=layer._output_shape,
+                mask=layer.mask,
+                arguments=layer.arguments,
+                name=layer.name,
+                dtype=layer.dtype_policy,
+            )
+        try:
+            with _constructing(self._from, self._to):
+                copy = type(layer).from_config(layer.get_config())
+        except Exception as error:
+            raise ValueError(f"cannot convert {_describe(layer)}, which has to be copied: {error}") from error
+        if isinstance(layer, keras.Layer):
+            _rename(layer, copy)
+        return copy
+
+    def _make_norm(self, layer: keras.Layer) -> keras.Layer:
+        config = layer.get_config()
+        activation = config.pop("activation", None)
+        if self._to is BatchNormalization:
+            config["activation"] = activation or self._of_norm[id(layer)][0].activation
+        return self._to.from_config(config)
+
+    def _make_list(self, model: keras.Sequential) -> keras.Sequential:
+        copies = []
+        if isinstance(model._layers[0], keras.layers.InputLayer):  # which is not among model.layers
+            copies.append(self._copy(model._layers[0]))
+        left_out = {call for fold in self._folds[id(model)] for call in fold.calls[1:]}
+        for call, layer in enumerate(model.layers):
+            if call not in left_out:
+                copies.append(self._copy(layer))
+                if self._is_fused(layer):
+                    copies.append(self._part(layer, layer.activation))
+        copy = keras.Sequential(copies, name=model.name)
+        copy._dtype_policy = model._dtype_policy  # its setter may quantize
+        return copy
+
+    def _make_graph(self, model: keras.Model) -> keras.Model:
+        inputs = keras.tree.map_structure(lambda x: self._copy(x._keras_history.operation).output, model.input)
+        pairs = zip(model.inputs, keras.tree.flatten(inputs), strict=True)
+        tensors = {id(old): new for old, new in pairs}
+        # A batch norm with an addition is called when that would be: all tensors are there then.
+        sites = {id(fold.addition or fold.calls[0]): fold for fold in self._folds[id(model)]}
+        folded = {id(call) for fold in sites.values() for call in fold.calls}
+        for node in nodes(model):
+            if fold := sites.get(id(node)):
+                tensors[id(fold.calls[-1].outputs[0])] = self._call_norm(fold, tensors)
+            elif id(node) not in folded:
+                args, kwargs = node.arguments.fill_in(tensors)
+                outputs = self._copy(node.operation)(*args, **kwargs)
+                pairs = zip(node.outputs, keras.tree.flatten(outputs), strict=True)
+                tensors.update((id(old), new) for old, new in pairs)
+        outputs = keras.tree.map_structure(lambda x: tensors[id(x)], model.output)
+        copy = type(model)(inputs, outputs, name=model.name)
+        copy._dtype_policy = model._dtype_policy  # its setter may quantize
+        return copy
+
+    def _call_norm(self, fold: Fold, tensors: dict[int, Any]) -> Any:
+        args, kwargs = fold.calls[0].arguments.fill_in(tensors)
+        copy = self._copy(fold.norm)
+        if self._to is BatchNormalization:
+            if fold.residual is not None:
+                kwargs["residual"] = tensors[id(fold.residual)]
+            return copy(*args, **kwargs)
+        arguments = inspect.signature(fold.norm.call).bind(*args, **kwargs).arguments
+        residual = arguments.pop("residual", None)
+        y = copy(arguments.pop("inputs"), **arguments)
+        if residual is not None:
+            y = self._part(fold.norm, "add")([residual, y])
+        return self._part(fold.norm, fold.norm.activation)(y) if self._is_fused(fold.norm) else y
+
+    def _is_fused(self, layer: Any) -> bool:
+        """Whether the layer has an activation that its copy will not have."""
+        return self._from is BatchNormalization and type(layer) is self._from and layer.activation is not None
+
+    def _part(self, norm: keras.Layer, what: str) -> keras.Layer:
+        """The layer that does apart what is fused in `norm`: "add", or an activation."""
+        if (id(norm), what) not in self._parts:
+            name = f"{norm.name}_{what}"
+            while name in self._names:
+                name += "_"
+            self._names.add(name)
+            options = {"name": name, "dtype": norm.dtype_policy}
+            layer = keras.layers.Add(**options) if what == "add" else keras.layers.Activation(what, **options)
+            self._parts[id(norm), what] = layer
+        return self._parts[id(norm), what]
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # State
+
+    def _transfer(self, layer: keras.Layer, copy: keras.Layer) -> None:
+        """Gives the copy, and all layers in it, the state of the layer and of those in it."""
+        if id(layer) in self._pairs:
+            return
+        self._pairs[id(layer)] = layer, copy
+        copy.name = layer.name
+        if layer.built and not copy.built:
+            _build(layer, copy)
+        try:
+            store: dict[str, Any] = {}
+            layer.save_own_variables(store)
+            copy.load_own_variables(store)
+            if hasattr(layer, "save_assets"):
+                with tempfile.TemporaryDirectory() as folder:
+                    layer.save_assets(folder)
+                    copy.load_assets(folder)
+            pairs = list(zip(_own_variables(layer), _own_variables(copy), strict=True))
+        except Exception as error:
+            raise ValueError(f"cannot convert {_describe(layer)}: its copy does not take its state: {error}") from error
+        for variable, new in pairs:
+            self.paths[variable.path] = new.path
+            new.trainable = variable.trainable
+        for generator, new in zip(layer._seed_generators, copy._seed_generators, strict=True):
+            new.state.assign(generator.state)
+        # Its setter would set all sublayers'.
+        copy._trainable = layer._trainable
+        for sublayer, new in self._sublayers(layer, copy):
+            self._transfer(sublayer, new)
+
+    def _sublayers(self, layer: keras.Layer, copy: keras.Layer) -> Iterator[tuple[keras.Layer, keras.Layer]]:
+        sublayers = _sublayers(layer)
+        if is_graph(layer) or is_list(layer):
+            return ((each, self._copies[id(each)]) for each in sublayers if id(each) in self._copies)
+        if len(sublayers) != len(_sublayers(copy)):
+            raise ValueError(
+                f"cannot convert {_describe(layer)}: it holds {len(sublayers)} layers, but its class makes "
+                f"{len(_sublayers(copy))} when it is copied by from_config(get_config())"
+            )
+        return zip(sublayers, _sublayers(copy), strict=True)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # What is told
+
+    def _is_replaced(self, layer: keras.Layer) -> bool:
+        return type(layer) is self._from or any(fold.folded for fold in self._of_norm.get(id(layer), ()))
+
+    def _report(self, layer: keras.Layer) -> Report:
+        if self._to is not BatchNormalization:
+            parts = {what: part.name for (norm, what), part in self._parts.items() if norm == id(layer)}
+            return Report(layer.name, list(parts), ", ".join(parts.values()) or "nothing fused")
+        if id(layer) not in self._of_norm:
+            return Report(layer.name, [], "nothing: it is inside a subclassed model or layer")
+        folds = self._of_norm[id(layer)]
+        kinds = ["add"] if folds[0].addition else []
+        kinds += [folds[0].activation] if folds[0].activation else []
+        names = ", ".join(name for fold in folds for name in fold.folded)
+        return Report(layer.name, kinds, f"{' and '.join(kinds)}: {names}" if kinds else f"nothing: {folds[0].note}")
+
+
+def _describe(layer: Any) -> str:
+    return f"{layer.name} ({type(layer).__name__})"
+
+
+def _sublayers(layer: keras.Layer) -> list[keras.Layer]:
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def _own_variables(layer: keras.Layer) -> list[Any]:
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
+def _rename(layer: keras.Layer, copy: keras.Layer) -> None:
+    """Gives names that Keras has counted up, in the copy, to the numbers of the original."""
+    copy.name = layer.name
+    for each, new in zip(_sublayers(layer), _sublayers(copy), strict=False):
+        _rename(each, new)
+
+
+def _build(layer: keras.Layer, copy: keras.Layer) -> None:
+    """Builds the copy as the layer was built, where variables get the same paths. It may remain as it is."""
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of models that cannot be built: their layers still can
+        for name in (layer.path or "").split("/")[:-1]:
+            stack.enter_context(keras.name_scope(name))
+        copy.build_from_config(layer.get_build_config())
+
+
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _constructing(source: type[keras.Layer], target: type[keras.Layer]) -> Iterator[None]:
+    """Within it, constructing `source` gives a `target`; classes derived from it stay what they are.
+
+    It reaches every batch norm that a class makes for itself, whatever it is kept in, before it is tracked and built.
+    """
+    thread = threading.get_ident()
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls is not source or threading.get_ident() != thread:
+            return super(source, cls).__new__(cls, *args, **kwargs)
+        if issubclass(target, source):
+            return super(source, cls).__new__(target, *args, **kwargs)  # and Python calls target's __init__
+        activation = kwargs.pop("activation", None)
+        if activation is not None:
+            raise ValueError(f"a batch norm inside it has the fused activation {activation!r}")
+        return target(*args, **kwargs)
+
+    with _lock:
+        source.__new__ = new
+        try:
+            yield
+        finally:
+            del source.__new__
