@@ -43,8 +43,9 @@ class Copier:
         self._pairs: dict[int, tuple[keras.Layer, keras.Layer]] = {}  # layers whose state has been copied
 
     def run(self) -> tuple[keras.Model, list[Report]]:
-        copy = self._copy(self._model)
-        self._transfer(self._model, copy)
+        with _constructing(self._from, self._to):
+            copy = self._copy(self._model)
+            self._transfer(self._model, copy)
         count, wanted = len(copy.variables), len(self._model.variables)
         if count != wanted:
             raise ValueError(
@@ -81,10 +82,12 @@ class Copier:
                 dtype=layer.dtype_policy,
             )
         try:
-            with _constructing(self._from, self._to):
-                copy = type(layer).from_config(layer.get_config())
+            copy = _remake(layer)
         except Exception as error:
-            raise ValueError(f"cannot convert {_describe(layer)}, which has to be copied: {error}") from error
+            raise ValueError(
+                f"cannot convert {_describe(layer)}: it cannot be copied by from_config(get_config()), which its class "
+                f"may have to override. {str(error).strip()}"
+            ) from error
         if isinstance(layer, keras.Layer):
             _rename(layer, copy)
         return copy
@@ -106,7 +109,8 @@ class Copier:
                 copies.append(self._copy(layer))
                 if self._is_fused(layer):
                     copies.append(self._part(layer, layer.activation))
-        copy = keras.Sequential(copies, name=model.name)
+        with _scope(model):
+            copy = keras.Sequential(copies, name=model.name)
         copy._dtype_policy = model._dtype_policy  # its setter may quantize
         return copy
 
@@ -122,7 +126,8 @@ class Copier:
                 tensors[id(fold.calls[-1].outputs[0])] = self._call_norm(fold, tensors)
             elif id(node) not in folded:
                 args, kwargs = node.arguments.fill_in(tensors)
-                outputs = self._copy(node.operation)(*args, **kwargs)
+                with _scope(node.operation):
+                    outputs = self._copy(node.operation)(*args, **kwargs)
                 pairs = zip(node.outputs, keras.tree.flatten(outputs), strict=True)
                 tensors.update((id(old), new) for old, new in pairs)
         outputs = keras.tree.map_structure(lambda x: tensors[id(x)], model.output)
@@ -136,10 +141,12 @@ class Copier:
         if self._to is BatchNormalization:
             if fold.residual is not None:
                 kwargs["residual"] = tensors[id(fold.residual)]
-            return copy(*args, **kwargs)
+            with _scope(fold.norm):
+                return copy(*args, **kwargs)
         arguments = inspect.signature(fold.norm.call).bind(*args, **kwargs).arguments
         residual = arguments.pop("residual", None)
-        y = copy(arguments.pop("inputs"), **arguments)
+        with _scope(fold.norm):
+            y = copy(arguments.pop("inputs"), **arguments)
         if residual is not None:
             y = self._part(fold.norm, "add")([residual, y])
         return self._part(fold.norm, fold.norm.activation)(y) if self._is_fused(fold.norm) else y
@@ -169,6 +176,12 @@ class Copier:
             return
         self._pairs[id(layer)] = layer, copy
         copy.name = layer.name
+        policy, new_policy = layer.dtype_policy.name, copy.dtype_policy.name
+        if policy != new_policy and not isinstance(layer, keras.layers.InputLayer):
+            raise ValueError(
+                f"cannot convert {_describe(layer)}: its dtype policy is {policy}, but that of a copy is {new_policy}. "
+                "Set the policy that the model was made with, or have its config tell"
+            )
         if layer.built and not copy.built:
             _build(layer, copy)
         try:
@@ -194,7 +207,7 @@ class Copier:
 
     def _sublayers(self, layer: keras.Layer, copy: keras.Layer) -> Iterator[tuple[keras.Layer, keras.Layer]]:
         sublayers = _sublayers(layer)
-        if is_graph(layer) or is_list(layer):
+        if id(layer) in self._folds:
             return ((each, self._copies[id(each)]) for each in sublayers if id(each) in self._copies)
         if len(sublayers) != len(_sublayers(copy)):
             raise ValueError(
@@ -227,11 +240,34 @@ def _describe(layer: Any) -> str:
 
 
 def _sublayers(layer: keras.Layer) -> list[keras.Layer]:
+    if isinstance(layer, keras.Sequential):
+        return layer.layers  # without the input layer, which it gets when it is built
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
 def _own_variables(layer: keras.Layer) -> list[Any]:
     return layer._trainable_variables + layer._non_trainable_variables
+
+
+_DEFAULTS = [keras.Layer.from_config.__func__, keras.Model.from_config.__func__]
+
+
+def _remake(layer: Any) -> Any:
+    """A new layer, model or operation of the same class and config."""
+    config = layer.get_config()
+    parameters = inspect.signature(type(layer).__init__).parameters.values()
+    if type(layer).from_config.__func__ in _DEFAULTS and all(each.kind is not each.VAR_KEYWORD for each in parameters):
+        # Keras puts these into every config, for classes too that do not take them.
+        ignored = {"name", "trainable", "dtype"} - {each.name for each in parameters}
+        config = {name: value for name, value in config.items() if name not in ignored}
+    return type(layer).from_config(_unbuilt(config))
+
+
+def _unbuilt(config: Any) -> Any:
+    """A config without what has inner layers built before the layer around them gives their variables its name."""
+    if isinstance(config, dict):
+        return {key: _unbuilt(value) for key, value in config.items() if key != "build_config"}
+    return type(config)(map(_unbuilt, config)) if type(config) in (list, tuple) else config
 
 
 def _rename(layer: keras.Layer, copy: keras.Layer) -> None:
@@ -241,12 +277,21 @@ def _rename(layer: keras.Layer, copy: keras.Layer) -> None:
         _rename(each, new)
 
 
-def _build(layer: keras.Layer, copy: keras.Layer) -> None:
-    """Builds the copy as the layer was built, where variables get the same paths. It may remain as it is."""
-    with contextlib.ExitStack() as stack, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of models that cannot be built: their layers still can
-        for name in (layer.path or "").split("/")[:-1]:
+@contextlib.contextmanager
+def _scope(layer: Any) -> Iterator[None]:
+    """Where the layer was built, so that the copy's variables get the same paths."""
+    with contextlib.ExitStack() as stack:
+        for name in (getattr(layer, "path", None) or "").split("/")[:-1]:
             stack.enter_context(keras.name_scope(name))
+        yield
+
+
+def _build(layer: keras.Layer, copy: keras.Layer) -> None:
+    """Builds the copy as the layer was built. It may remain as it is."""
+    # A model without a build method is called instead, and that does not open its scope.
+    inside = keras.name_scope(layer.name) if type(copy).build is keras.Model.build else contextlib.nullcontext()
+    with _scope(layer), inside, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of models that cannot be built: their layers still can
         copy.build_from_config(layer.get_build_config())
 
 
