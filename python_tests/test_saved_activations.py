@@ -1,4 +1,4 @@
-"""What a residual block keeps from its forward pass for its backward pass, in a graph: with Keras' layers and tfops'."""
+"""What a residual block keeps of its forward pass for its backward pass, with Keras' layers and with tfops'."""
 
 from __future__ import annotations
 

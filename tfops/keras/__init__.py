@@ -6,8 +6,8 @@ except ImportError as error:
     if error.name == "keras":
         raise
     raise ImportError(
-        f"tfops needs Keras' TensorFlow backend, but Keras cannot be imported with the one that it is set to ({error}): "
-        "set the environment variable KERAS_BACKEND=tensorflow before Keras is first imported"
+        f"tfops needs Keras' TensorFlow backend, but Keras is set to another, which it cannot import ({error}): set "
+        "the environment variable KERAS_BACKEND=tensorflow before Keras is first imported"
     ) from error
 
 from tfops.keras._batch_normalization import BatchNormalization

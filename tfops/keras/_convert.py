@@ -16,41 +16,44 @@ CLASSES = {"tfops": BatchNormalization, "keras": keras.layers.BatchNormalization
 def convert(model: keras.Model, to: str = "tfops", *, fold: bool = True, verbose: int = 1) -> keras.Model:
     """A copy of the model with tfops' batch norms in place of Keras', and what follows them folded in; or back.
 
-    Every `keras.layers.BatchNormalization`, but no class derived from it, becomes a `tfops.keras.BatchNormalization`,
+    Every `keras.layers.BatchNormalization`, but no class derived from it, becomes a `tfops.keras.BatchNormalization`:
     in functional and Sequential models, in models and layers inside them, and in subclassed models and layers. In
     functional and Sequential models a batch norm also takes in
 
-    - the addition that follows (`keras.layers.Add` of two tensors, or `x + y`), if the tensors are of one shape and
-      dtype: batch norm's is then the only one of its inputs that is known to have no other reader. Dimensions that are
-      not known are taken to be the same.
-    - then, or at once, the activation that follows: relu, relu6, leaky_relu with a slope of 0.2, or silu, as a layer or
-      an operation of Keras,
+    - the addition that follows, `keras.layers.Add` of two tensors or `x + y`, if both are of one shape and dtype (where
+      a dimension is not known, it is taken to be the same);
+    - then, or at once, the activation that follows: relu, relu6, leaky_relu with a slope of 0.2, or silu, as one of
+      Keras' layers or operations,
 
-    where nothing else reads what comes before, and it is not an output of the model. A layer that is called several
-    times takes in the same at every call, or nothing. In a model of several outputs, the layers that make them stay,
-    because losses and metrics go by their names.
+    where nothing else reads what comes before, and that is not an output of the model. A layer that is called several
+    times takes in the same at every call, or nothing. In a model with several outputs, the layers that make these
+    stay, because losses and metrics go by their names.
 
-    The given model is left as it is. The copy has layers of the same names, without those that were folded in;
-    variables of the same names, paths, values and `trainable`; and if the model is compiled, the copy is too, with the
-    optimizer's state. Variables may be in another order than in the model (`model.weights`, and so files of
-    weights) where an addition is folded in, not otherwise.
+    The given model is left as it is. The copy's layers have the same names (those that were folded in are gone), its
+    weights the same names, paths, values and `trainable`. If the model is compiled, so is the copy, with the same state
+    of the optimizer; if that cannot be, a warning says so. Where additions are folded in, `copy.weights` may be in
+    another order.
 
-    Subclassed models and layers are copied by `from_config(get_config())`, in which their classes construct tfops'
-    layers where they ask for Keras'. Such a model loaded from a file has Keras' batch norms again: convert it again.
+    Subclassed models and layers are copied by `from_config(get_config())`, while their classes get tfops' layer where
+    they construct Keras'. When such a model is saved and loaded, it has Keras' batch norms: convert it again.
 
     Args:
-      model: of any kind.
+      model: any Keras model.
       to: "tfops", or "keras" for the way back: every `tfops.keras.BatchNormalization` becomes Keras' own, followed by
-        an `Add` and an `Activation` for what was fused in it, named after it.
-      fold: whether batch norms take in anything. Without, variables are always in the same order.
-      verbose: 0 prints nothing, 1 a line that says how many batch norms were replaced and what was folded in, 2 also
-        a line for each, which says what was folded in or why not.
+        an `Add` and an `Activation` for what was fused in it. Their names are the batch norm's with "_add" and, for
+        instance, "_relu".
+      fold: whether batch norms take in anything. Without, all layers remain, and weights are in the same order.
+      verbose: 0 prints nothing; 1 a line that says how many batch norms were replaced and what was folded in; 2 also
+        a line for each of them, with the names of what was folded in, or why nothing was.
+
+    Returns:
+      a model of the same class.
 
     Raises:
       TypeError: model is not a Keras model.
-      ValueError: to or verbose is none of the above; or a layer or the model cannot be copied by its config; or the
-        copy does not have the same variables, because the config does not tell all of the model; or (to="keras") a
-        layer with a fused activation is inside a subclassed model or layer.
+      ValueError: to or verbose is none of the above; a layer or the model cannot be copied by its config, or the copy
+        has other variables, because the config does not tell all; or, with to="keras", a batch norm with a fused
+        activation is inside a subclassed model or layer.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model, but it is {model!r}")
