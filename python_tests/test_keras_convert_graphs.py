@@ -325,6 +325,29 @@ def test_subclassed_model_without_a_config():
         keras.config.set_dtype_policy("float32")
 
 
+class Converting(keras.Model):
+    """Converts a part of itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = convert(_add_then(layers.ReLU()), verbose=0)
+        self.norm = Norm()
+
+    def call(self, x, training=None):
+        return self.norm(self.backbone(x, training=training), training=training)
+
+
+def test_class_that_converts():
+    model = Converting()
+    assert type(model.norm) is Norm
+    model(_images())
+    fused = convert(model, verbose=0)
+    _assert_same(_train(fused, _images()), _train(model, _images()))
+    assert type(fused.norm) is tfops.keras.BatchNormalization
+    assert fused.backbone.get_layer("norm").activation == "relu"
+    assert type(Converting().norm) is Norm
+
+
 def test_classes_are_kept():
     inputs = keras.Input((4, 4, 3))
     model = WithStep(inputs, layers.Dense(2)(Norm()(Derived(name="derived")(inputs))))

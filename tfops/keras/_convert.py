@@ -61,9 +61,8 @@ def convert(model: keras.Model, to: str = "tfops", *, fold: bool = True, verbose
         raise ValueError(f"to must be one of {', '.join(map(repr, CLASSES))}, but it is {to!r}")
     if verbose not in (0, 1, 2):
         raise ValueError(f"verbose must be 0, 1 or 2, but it is {verbose!r}")
-    copier = Copier(model, CLASSES[to], fold)
-    copy, reports = copier.run()
-    _compile(model, copy, copier.paths)
+    copy, reports = Copier(model, CLASSES[to], fold).run()
+    _compile(model, copy)
     if verbose:
         print(_describe(model.name, to, reports, verbose > 1))
     return copy
@@ -81,8 +80,8 @@ def _describe(name: str, to: str, reports: list[Report], each: bool) -> str:
     return "\n".join(lines)
 
 
-def _compile(model: keras.Model, copy: keras.Model, paths: dict[str, str]) -> None:
-    """Compiles the copy as the model is, with the optimizer's state; `paths` are of variables, from model to copy."""
+def _compile(model: keras.Model, copy: keras.Model) -> None:
+    """Compiles the copy as the model is, with the optimizer's state."""
     if not model.compiled:
         return
     try:
@@ -92,20 +91,11 @@ def _compile(model: keras.Model, copy: keras.Model, paths: dict[str, str]) -> No
         return
     if getattr(model, "optimizer", None) is None or not model.optimizer.built or not copy.compiled:
         return
-    # An optimizer's variables are named after the variables that they belong to.
-    names = {old.replace("/", "_"): new.replace("/", "_") for old, new in paths.items()}
-
-    def renamed(path: str) -> str:
-        scope, _, name = path.rpartition("/")
-        owner = max((old for old in names if name.startswith(old)), key=len, default="")
-        return f"{scope}/{names.get(owner, '')}{name.removeprefix(owner)}"
-
-    state = {renamed(variable.path): variable for variable in model.optimizer.variables}
-    mine = {variable.path: variable for variable in copy.optimizer.variables}
-    if state.keys() != mine.keys() or not len(state) == len(mine) == len(model.optimizer.variables):
-        warnings.warn(
-            f"the optimizer of {model.name}'s copy starts without a state: names are not unique", stacklevel=3
-        )
+    # An optimizer's variables are named after the weights that they belong to.
+    state = {variable.path: variable for variable in model.optimizer.variables}
+    paths = [variable.path for variable in copy.optimizer.variables]
+    if len(state) != len(model.optimizer.variables) or sorted(state) != sorted(paths):
+        warnings.warn(f"the optimizer of {model.name}'s copy has no state: weights share paths", stacklevel=3)
         return
-    for path, variable in mine.items():
-        variable.assign(state[path])
+    for variable in copy.optimizer.variables:
+        variable.assign(state[variable.path])

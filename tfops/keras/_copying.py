@@ -29,7 +29,6 @@ class Copier:
     """One conversion of a model to batch norms of class `to`."""
 
     def __init__(self, model: keras.Model, to: type[keras.Layer], fold: bool):
-        self.paths: dict[str, str] = {}  # of variables, from the model's to the copy's
         self._model = model
         self._to = to
         self._from = keras.layers.BatchNormalization if to is BatchNormalization else BatchNormalization
@@ -82,15 +81,12 @@ class Copier:
                 dtype=layer.dtype_policy,
             )
         try:
-            copy = _remake(layer)
+            return _remake(layer)
         except Exception as error:
             raise ValueError(
                 f"cannot convert {_describe(layer)}: it cannot be copied by from_config(get_config()), which its class "
                 f"may have to override. {str(error).strip()}"
             ) from error
-        if isinstance(layer, keras.Layer):
-            _rename(layer, copy)
-        return copy
 
     def _make_norm(self, layer: keras.Layer) -> keras.Layer:
         config = layer.get_config()
@@ -109,8 +105,7 @@ class Copier:
                 copies.append(self._copy(layer))
                 if self._is_fused(layer):
                     copies.append(self._part(layer, layer.activation))
-        with _scope(model):
-            copy = keras.Sequential(copies, name=model.name)
+        copy = keras.Sequential(copies, name=model.name)
         copy._dtype_policy = model._dtype_policy  # its setter may quantize
         return copy
 
@@ -126,8 +121,7 @@ class Copier:
                 tensors[id(fold.calls[-1].outputs[0])] = self._call_norm(fold, tensors)
             elif id(node) not in folded:
                 args, kwargs = node.arguments.fill_in(tensors)
-                with _scope(node.operation):
-                    outputs = self._copy(node.operation)(*args, **kwargs)
+                outputs = self._copy(node.operation)(*args, **kwargs)
                 pairs = zip(node.outputs, keras.tree.flatten(outputs), strict=True)
                 tensors.update((id(old), new) for old, new in pairs)
         outputs = keras.tree.map_structure(lambda x: tensors[id(x)], model.output)
@@ -141,12 +135,10 @@ class Copier:
         if self._to is BatchNormalization:
             if fold.residual is not None:
                 kwargs["residual"] = tensors[id(fold.residual)]
-            with _scope(fold.norm):
-                return copy(*args, **kwargs)
+            return copy(*args, **kwargs)
         arguments = inspect.signature(fold.norm.call).bind(*args, **kwargs).arguments
         residual = arguments.pop("residual", None)
-        with _scope(fold.norm):
-            y = copy(arguments.pop("inputs"), **arguments)
+        y = copy(arguments.pop("inputs"), **arguments)
         if residual is not None:
             y = self._part(fold.norm, "add")([residual, y])
         return self._part(fold.norm, fold.norm.activation)(y) if self._is_fused(fold.norm) else y
@@ -175,7 +167,8 @@ class Copier:
         if id(layer) in self._pairs:
             return
         self._pairs[id(layer)] = layer, copy
-        copy.name = layer.name
+        # What Keras has numbered is numbered as in the original, and named after the scopes that it was made in.
+        copy.name, copy._path = layer.name, layer._path
         policy, new_policy = layer.dtype_policy.name, copy.dtype_policy.name
         if policy != new_policy and not isinstance(layer, keras.layers.InputLayer):
             raise ValueError(
@@ -183,7 +176,9 @@ class Copier:
                 "Set the policy that the model was made with, or have its config tell"
             )
         if layer.built and not copy.built:
-            _build(layer, copy)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # those of models that cannot be built: the layers in them still can
+                copy.build_from_config(layer.get_build_config())
         try:
             store: dict[str, Any] = {}
             layer.save_own_variables(store)
@@ -196,7 +191,7 @@ class Copier:
         except Exception as error:
             raise ValueError(f"cannot convert {_describe(layer)}: its copy does not take its state: {error}") from error
         for variable, new in pairs:
-            self.paths[variable.path] = new.path
+            new._path = variable.path
             new.trainable = variable.trainable
         for generator, new in zip(layer._seed_generators, copy._seed_generators, strict=True):
             new.state.assign(generator.state)
@@ -260,42 +255,10 @@ def _remake(layer: Any) -> Any:
         # Keras puts these into every config, for classes too that do not take them.
         ignored = {"name", "trainable", "dtype"} - {each.name for each in parameters}
         config = {name: value for name, value in config.items() if name not in ignored}
-    return type(layer).from_config(_unbuilt(config))
+    return type(layer).from_config(config)
 
 
-def _unbuilt(config: Any) -> Any:
-    """A config without what has inner layers built before the layer around them gives their variables its name."""
-    if isinstance(config, dict):
-        return {key: _unbuilt(value) for key, value in config.items() if key != "build_config"}
-    return type(config)(map(_unbuilt, config)) if type(config) in (list, tuple) else config
-
-
-def _rename(layer: keras.Layer, copy: keras.Layer) -> None:
-    """Gives names that Keras has counted up, in the copy, to the numbers of the original."""
-    copy.name = layer.name
-    for each, new in zip(_sublayers(layer), _sublayers(copy), strict=False):
-        _rename(each, new)
-
-
-@contextlib.contextmanager
-def _scope(layer: Any) -> Iterator[None]:
-    """Where the layer was built, so that the copy's variables get the same paths."""
-    with contextlib.ExitStack() as stack:
-        for name in (getattr(layer, "path", None) or "").split("/")[:-1]:
-            stack.enter_context(keras.name_scope(name))
-        yield
-
-
-def _build(layer: keras.Layer, copy: keras.Layer) -> None:
-    """Builds the copy as the layer was built. It may remain as it is."""
-    # A model without a build method is called instead, and that does not open its scope.
-    inside = keras.name_scope(layer.name) if type(copy).build is keras.Model.build else contextlib.nullcontext()
-    with _scope(layer), inside, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of models that cannot be built: their layers still can
-        copy.build_from_config(layer.get_build_config())
-
-
-_lock = threading.Lock()
+_lock = threading.RLock()  # a class may convert what it holds when it is copied
 
 
 @contextlib.contextmanager
@@ -317,8 +280,12 @@ def _constructing(source: type[keras.Layer], target: type[keras.Layer]) -> Itera
         return target(*args, **kwargs)
 
     with _lock:
+        outer = vars(source).get("__new__")
         source.__new__ = new
         try:
             yield
         finally:
-            del source.__new__
+            if outer is None:
+                del source.__new__
+            else:
+                source.__new__ = outer
