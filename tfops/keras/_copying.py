@@ -81,7 +81,9 @@ class Copier:
                 dtype=layer.dtype_policy,
             )
         try:
-            return _remake(layer)
+            copy = _remake(layer)
+            copy.name = layer.name  # which the config may leave out
+            return copy
         except Exception as error:
             raise ValueError(
                 f"cannot convert {_describe(layer)}: it cannot be copied by from_config(get_config()), which its class "
@@ -96,9 +98,8 @@ class Copier:
         return self._to.from_config(config)
 
     def _make_list(self, model: keras.Sequential) -> keras.Sequential:
-        copies = []
-        if isinstance(model._layers[0], keras.layers.InputLayer):  # which is not among model.layers
-            copies.append(self._copy(model._layers[0]))
+        # The input layer, if there is one, is not among model.layers.
+        copies = [self._copy(each) for each in model._layers[:1] if isinstance(each, keras.layers.InputLayer)]
         left_out = {call for fold in self._folds[id(model)] for call in fold.calls[1:]}
         for call, layer in enumerate(model.layers):
             if call not in left_out:
