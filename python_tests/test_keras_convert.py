@@ -91,7 +91,11 @@ def _folds(model):
     return tuple(counts)
 
 
-@pytest.mark.parametrize("name", APPLICATIONS)
+# Ten seconds each, and their graphs are like the others'.
+SLOW = {name: [pytest.mark.slow] for name in ("InceptionV3", "NASNetMobile", "ResNet50V2")}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, [])) for name in APPLICATIONS])
 def test_applications(name, float64):
     size, folds = APPLICATIONS[name]
     keras.utils.set_random_seed(0)

@@ -293,8 +293,6 @@ class Derived(Norm):
 
 
 class WithStep(keras.Model):
-    """A functional model with a training step of its own."""
-
     def train_step(self, data):
         return {**super().train_step(data), "mine": 1.0}
 
