@@ -40,7 +40,6 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 import keras
 import numpy as np
 import tensorflow as tf
-from _fuse import fuse, is_norm, plan_folds
 
 import tfops.keras
 
@@ -146,21 +145,21 @@ def copy_variables(source: keras.Model, target: keras.Model) -> keras.Model:
 def variants(model: keras.Model) -> dict[str, keras.Model]:
     """The networks to compare, by column. The given one is that of "keras"."""
 
-    def to_tfops(layer: keras.Layer) -> keras.Layer:
-        kind = tfops.keras.BatchNormalization if is_norm(layer) else layer.__class__
-        return kind.from_config(layer.get_config())
-
     def skip_norm(layer: keras.Layer, inputs: Any, **arguments: Any) -> Any:
-        return inputs if is_norm(layer) else layer(inputs, **arguments)
+        return inputs if isinstance(layer, keras.layers.BatchNormalization) else layer(inputs, **arguments)
 
-    models = {
-        "xla": keras.models.clone_model(model),
-        "tfops": keras.models.clone_model(model, clone_function=to_tfops),
-        "fused": fuse(model, plan_folds(model)),
-        "xla_fused": fuse(model, plan_folds(model)),
-        "without": keras.models.clone_model(model, call_function=skip_norm),
+    return {
+        "keras": model,
+        "xla": copy_variables(model, keras.models.clone_model(model)),
+        "tfops": tfops.keras.convert(model, fold=False, verbose=0),
+        "fused": tfops.keras.convert(model, verbose=0),
+        "xla_fused": tfops.keras.convert(model, verbose=0),
+        "without": copy_variables(model, keras.models.clone_model(model, call_function=skip_norm)),
     }
-    return {"keras": model, **{name: copy_variables(model, other) for name, other in models.items()}}
+
+
+def count(model: keras.Model, kind: type[keras.Layer]) -> int:
+    return sum(isinstance(layer, kind) for layer in model.layers)
 
 
 def check(models: dict[str, keras.Model], images: tf.Tensor) -> float:
@@ -210,7 +209,6 @@ def measure(name: str, xla: bool, budget: float) -> dict[str, Any]:
     keras.utils.set_random_seed(0)
     built = network.build()
     original = keras.Model(built.inputs, built.outputs)  # functional, whatever the network was
-    folds = plan_folds(original)
     models = variants(original)
     random = np.random.default_rng(0)
     images = tf.constant(random.random((network.batch, *network.shape), np.float32))
@@ -228,13 +226,14 @@ def measure(name: str, xla: bool, budget: float) -> dict[str, Any]:
         for column in random.permutation(list(steps)):
             seconds[column].append(seconds_of(steps[column], images, labels))
 
+    norms = [layer for layer in models["fused"].layers if isinstance(layer, tfops.keras.BatchNormalization)]
     return {
         "network": name,
         "image": network.shape,
         "batch": network.batch,
-        "batch_norms": sum(map(is_norm, original.layers)),
-        "folded_activations": len(folds.activations),
-        "folded_additions": len(folds.additions),
+        "batch_norms": count(original, keras.layers.BatchNormalization),
+        "folded_activations": sum(layer.activation is not None for layer in norms),
+        "folded_additions": count(original, keras.layers.Add) - count(models["fused"], keras.layers.Add),
         "error": error,
         "first_seconds": first,
         **summarize(seconds),

@@ -1,15 +1,11 @@
-"""keras_step.py measures the MNIST network, and what it folds into batch norms leaves a network as it is."""
+"""keras_step.py measures the MNIST network."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
-
-import keras
-import tensorflow as tf
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "keras_step.py"
 
@@ -31,32 +27,3 @@ def test_mnist(tmp_path):
     assert set(row["step"]) == {"keras", "xla", "tfops", "fused", "xla_fused", "without"}
     assert all(median > 0 for median, _ in row["step"].values())
     assert all(share < 1 for share, _ in row["share"].values())
-
-
-def test_folds(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    script = importlib.import_module("keras_step")
-    layers = keras.layers
-    x = keras.Input((4, 4, 8))
-    y = layers.Add(name="of_norms")([layers.BatchNormalization()(x), layers.BatchNormalization(name="second")(x)])
-    y = layers.Activation("tanh", name="other_activation")(y)
-    norm = layers.BatchNormalization(name="read_twice")(y)
-    y = layers.Add(name="no_norm")([norm, layers.ReLU(name="relu")(norm)])
-    y = layers.Add(name="alone")([layers.BatchNormalization(name="third")(y), y])
-    y = layers.Add(name="one_too_many")([y, x])
-    y = layers.Add(name="before_relu6")([layers.BatchNormalization(name="fourth")(y), y])
-    y = layers.ReLU(6, name="relu6")(y)
-    norm = layers.BatchNormalization(name="output")(y)
-    model = keras.Model(x, [norm, layers.ReLU(name="another_relu")(norm)])
-
-    folds = script.plan_folds(model)
-    assert folds.additions == {"of_norms": ("second", 1), "alone": ("third", 0), "before_relu6": ("fourth", 0)}
-    assert folds.activations == {"relu6": "fourth"}
-    for norm in filter(script.is_norm, model.layers):
-        norm.gamma.assign(tf.random.uniform([8], 0.5, 1.5))
-        norm.beta.assign(tf.random.normal([8]))
-    fused = script.copy_variables(model, script.fuse(model, folds))
-    images = tf.random.normal([3, 4, 4, 8])
-    for training in (True, False):
-        for got, want in zip(fused(images, training=training), model(images, training=training), strict=True):
-            tf.debugging.assert_near(got, want, atol=1e-4)

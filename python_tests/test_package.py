@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,14 @@ def test_another_backend_is_refused():
         ImportError, match="the backend is 'jax': set the environment variable KERAS_BACKEND=tensorflow"
     ):
         check_backend("jax")
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_another_backend_is_refused_at_import(backend):
+    """Whether it is installed, or not: Keras itself cannot be imported then."""
+    run = _run("import tfops.keras", KERAS_BACKEND=backend)
+    message = "ImportError: tfops needs Keras' TensorFlow backend, but .*KERAS_BACKEND=tensorflow before Keras is first"
+    assert re.search(message, run.stderr), run.stderr
 
 
 def test_build_info():

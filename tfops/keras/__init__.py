@@ -1,5 +1,16 @@
 """Keras layers on the fused op."""
 
-from tfops.keras._batch_normalization import BatchNormalization
+try:
+    import keras as _keras  # noqa: F401
+except ImportError as error:
+    if error.name == "keras":
+        raise
+    raise ImportError(
+        f"tfops needs Keras' TensorFlow backend, but Keras is set to another, which it cannot import ({error}): set "
+        "the environment variable KERAS_BACKEND=tensorflow before Keras is first imported"
+    ) from error
 
-__all__ = ["BatchNormalization"]
+from tfops.keras._batch_normalization import BatchNormalization
+from tfops.keras._convert import convert
+
+__all__ = ["BatchNormalization", "convert"]
