@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import keras
 import tensorflow as tf
 from alexnet_options import CONVOLUTIONS, DENSE, DROPOUT, WEIGHT_DECAY, boundaries, parse, read_data, scaled
 from graph_session import Network, moving_statistics, summarize_norms
@@ -165,6 +166,7 @@ def build_graph(
 
 def train(options: argparse.Namespace) -> Run:
     """Trains and tests the network."""
+    keras.utils.set_random_seed(options.seed)
     data = read_data(options)
     print(data.describe(), flush=True)
     network = build_graph(

@@ -24,7 +24,6 @@ from alexnet_options import (
     read_data,
     scaled,
 )
-from image_data import Batches
 from keras_training import run_model
 from norms import norm_relu
 from options import configure, run_main
@@ -109,12 +108,13 @@ def compile_model(model: keras.Model, steps: int, learning_rate: float = 0.01) -
 def train(options: argparse.Namespace) -> Run:
     """Trains and tests the network."""
     strategy = make_strategy(options)  # before anything that computes
-    data: Batches = read_data(options)
+    keras.utils.set_random_seed(options.seed)
+    data = read_data(options)
     print(data.describe(), flush=True)
     keras.mixed_precision.set_global_policy(options.precision)
 
     def build(synchronized: bool) -> keras.Model:
-        keras.utils.set_random_seed(options.seed)
+        keras.utils.set_random_seed(options.seed)  # the same weights, however often it is built
         model = build_model(options.image_size, options.classes, options.width, options.norm, synchronized)
         compile_model(model, options.epochs * data.steps, options.learning_rate)
         return model

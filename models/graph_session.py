@@ -95,7 +95,12 @@ def summarize_norms() -> None:
 def restore(session: v1.Session, saver: v1.train.Saver, path: str) -> None:
     """Raises UserError, naming the checkpoint, if it is another model's or damaged."""
     try:
+        shapes = tf.train.load_checkpoint(path).get_variable_to_shape_map()
         with session.graph.as_default():
+            for variable in v1.global_variables():  # the saver itself would take a variable of any shape
+                found, wanted = shapes.get(variable.op.name), variable.shape.as_list()
+                if found != wanted:
+                    raise ValueError(f"{variable.op.name} has shape {found} in it, not {wanted}")
             saver.restore(session, path)
     except (tf.errors.OpError, ValueError) as error:
         reason = str(getattr(error, "message", error)).splitlines()[0]

@@ -174,6 +174,8 @@ def _from_folder(folder: Path, image_size, batch_size, seed, limit, resize) -> B
     if split and _classes(folders[1]) != classes:
         raise DataError(f"{folders[1]}: other classes than in {folders[0]}")
     files = [path for each in folders for path in _image_files(each)]
+    if not split and int(TEST_FRACTION * len(files)) < 1:
+        raise DataError(f"{folder}: {len(files)} images are too few to keep {TEST_FRACTION:.0%} of them for testing")
     _check_images(files, resize)
 
     shared = {
@@ -190,8 +192,6 @@ def _from_folder(folder: Path, image_size, batch_size, seed, limit, resize) -> B
         train, test = (load(each, shuffle=index == 0, **shared) for index, each in enumerate(folders))
     else:
         train, test = load(folder, validation_split=TEST_FRACTION, subset="both", **shared)
-    if not int(test.cardinality()):
-        raise DataError(f"{folder}: {len(files)} images are too few to keep {TEST_FRACTION:.0%} of them for testing")
     if limit is not None:
         train = train.take(limit)
 

@@ -103,7 +103,9 @@ def run_model(
         strategy: Of several devices, if there are.
     """
     chief = replicas.is_chief(strategy)
-    run = Run(options.out if chief else options.out / f"worker-{options.index}", settings, options.resume)
+    # Every worker takes part in saving, but only the chief's files are read again: the others' folder is removed.
+    folder = options.out if chief else options.out.with_name(f"{options.out.name}-worker-{options.index}")
+    run = Run(folder, settings, options.resume and chief)
     verbose = (1 if sys.stdout.isatty() else 2) if chief else 0  # a bar with the time left, or a line an epoch
 
     # Fit.
@@ -111,6 +113,7 @@ def run_model(
         model = _fit(build, data, options, run, strategy, verbose)
     run.parameters = model.count_params()
     if not chief:
+        shutil.rmtree(folder)
         return run
 
     # Evaluate, with the best weights, in a model of one device.
@@ -158,7 +161,7 @@ def _fit(build, data, options, run, strategy, verbose) -> keras.Model:
         with strategy.scope():
             model = build(options.synchronized and options.norm in ("tfops", "keras"))
         chosen = callbacks(run, options, all_steps) if replicas.is_chief(strategy) else [Recorder(run, all_steps)]
-        replicas.fit(strategy, model, data, options, options.out / "checkpoints", chosen, verbose)
+        replicas.fit(strategy, model, data, options, checkpoints, chosen, verbose)
     return model
 
 

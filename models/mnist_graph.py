@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Sequence
 
+import keras
 import tensorflow as tf
 from graph_session import Network, moving_statistics, summarize_norms
 from graph_session import train as run_session
@@ -170,6 +171,7 @@ def build_graph(
 
 def train(options: argparse.Namespace) -> Run:
     """Trains and tests the network."""
+    keras.utils.set_random_seed(options.seed)
     data = read_data(options)
     print(data.describe(), flush=True)
     network = build_graph(

@@ -91,12 +91,13 @@ def compile_model(model: keras.Model, steps: int, learning_rate: float = 2e-3) -
 def train(options: argparse.Namespace) -> Run:
     """Trains and tests the network."""
     strategy = make_strategy(options)  # before anything that computes
+    keras.utils.set_random_seed(options.seed)
     data = read_data(options)
     print(data.describe(), flush=True)
     keras.mixed_precision.set_global_policy(options.precision)
 
     def build(synchronized: bool) -> keras.Model:
-        keras.utils.set_random_seed(options.seed)
+        keras.utils.set_random_seed(options.seed)  # the same weights, however often it is built
         model = build_model(options.norm, synchronized)
         compile_model(model, options.epochs * data.steps, options.learning_rate)
         return model

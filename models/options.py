@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import keras
 import tensorflow as tf
 from data import UserError
 from norms import NORMS
@@ -170,6 +169,8 @@ def check_devices(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     try:
         if options.device is not None:
             options.device = device_name(options.device, options.logical_cpus)
+            if hasattr(options, "devices") and re.fullmatch("/device:CPU:[1-9].*", options.device):
+                raise UserError(f"in Keras, a CPU device is /cpu:0 (or one of --devices), not {options.device}")
             if split or devices:
                 raise UserError("means nothing beside " + ("--split-devices" if split else "--devices"))
         argument = "--split-devices"
@@ -205,6 +206,10 @@ def configure(options: argparse.Namespace) -> None:
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, options.memory_growth)
+    if options.device and hasattr(options, "devices"):
+        # Keras is told by leaving it no other device. In a graph, tf.device tells.
+        kind, index = options.device.split(":")[1:]
+        tf.config.set_visible_devices([gpus[int(index)]] if kind == "GPU" else [], "GPU")
     if options.logical_cpus > 1:
         cpu = tf.config.list_physical_devices("CPU")[0]
         logical = [tf.config.LogicalDeviceConfiguration() for _ in range(options.logical_cpus)]
@@ -212,7 +217,6 @@ def configure(options: argparse.Namespace) -> None:
     if not gpus or (options.device or "").startswith("/device:CPU"):
         # On the CPU this costs little and makes a run repeatable to the bit. A GPU would lose its fastest kernels.
         tf.config.experimental.enable_op_determinism()
-    keras.utils.set_random_seed(options.seed)
 
 
 def configure_workers(options: argparse.Namespace) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 
 import keras
@@ -107,6 +106,9 @@ def fit(
 ) -> None:
     """`model.fit` with validation, on all replicas; goes on from the last checkpoint if `options.resume`.
 
+    Every worker has to take part in saving, each in a folder `checkpoints` of its own; all restore from the chief's, in
+    `options.out`, which they have to share.
+
     Raises:
         WorkerLost: Another worker died or did not answer within `options.timeout` seconds.
         UserError: The checkpoint is another model's, or the workers have different ones.
@@ -132,12 +134,9 @@ def _fit(strategy, model, data, options, checkpoints, callbacks, verbose) -> Non
     with strategy.scope():
         epoch_variable = tf.Variable(0, trainable=False, dtype=tf.int64, name="epoch")
         model.optimizer.build(model.trainable_variables)
-    # Every worker has to take part in saving; the chief's files are kept, and all restore from them.
-    chief = is_chief(strategy)
-    folder = checkpoints if chief else checkpoints.with_name(f"checkpoints-worker-{options.index}")
     checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer, epoch=epoch_variable)
-    manager = tf.train.CheckpointManager(checkpoint, str(folder), max_to_keep=2)
-    latest = tf.train.latest_checkpoint(str(checkpoints)) if options.resume else None
+    manager = tf.train.CheckpointManager(checkpoint, str(checkpoints), max_to_keep=2)
+    latest = tf.train.latest_checkpoint(str(options.out / "checkpoints")) if options.resume else None
     if latest:
         try:
             checkpoint.restore(latest).assert_existing_objects_matched()
@@ -171,8 +170,6 @@ def _fit(strategy, model, data, options, checkpoints, callbacks, verbose) -> Non
         manager.save(checkpoint_number=epoch + 1)
         calls.on_epoch_end(epoch, logs)
     calls.on_train_end(logs)
-    if not chief:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _by_data(dataset: tf.data.Dataset) -> tf.data.Dataset:

