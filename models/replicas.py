@@ -65,9 +65,10 @@ class Steps:
     def _totals(self, images: tf.Tensor, labels: tf.Tensor, training: bool) -> tuple[tf.Tensor, tf.Tensor]:
         """This replica's sum of losses, and the three sums over all."""
         logits = self._model(images, training=training)
-        loss = tf.reduce_sum(self._loss(labels, logits))
+        counts = tf.cast(labels >= 0, tf.float32)
+        loss = tf.reduce_sum(counts * self._loss(tf.maximum(labels, 0), logits))
         right = tf.reduce_sum(tf.cast(tf.argmax(logits, -1, output_type=tf.int32) == labels, tf.float32))
-        local = tf.stack([tf.stop_gradient(loss), right, tf.cast(tf.size(labels), tf.float32)])
+        local = tf.stack([tf.stop_gradient(loss), right, tf.reduce_sum(counts)])
         return loss, tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, local)
 
     def _train(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
@@ -84,6 +85,8 @@ class Steps:
         return totals
 
     def _test(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        # The last batch may leave some replicas without an image: see `_full_batches`. Here one more does no harm.
+        images, labels = tf.pad(images, [[0, 1], [0, 0], [0, 0], [0, 0]]), tf.pad(labels, [[0, 1]], constant_values=-1)
         return self._totals(images, labels, training=False)[1]
 
     @tf.function(reduce_retracing=True)
@@ -147,11 +150,12 @@ def _fit(strategy, model, data, options, checkpoints, callbacks, verbose) -> Non
     model._initial_epoch = first_epoch  # where Keras' own callback puts it
     _check_agreement(strategy, first_epoch)
 
-    train = strategy.experimental_distribute_dataset(_by_data(data.train))
+    batches, count = _full_batches(strategy, data, options)
+    train = strategy.experimental_distribute_dataset(_by_data(batches))
     test = strategy.experimental_distribute_dataset(_by_data(data.test))
     calls = keras.callbacks.CallbackList(
         callbacks, add_history=True, add_progbar=verbose != 0, verbose=verbose, epochs=options.epochs,
-        steps=data.steps, model=model,
+        steps=count, model=model,
     )  # fmt: skip
     calls.on_train_begin()
     logs: dict[str, float] = {}
@@ -170,6 +174,24 @@ def _fit(strategy, model, data, options, checkpoints, callbacks, verbose) -> Non
         manager.save(checkpoint_number=epoch + 1)
         calls.on_epoch_end(epoch, logs)
     calls.on_train_end(logs)
+
+
+def _full_batches(
+    strategy: tf.distribute.Strategy, data: Batches, options: argparse.Namespace
+) -> tuple[tf.data.Dataset, int]:
+    """The training batches without an epoch's last one if that is smaller, and how many they are.
+
+    TensorFlow would give the first replicas all of it and the others nothing. tfops' batch norm is right then, but
+    oneDNN's convolution, in TensorFlow 2.21 on a CPU, gives an empty batch the shape of its input. As every epoch has
+    another order, no image is left out for good.
+    """
+    replicas, full = strategy.num_replicas_in_sync, data.train_size // options.batch_size
+    if options.batch_size < replicas or not full:
+        raise UserError(
+            f"--batch-size must be from {replicas} (one image for each device) to {data.train_size} (all there are), "
+            f"not {options.batch_size}"
+        )
+    return data.train.take(full), full
 
 
 def _by_data(dataset: tf.data.Dataset) -> tf.data.Dataset:
