@@ -133,9 +133,9 @@ def build_graph(
 
         # 9. Event logs and saver. -------------------------------------------------------------------------------------
 
-        v1.summary.scalar("loss", loss)
-        v1.summary.scalar("accuracy", tf.cast(correct, tf.float32) / tf.cast(tf.size(labels), tf.float32))
-        v1.summary.scalar("learning_rate", rate)
+        v1.summary.scalar("log/loss", loss)
+        v1.summary.scalar("log/accuracy", tf.cast(correct, tf.float32) / tf.cast(tf.size(labels), tf.float32))
+        v1.summary.scalar("log/learning_rate", rate)
         summarize_norms()
         return Network(
             graph=graph,

@@ -89,7 +89,7 @@ def summarize_norms() -> None:
     for layer, moving in moving_statistics().items():
         own = [each for each in v1.trainable_variables() if each.op.name in (f"{layer}/gamma", f"{layer}/beta")]
         for variable in (*own, *moving):
-            v1.summary.histogram(variable.op.name, variable)
+            v1.summary.histogram(f"log/{variable.op.name}", variable)
 
 
 def restore(session: v1.Session, saver: v1.train.Saver, path: str) -> None:
@@ -184,8 +184,8 @@ def train(network: Network, data: Batches, options: argparse.Namespace, run: Run
             )
             run.print_epoch()
             tests = v1.Summary()
-            tests.value.add(tag="test_loss", simple_value=test_loss)
-            tests.value.add(tag="test_accuracy", simple_value=test_accuracy)
+            tests.value.add(tag="log/test_loss", simple_value=test_loss)
+            tests.value.add(tag="log/test_accuracy", simple_value=test_accuracy)
             logs.add_summary(tests, step)
             logs.flush()
 
