@@ -165,7 +165,8 @@ def test_seed_repeats_a_run_to_the_bit(style, npz, tmp_path):
     for index, seed in enumerate((1, 1, 2)):
         folder = tmp_path / str(index)
         keras.backend.clear_session()
-        train(f"mnist_{style}", "--data", npz, "--limit", 400, "--epochs", 2, "--seed", seed, "--out", folder)
+        arguments = ["--limit", 400, "--batch-size", 50, "--epochs", 1, "--seed", seed, "--out", folder]
+        train(f"mnist_{style}", "--data", npz, *arguments)
         content = history(folder)
         losses.append([(each["loss"], each["test_loss"]) for each in content["epochs"]] + content["moving"])
     assert losses[0] == losses[1]
@@ -201,10 +202,9 @@ def test_folder_with_something_else_is_left_alone(npz, tmp_path):
 
 def test_split_devices(npz, tmp_path):
     """The graph on one device and loss and optimization on the other compute what one device does, and are there."""
-    shared = ["--data", npz, "--limit", 200, "--epochs", 1, "--logical-cpus", 2]
-    one = run_script("mnist_graph.py", *shared, "--out", "one", cwd=tmp_path)
-    assert one.returncode == 0, one.stderr[-2000:]
-    split = ["--split-devices", "/cpu:0,/cpu:1", "--log-device-placement", "--out", "split"]
+    shared = ["--data", npz, "--limit", 200, "--epochs", 1]
+    train("mnist_graph", *shared, "--out", tmp_path / "one")
+    split = ["--logical-cpus", 2, "--split-devices", "/cpu:0,/cpu:1", "--log-device-placement", "--out", "split"]
     run = run_script("mnist_graph.py", *shared, *split, cwd=tmp_path, TF_CPP_MIN_LOG_LEVEL="0")
     assert run.returncode == 0, run.stderr[-2000:]
     losses = [history(tmp_path / each)["epochs"][0]["loss"] for each in ("one", "split")]
