@@ -157,16 +157,16 @@ def train(network: Network, data: Batches, options: argparse.Namespace, run: Run
                     network.training: True,
                     network.dropout: network.dropout_rate,
                 }
-                step, rate, loss, correct = session.run(
-                    [network.train, network.learning_rate, network.loss, network.correct], feed
-                )
+                records = run.records_moving(step + 1, all_steps)
+                fetches = [network.train, network.learning_rate, network.loss, network.correct]
+                step, rate, loss, correct, *events = session.run(fetches + [network.summaries] * records, feed)
                 run.step_seconds.append(time.perf_counter() - began)
                 # Print.
                 sums += [loss * len(labels), correct, len(labels)]
                 progress.update(batch + 1, [("loss", sums[0] / sums[2]), ("accuracy", sums[1] / sums[2])])
-                if run.records_moving(step, all_steps):
+                if records:
                     run.record_moving(int(step), session.run(network.moving))
-                    logs.add_summary(session.run(network.summaries, {**feed, network.training: False}), step)
+                    logs.add_summary(*events, step)
 
             # Test.
             test_loss, test_accuracy = evaluate(session, network, data.test.as_numpy_iterator())
