@@ -51,7 +51,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, *, epochs: int, batc
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=count, default=epochs, help=f"passes over the images (default: {epochs})")
     group.add_argument("--batch-size", type=count, default=batch_size, help=f"images a step (default: {batch_size})")
-    group.add_argument("--limit", type=count, metavar="N", help="train on the first N images only (default: all)")
+    group.add_argument("--limit", type=count, metavar="N", help="train on N of the images only (default: all)")
     group.add_argument("--learning-rate", type=positive, default=rate, help=f"at the beginning (default: {rate})")
     group.add_argument("--seed", type=seed, default=0, help="of weights, order and dropout (default: 0)")
     group.add_argument("--norm", choices=NORMS, default=NORMS[0], help="batch norm (default: tfops); see norms.py")
