@@ -2,6 +2,7 @@
 #
 #   make wheel                     the wheel alone, into build/wheel
 #   make mnist DATA=mnist.npz      other digits than Keras' own loader finds; ARGS="--epochs 1" for more options
+#   make alexnet ARGS="--image-size 67 --width 0.25"      on a CPU; DATA=FOLDER: class folders of images
 #   make test ARGS="-k op"         pytest's arguments
 #   make format                    ruff and clang-format, in place
 
@@ -13,13 +14,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh')
 SOURCES = $(shell git ls-files csrc tfops cmake CMakeLists.txt pyproject.toml README.md LICENSE)
 
-.PHONY: test mnist wheel install format clean
+.PHONY: test mnist alexnet wheel install format clean
 
 test: install
 	$(BIN)/pytest $(ARGS)
 
-mnist: install
-	$(BIN)/python models/mnist.py $(if $(DATA),--data "$(DATA)") $(ARGS)
+mnist alexnet: install
+	$(BIN)/python models/compare.py $@ $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 wheel: build/wheel/.built
 install: $(VENV)/.installed

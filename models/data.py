@@ -17,7 +17,13 @@ DOWNLOAD_TIMEOUT = 5.0  # seconds without an answer, after which there is no net
 TEST_FRACTION = 5  # of digits that come without a test split, every fifth of each class is held out
 
 
-class DataError(Exception):
+class UserError(Exception):
+    """Something that the user can put right; the message is one line."""
+
+    status = 2  # the program's exit status
+
+
+class DataError(UserError):
     """The data cannot be read; the message names the file and says why."""
 
 

@@ -21,6 +21,9 @@ collect_ignore = []
 if importlib.util.find_spec("tensorflow") is None:
     tests = Path(__file__).parent.glob("test_*.py")
     collect_ignore += [path.name for path in tests if _NEEDS_TENSORFLOW.search(path.read_text())]
+# The dependency group `models` of pyproject.toml; without it, models/*.py cannot be imported.
+if not all(importlib.util.find_spec(name) for name in ("matplotlib", "PIL")):
+    collect_ignore += ["test_mnist.py", *(path.name for path in Path(__file__).parent.glob("test_models_*.py"))]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
