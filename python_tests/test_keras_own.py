@@ -20,11 +20,12 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-W", "ignore", sys.argv[1
 """
 
 
-def test_keras_own_tests():
+def test_keras_own_tests(tmp_path):
     spec = importlib.util.find_spec("keras.src.layers.normalization.batch_normalization_test")
     if spec is None:
         pytest.skip(f"Keras {keras.__version__} was installed without its tests")
-    run = subprocess.run([sys.executable, "-c", _RUN, spec.origin], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", _RUN, spec.origin]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 25, run.stdout
     assert "skipped" not in run.stdout
