@@ -283,28 +283,43 @@ TFOPS_INLINE void ForEachPartial(const Problem& problem, const Plan& plan, Body 
   }
 }
 
-template <typename T>
-void FinishStatisticsOf(const ForwardJob& job, int64_t begin, int64_t end) {
-  using P = Param<T>;
-  const Problem& problem = job.problem;
-  const ForwardArrays& arrays = job.arrays;
+// Merges the partial moments of channels begin to end into their first. Returns their count. Means are merged by what
+// they deviate from that first one: each step would round the mean itself, which may be large beside the deviations.
+template <typename Job>
+double MergePartials(const Job& job, int64_t begin, int64_t end) {
+  constexpr int64_t kChannels = 256;
   double* __restrict mean = job.partials.first;
   double* __restrict m2 = job.partials.second;
   double count = 0;
-  if (problem.training) {
-    ForEachPartial(problem, job.plan, [&](int64_t slot, int64_t n) {
+  for (int64_t first = begin; first < end; first += kChannels) {
+    const int64_t last = Min(first + kChannels, end);
+    double deviation[kChannels] = {};
+    count = 0;
+    ForEachPartial(job.problem, job.plan, [&](int64_t slot, int64_t n) {
       const double added = static_cast<double>(n);
       if (count > 0 && added > 0) {
         const MergeWeights weights(count, added);
-        for (int64_t c = begin; c < end; ++c) {
-          const double delta = mean[slot + c] - mean[c];
-          mean[c] += delta * weights.share;
+        for (int64_t c = first; c < last; ++c) {
+          const double delta = (mean[slot + c] - mean[c]) - deviation[c - first];
+          deviation[c - first] += delta * weights.share;
           m2[c] += m2[slot + c] + delta * delta * weights.cross;
         }
       }
       count += added;
     });
+    for (int64_t c = first; c < last; ++c) mean[c] += deviation[c - first];
   }
+  return count;
+}
+
+template <typename T>
+void FinishStatisticsOf(const ForwardJob& job, int64_t begin, int64_t end) {
+  using P = Param<T>;
+  const Problem& problem = job.problem;
+  const ForwardArrays& arrays = job.arrays;
+  const double* mean = job.partials.first;
+  const double* m2 = job.partials.second;
+  const double count = problem.training ? MergePartials(job, begin, end) : 0;
   for (int64_t c = begin; c < end; ++c) {
     P center;
     double inv_std;
