@@ -117,11 +117,11 @@ def plot(rows: list[Row], path: Path) -> None:
             axis.loglog(ratios, values, line, c=color, marker=marker, ms=4, lw=width, label=label)
         axis.set_title(_UNITS[name], fontsize=9)
         axis.grid(alpha=0.3)
-        axis.minorticks_off()
     tfops = sorted((r for r in rows if r["peer"] == "tfops" and r["device"] == device), key=lambda r: r["ratio"])
     for name, axis in zip(QUANTITIES, axes.flat, strict=True):
         ratios, bounds = [r["ratio"] for r in tfops], [r["bound"][name] for r in tfops]
         axis.loglog(ratios, bounds, "--", c="tab:red", lw=0.8, label="tfops' bound")
+        axis.minorticks_off()
     for axis in axes[1]:
         axis.set_xlabel("|mean| / standard deviation")
     figure.suptitle(f"Largest error in float32, training, {device.upper()}", fontsize=11)

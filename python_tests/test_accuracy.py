@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 
 import kernel_cases
@@ -80,3 +81,16 @@ def test_numbers_of_any_size(accuracy, power):
     problem = accuracy.Problem(x, rng.standard_normal(x.shape).astype(np.float32), *np.ones((2, 7), np.float32))
     for layout in ("NHWC", "NCHW"):
         _assert_bounds_hold(accuracy, problem, "float32", accuracy.Layout(layout, 64))
+
+
+def test_results_hold():
+    """What is committed covers every type and case, and tfops is within its bounds there."""
+    rows = list(json.loads((BENCHMARKS / "results" / "accuracy.json").read_text()).values())
+    mine = [row for row in rows if row["peer"] == "tfops" and row["device"] == "cpu"]
+    for dtype in kernel_cases.DTYPES:
+        cases = {row["case"] for row in mine if row["dtype"] == dtype}
+        assert {"constant", "outliers", "ratio 1e0", "ratio 1e3", "many, ratio 1e0"} <= cases
+    assert {f"ratio 1e{k}" for k in range(7)} <= {row["case"] for row in mine if row["dtype"] == "float32"}
+    assert {row["peer"] for row in rows} >= {"tfops", "tf", "tf_jit", "keras", "keras_jit", "torch"}
+    for row in mine:
+        assert max(row["of_bound"].values()) <= 1, row
