@@ -4,6 +4,8 @@
 #   make mnist DATA=mnist.npz      other digits than Keras' own loader finds; ARGS="--epochs 1" for more options
 #   make alexnet ARGS="--image-size 67 --width 0.25"      on a CPU; DATA=FOLDER: class folders of images
 #   make test ARGS="-k op"         pytest's arguments
+#   make test-installed            the wheel in a new environment, and the tests without the source tree
+#   make reproducible              builds twice, in two places, and compares; ARGS="-C cmake.define.TFOPS_CUDA=OFF"
 #   make format                    ruff and clang-format, in place
 
 PYTHON ?= python3
@@ -14,10 +16,28 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh')
 SOURCES = $(shell git ls-files csrc tfops cmake CMakeLists.txt pyproject.toml README.md LICENSE)
 
-.PHONY: test mnist alexnet wheel install format clean
+.PHONY: test test-installed reproducible mnist alexnet wheel install format clean
 
 test: install
 	$(BIN)/pytest $(ARGS)
+
+test-installed: build/wheel/.built
+	rm -rf build/installed && mkdir -p build/installed/tests
+	cp -r python_tests pyproject.toml build/installed/tests
+	$(PYTHON) -m venv build/installed/venv
+	cd build/installed/tests && ../venv/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	cd build/installed/tests && ../venv/bin/python -m pip install --quiet ../../wheel/tfops-*.whl --group test
+	cd build/installed/tests && ../venv/bin/pytest $(ARGS)
+
+reproducible: $(SOURCES) | $(VENV)/.environment
+	rm -rf build/reproducible
+	for i in 1 2; do \
+	  to=build/reproducible/$$i && mkdir -p $$to/sources && cp --parents $(SOURCES) $$to/sources && \
+	  $(PIP) wheel --no-deps --wheel-dir $$to $(ARGS) $$to/sources && \
+	  $(BIN)/python -m zipfile -e $$to/tfops-*.whl $$to/wheel || exit 1; \
+	done
+	diff -r build/reproducible/1/wheel build/reproducible/2/wheel
+	@echo "Both builds are the same."
 
 mnist alexnet: install
 	$(BIN)/python models/compare.py $@ $(if $(DATA),--data "$(DATA)") $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -19,7 +20,6 @@ import tfops_kernels
 from tfops import _library
 from tfops.keras._batch_normalization import check_backend
 
-ROOT = Path(__file__).parent.parent
 SYSTEM = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 
 
@@ -69,16 +69,53 @@ def test_libraries_need_no_driver_and_vendor_nothing():
     assert path == "$ORIGIN/../tfops_kernels"
 
 
-def test_wheel_holds_what_it_should():
-    files = [str(file) for file in importlib.metadata.files("tfops") if "__pycache__" not in str(file)]
-    libraries = {Path(file).name.split(".")[0] for file in files if ".so" in file}
-    assert libraries == {"libtfops_kernels", "_kernels", "_tfops_ops", "_tfops_xla"}
-    folders = {file.split("/")[0] for file in files if not file.startswith("..")}
-    assert folders == {"tfops", "tfops_kernels", f"tfops-{tfops.__version__}.dist-info"}
-    for name in ("tfops/py.typed", "tfops_kernels/py.typed"):
-        assert name in files
-    for wheel in (ROOT / "build" / "wheel").glob("*.whl"):
-        assert wheel.stat().st_size < 20e6
+def test_package_holds_what_it_should():
+    files = {str(file) for file in importlib.metadata.files("tfops") if "__pycache__" not in str(file)}
+    information = f"tfops-{tfops.__version__}.dist-info/"
+    libraries = {file for file in files if ".so" in file}
+    assert {Path(file).name.split(".")[0] for file in libraries} == {
+        "libtfops_kernels",
+        "_kernels",
+        "_tfops_ops",
+        "_tfops_xla",
+    }
+    # Python, its marks of being typed, and nothing else: no headers, no sources, no tests.
+    others = {file for file in files - libraries if not file.startswith(information)}
+    assert {Path(file).name for file in others if not file.endswith(".py")} == {"py.typed"}
+    assert {file.split("/")[0] for file in others} == {"tfops", "tfops_kernels"}
+    for file in ("tfops/py.typed", "tfops_kernels/py.typed", "tfops_kernels/_build.py"):
+        assert file in files
+    written = {file.removeprefix(information) for file in files if file.startswith(information)}
+    by_installers = {"INSTALLER", "REQUESTED", "direct_url.json"}
+    assert written - by_installers == {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
+
+
+def test_libraries_do_not_tell_where_they_were_built():
+    """So they are the same wherever that is, too: make reproducible."""
+    for name in ("tfops_kernels/*.so", "tfops/*.so"):
+        for path in Path(tfops_kernels.__file__).parent.parent.glob(name):
+            strings = re.findall(rb"[\x20-\x7e]{6,}", path.read_bytes())
+            places = [s for s in strings if re.search(rb"/(tmp|home|root|build|site-packages)/", s)]
+            assert not places, (path, places[:5])
+
+
+def test_wheel():
+    """`auditwheel show` finds nothing that a system with glibc 2.34 does not have, but TensorFlow's own libraries."""
+    wheels = list(Path("build/wheel").glob("*.whl"))
+    auditwheel = Path(sys.executable).with_name("auditwheel")
+    if not wheels or not auditwheel.exists():
+        pytest.skip("needs auditwheel, and a wheel in build/wheel: make wheel")
+    (wheel,) = wheels
+    assert wheel.stat().st_size < 20e6
+    if platform.machine() != "x86_64":
+        return
+    run = subprocess.run([auditwheel, "show", wheel], capture_output=True, text=True, check=True)
+    shown = " ".join(run.stdout.split())
+    libraries = set(re.findall(r"lib\S+\.so[.\d]*", shown))
+    assert libraries - {"libtensorflow_framework.so.2", "libtensorflow_cc.so.2", "libtfops_kernels.so"} <= SYSTEM
+    policy = re.search(r"manylinux_2_(\d+)_x86_64", shown)
+    assert policy, shown
+    assert int(policy[1]) <= 34
 
 
 def test_requirements():

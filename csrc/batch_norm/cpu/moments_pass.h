@@ -171,7 +171,8 @@ class MomentsChain {
   TFOPS_INLINE void Add(const T* x, int64_t length) {
     for (int64_t begin = 0; begin < length; begin += kChainElements<P>) {
       const int64_t n = Min(length - begin, kChainElements<P>);
-      if (count_ + n > kChainElements<P>) Flush();
+      const int64_t additions = AdditionsOf<P>(n);
+      if (additions_ + additions > kMomentsChainRows<P> || count_ + n > most_) Flush();
       if (count_ == 0) Start(x + begin, n);
       ForEachVectorInTurn<P>(begin, begin + n, [&](auto partial, int v, int64_t i, int64_t lanes) {
         Vec<P> d = LoadLanes<decltype(partial)::value>(x + i, lanes) - shift_;
@@ -180,6 +181,7 @@ class MomentsChain {
         squares_[v] += d * d;
       });
       count_ += n;
+      additions_ += additions;
     }
   }
 
@@ -189,10 +191,16 @@ class MomentsChain {
   }
 
  private:
-  // The shift is the mean so far; before there is one, a first estimate: that of the elements at hand.
+  // A chain has no more than so many times the elements that its shift is the mean of. If these were outliers, their
+  // squares still count for enough in m2 that what the others' distance from them loses to rounding is little of it.
+  static constexpr int64_t kReach = 3;
+
+  // The shift is the mean so far, or that of the elements at hand, if they are many more.
   void Start(const T* x, int64_t n) {
+    int64_t known = static_cast<int64_t>(total_.count);
     P shift = static_cast<P>(total_.mean);
-    if (total_.count == 0) {
+    if (n > kReach * known) {
+      known = n;
       const Vec<P> first = Splat(LoadFirst(x, 1)[0]);
       Vec<P> sum{};
       ForEachVector<P>(n, [&](auto partial, int64_t i, int64_t lanes) {
@@ -201,6 +209,7 @@ class MomentsChain {
       });
       shift = static_cast<P>(static_cast<double>(first[0]) + SumOfLanes<P>(sum) / static_cast<double>(n));
     }
+    most_ = kReach * known;
     shift_ = Splat(shift);
     for (int v = 0; v < kUnroll; ++v) sum_[v] = squares_[v] = Vec<P>{};
   }
@@ -209,13 +218,15 @@ class MomentsChain {
     if (count_ == 0) return;
     const double count = static_cast<double>(count_), shift = static_cast<double>(shift_[0]);
     total_ = Merge<double>(total_, MomentsOfShifted<double>(count, shift, SumOfAll<P>(sum_), SumOfAll<P>(squares_)));
-    count_ = 0;
+    count_ = additions_ = 0;
   }
 
   Vec<P> shift_{};
   Vec<P> sum_[kUnroll]{};
   Vec<P> squares_[kUnroll]{};
-  int64_t count_ = 0;
+  int64_t count_ = 0;      // of the open chain's elements
+  int64_t most_ = 0;       // that it may have
+  int64_t additions_ = 0;  // to one of its sums
   Moments<double> total_{0, 0, 0};
 };
 
@@ -272,28 +283,43 @@ TFOPS_INLINE void ForEachPartial(const Problem& problem, const Plan& plan, Body 
   }
 }
 
-template <typename T>
-void FinishStatisticsOf(const ForwardJob& job, int64_t begin, int64_t end) {
-  using P = Param<T>;
-  const Problem& problem = job.problem;
-  const ForwardArrays& arrays = job.arrays;
+// Merges the partial moments of channels begin to end into their first. Returns their count. Means are merged by what
+// they deviate from that first one: each step would round the mean itself, which may be large beside the deviations.
+template <typename Job>
+double MergePartials(const Job& job, int64_t begin, int64_t end) {
+  constexpr int64_t kChannels = 256;
   double* __restrict mean = job.partials.first;
   double* __restrict m2 = job.partials.second;
   double count = 0;
-  if (problem.training) {
-    ForEachPartial(problem, job.plan, [&](int64_t slot, int64_t n) {
+  for (int64_t first = begin; first < end; first += kChannels) {
+    const int64_t last = Min(first + kChannels, end);
+    double deviation[kChannels] = {};
+    count = 0;
+    ForEachPartial(job.problem, job.plan, [&](int64_t slot, int64_t n) {
       const double added = static_cast<double>(n);
       if (count > 0 && added > 0) {
         const MergeWeights weights(count, added);
-        for (int64_t c = begin; c < end; ++c) {
-          const double delta = mean[slot + c] - mean[c];
-          mean[c] += delta * weights.share;
+        for (int64_t c = first; c < last; ++c) {
+          const double delta = (mean[slot + c] - mean[c]) - deviation[c - first];
+          deviation[c - first] += delta * weights.share;
           m2[c] += m2[slot + c] + delta * delta * weights.cross;
         }
       }
       count += added;
     });
+    for (int64_t c = first; c < last; ++c) mean[c] += deviation[c - first];
   }
+  return count;
+}
+
+template <typename T>
+void FinishStatisticsOf(const ForwardJob& job, int64_t begin, int64_t end) {
+  using P = Param<T>;
+  const Problem& problem = job.problem;
+  const ForwardArrays& arrays = job.arrays;
+  const double* mean = job.partials.first;
+  const double* m2 = job.partials.second;
+  const double count = problem.training ? MergePartials(job, begin, end) : 0;
   for (int64_t c = begin; c < end; ++c) {
     P center;
     double inv_std;

@@ -2,12 +2,29 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <memory>
 #include <thread>
 #include <utility>
 
 namespace tfops::cpu {
 namespace {
+
+// IEEE arithmetic for as long as it lives, whatever the thread was set to: results are the same on each. TensorFlow has
+// its threads take denormal numbers for zero, others and GPUs do not.
+class IeeeArithmetic {
+ public:
+  IeeeArithmetic() {
+    std::fegetenv(&before_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~IeeeArithmetic() { std::fesetenv(&before_); }
+  IeeeArithmetic(const IeeeArithmetic&) = delete;
+  IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
+
+ private:
+  std::fenv_t before_;
+};
 
 // Shared by the threads of a call; the last of them frees it. The phases' bodies refer to what lives on the caller's
 // stack: they may be called as long as items remain, for so long does the caller wait.
@@ -27,6 +44,7 @@ class Call {
 
   // Takes items until none are left. Returns when all phases are done; a helper when there is nothing left to take.
   void WorkAs(int64_t thread) {
+    const IeeeArithmetic ieee;
     for (size_t p = 0; p < phases_.size(); ++p) {
       int64_t done = 0;
       for (int64_t i = 0; i < threads_; ++i) done += TakeShare(p, (thread + i) % threads_);

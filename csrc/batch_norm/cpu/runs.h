@@ -47,6 +47,13 @@ TFOPS_INLINE void ForEachVectorInTurn(int64_t begin, int64_t end, Body body) {
   if (i < end) body(std::true_type(), kUnroll - 1, i, end - i);
 }
 
+// The additions to an accumulator that this takes. A short piece costs one too, so elements alone do not tell.
+template <typename P>
+TFOPS_INLINE int64_t AdditionsOf(int64_t elements) {
+  constexpr int64_t kElements = kUnroll * kLanes<P>;
+  return (elements + kElements - 1) / kElements;
+}
+
 template <typename P>
 TFOPS_INLINE double SumOfAll(const Vec<P> (&v)[kUnroll]) {
   return SumOfLanes<P>((v[0] + v[1]) + (v[2] + v[3]));
