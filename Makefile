@@ -3,6 +3,9 @@
 #   make wheel                     the wheel alone, into build/wheel
 #   make mnist DATA=mnist.npz      other digits than Keras' own loader finds; ARGS="--epochs 1" for more options
 #   make test ARGS="-k op"         pytest's arguments
+#   make fuzz                      100,000 random calls of the ops; ARGS="--seed 2"
+#   make sanitize                  kernels and their tests with AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
+#   make limits                    the largest tensors: minutes, and up to 24 GiB
 #   make format                    ruff and clang-format, in place
 
 PYTHON ?= python3
@@ -13,10 +16,19 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh')
 SOURCES = $(shell git ls-files csrc tfops cmake CMakeLists.txt pyproject.toml README.md LICENSE)
 
-.PHONY: test mnist wheel install format clean
+.PHONY: test fuzz sanitize limits mnist wheel install format clean
 
 test: install
 	$(BIN)/pytest $(ARGS)
+
+fuzz: install
+	TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python python_tests/fuzz_ops.py $(ARGS)
+
+limits: install
+	$(BIN)/pytest -m limits $(ARGS)
+
+sanitize: $(VENV)/.environment
+	$(BIN)/python python_tests/sanitize.py $(ARGS)
 
 mnist: install
 	$(BIN)/python models/mnist.py $(if $(DATA),--data "$(DATA)") $(ARGS)
