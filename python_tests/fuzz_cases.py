@@ -156,6 +156,8 @@ def draw(seed: int, number: int) -> Call:
     shape = d.shape()
     rank = len(shape)
     axis = int(d.rng.integers(-rank, rank)) if rank else -1
+    if op == "Moments" and rank and shape[axis] == HUGE:  # no machine has room for these: test_memory.py
+        axis = shape.index(0)
     channels = shape[axis] if rank else 1
     attributes: dict[str, Any] = {"axis": axis}
     if op == "Moments":

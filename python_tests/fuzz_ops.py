@@ -22,7 +22,7 @@ import fuzz_oracle
 import kernel_cases
 import numpy as np
 import tensorflow as tf
-from fuzz_cases import COUNTS, HUGE, INPUTS, OUTPUTS, Call, draw, mask_row
+from fuzz_cases import COUNTS, INPUTS, OUTPUTS, Call, draw, mask_row
 from tensorflow.core.framework import graph_pb2, node_def_pb2
 
 from tfops._library import ops
@@ -184,7 +184,7 @@ def _call(call: Call, run: Any, rng: np.random.Generator) -> tuple[list[np.ndarr
     """Outputs, or the error."""
     try:
         return run(call, rng), None
-    except (*_REFUSALS, tf.errors.ResourceExhaustedError) as error:
+    except _REFUSALS as error:
         return None, error
 
 
@@ -205,11 +205,6 @@ def run_case(seed: int, number: int) -> str:
     chosen = rng.random()
     run = eager if chosen < 0.95 else function if chosen < 0.965 else imported
     outputs, error = _call(call, run, rng)
-    if isinstance(error, tf.errors.ResourceExhaustedError):
-        # A huge dimension, of which there are no elements, may ask for outputs that no machine has room for.
-        assert not call.faults, error
-        assert HUGE in call.inputs["x"].shape, error
-        return f"{run.__name__}: no room"
     if error is not None:
         assert run is not eager or isinstance(error, tf.errors.InvalidArgumentError), repr(error)
         assert call.faults, f"refused, though nothing is wrong: {error}"

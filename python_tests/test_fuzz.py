@@ -7,7 +7,7 @@ import fuzz_ops
 import pytest
 
 
-@pytest.mark.parametrize("first", range(0, 3000, 500))
+@pytest.mark.parametrize("first", range(0, 2000, 500))
 def test_ops(first):
     counts = fuzz_ops.run_cases(seed=0, numbers=range(first, first + 500))
     # Fuzzing that compared nothing, or refused nothing, would have shown nothing.
