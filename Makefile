@@ -27,7 +27,7 @@ fuzz: install
 limits: install
 	$(BIN)/pytest -m limits $(ARGS)
 
-sanitize: $(VENV)/.environment
+sanitize: install
 	$(BIN)/python python_tests/sanitize.py $(ARGS)
 
 mnist: install
