@@ -6,6 +6,9 @@
 #   make test ARGS="-k op"         pytest's arguments
 #   make test-installed            the wheel in a new environment, and the tests without the source tree
 #   make reproducible              builds twice, in two places, and compares; ARGS="-C cmake.define.TFOPS_CUDA=OFF"
+#   make fuzz                      100,000 random calls of the ops; ARGS="--seed 2"
+#   make sanitize                  kernels and their tests with AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
+#   make limits                    the largest tensors: minutes, and up to 24 GiB
 #   make format                    ruff and clang-format, in place
 
 PYTHON ?= python3
@@ -16,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh')
 SOURCES = $(shell git ls-files csrc tfops cmake CMakeLists.txt pyproject.toml README.md LICENSE)
 
-.PHONY: test test-installed reproducible mnist alexnet wheel install format clean
+.PHONY: test test-installed reproducible fuzz sanitize limits mnist alexnet wheel install format clean
 
 test: install
 	$(BIN)/pytest $(ARGS)
@@ -38,6 +41,15 @@ reproducible: $(SOURCES) | $(VENV)/.environment
 	done
 	diff -r build/reproducible/1/wheel build/reproducible/2/wheel
 	@echo "Both builds are the same."
+
+fuzz: install
+	TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python python_tests/fuzz_ops.py $(ARGS)
+
+limits: install
+	$(BIN)/pytest -m limits $(ARGS)
+
+sanitize: install
+	$(BIN)/python python_tests/sanitize.py $(ARGS)
 
 mnist alexnet: install
 	$(BIN)/python models/compare.py $@ $(if $(DATA),--data "$(DATA)") $(ARGS)

@@ -33,7 +33,12 @@ if not _HAS_TREE:
     collect_ignore += [path.name for path in tests if _NEEDS_TREE.search(path.read_text())]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "limits" not in config.option.markexpr:
+        skip = pytest.mark.skip(reason="takes minutes and up to 24 GiB: make limits")
+        for item in items:
+            if item.get_closest_marker("limits"):
+                item.add_marker(skip)
     info = tfops_kernels.build_info()
     if info["gpus"]:
         return
@@ -45,8 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def simt() -> simt_runner.Simt:
-    """The CUDA kernels on the CPU, built if need be."""
+    """The CUDA kernels on the CPU, built if need be. `make sanitize` asks for the variant with sanitizers."""
     if not _HAS_TREE:
         pytest.skip("needs csrc/simt")
     simt_runner.build()
-    return simt_runner.Simt()
+    return simt_runner.Simt(os.environ.get("TFOPS_SIMT_VARIANT", "plain"))

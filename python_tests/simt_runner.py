@@ -59,17 +59,18 @@ def build() -> None:
         _run(_tool("ninja"), "-C", BUILD)
 
 
-def asan_environment() -> dict[str, str]:
-    """Of a process that loads the variant "asan": the sanitizer has to be there when it starts."""
+def sanitizer_environment(name: str = "asan") -> dict[str, str]:
+    """Of a process that loads what was built with it ("asan" or "tsan"): it has to be there when that starts."""
 
     def library(name: str) -> str:
         command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     # With the C++ library, whose exceptions it wants to know at once. Python leaks by design.
-    preload = f"{library('libasan.so')} {library('libstdc++.so')}"
-    options = "detect_leaks=0:detect_stack_use_after_return=0"
-    return os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": options}
+    preload = f"{library(f'lib{name}.so')} {library('libstdc++.so')}"
+    options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    options |= {"UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
+    return os.environ | {"LD_PRELOAD": preload} | options
 
 
 def memory(shape: tuple[int, ...], dtype: Any, offset: int = 0) -> np.ndarray:

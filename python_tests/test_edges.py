@@ -264,3 +264,51 @@ def test_gradient_ops_check_how_many(op, changes, message):
 def test_kernels_module_names_bad_arguments(changes, error, message):
     with pytest.raises(error, match=message):
         tfops_kernels.forward(**{**GOOD, **changes})
+
+
+def test_vectors_of_another_type_are_refused():
+    from tfops._library import ops
+
+    x, v = tf.ones([4, 3]), tf.ones([3], tf.float64)
+    for call in (
+        lambda: ops.tfops_batch_norm_training(x, v, v, [], []),
+        lambda: ops.tfops_batch_norm_inference_grad(x, x, v, v, v, v, []),
+        lambda: ops.tfops_batch_norm_moments(x, [], U=tf.float64),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="statistics must be float where x is float, but they"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("dy", "scale", "message"),
+    [
+        ([None, 3], [None], None),
+        ([None, 3], [4], r"scale must have shape \[3\], x's dimension -1, but it has \[4\]"),
+        ([3], [3], r"dy must have the shape of x, but it has \[3\]: x must have rank >= 2"),
+        ([], [3], r"dy must have the shape of x, but it has \[\]: x must have rank >= 2"),
+    ],
+    ids=str,
+)
+def test_a_graph_knows_of_x_what_dy_tells(dy, scale, message):
+    from tfops._library import ops
+
+    def build():
+        with tf.Graph().as_default():
+            x, dy_, scale_ = (tf.compat.v1.placeholder(tf.float32, shape) for shape in (None, dy, scale))
+            keep = tf.compat.v1.placeholder(tf.bool)
+            return ops.tfops_batch_norm_gradient_normalize(dy_, x, *[scale_] * 6, [keep], [])
+
+    if message:
+        with pytest.raises(ValueError, match=message):
+            build()
+    else:
+        assert build().dx.shape.as_list() == [None, 3]
+
+
+def test_a_residual_that_does_not_suit_the_vectors():
+    from tfops._library import ops
+
+    with tf.Graph().as_default():
+        x, vector, residual = (tf.compat.v1.placeholder(tf.float32, shape) for shape in (None, [4], [2, 3]))
+        with pytest.raises(ValueError, match=r"residual must have 4 elements in dimension -1, as scale and offset do"):
+            ops.tfops_batch_norm_training(x, vector, vector, [], [residual])

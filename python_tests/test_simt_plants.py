@@ -76,7 +76,7 @@ def test_message(simt, name):
 
 def _asan(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, __file__, *arguments]
-    environment = simt_runner.asan_environment()
+    environment = simt_runner.sanitizer_environment()
     path = str(Path(__file__).parent)
     return subprocess.run(
         command, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600, check=False

@@ -427,22 +427,22 @@ class GradientNormalizeOp final : public GradientPhaseOp<Device, true> {
   using GradientPhaseOp<Device, true>::GradientPhaseOp;
 };
 
-#define TFOPS_REGISTER_OP(name, op, device, DeviceClass, T, U)                                                 \
-  REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::device).TypeConstraint<T>("T").TypeConstraint<U>("U"), \
-                          op<DeviceClass>)
-#define TFOPS_REGISTER_OPS(device, DeviceClass, T, U)                                                \
-  TFOPS_REGISTER_OP("Tfops>BatchNormTraining", TrainingOp, device, DeviceClass, T, U);               \
-  TFOPS_REGISTER_OP("Tfops>BatchNormTrainingGrad", TrainingGradOp, device, DeviceClass, T, U);       \
-  TFOPS_REGISTER_OP("Tfops>BatchNormInference", InferenceOp, device, DeviceClass, T, U);             \
-  TFOPS_REGISTER_OP("Tfops>BatchNormInferenceGrad", InferenceGradOp, device, DeviceClass, T, U);     \
-  TFOPS_REGISTER_OP("Tfops>BatchNormMoments", MomentsOp, device, DeviceClass, T, U);                 \
-  TFOPS_REGISTER_OP("Tfops>BatchNormGradientMoments", GradientMomentsOp, device, DeviceClass, T, U); \
-  TFOPS_REGISTER_OP("Tfops>BatchNormGradientNormalize", GradientNormalizeOp, device, DeviceClass, T, U)
-#define TFOPS_REGISTER_DEVICE(device, DeviceClass)                      \
-  TFOPS_REGISTER_OPS(device, DeviceClass, Eigen::half, float);          \
-  TFOPS_REGISTER_OPS(device, DeviceClass, tensorflow::bfloat16, float); \
-  TFOPS_REGISTER_OPS(device, DeviceClass, float, float);                \
-  TFOPS_REGISTER_OPS(device, DeviceClass, double, double)
+// For any U: the kernels say what is wrong with it, which TensorFlow would not, if it found no kernel.
+#define TFOPS_REGISTER_OP(name, op, device, DeviceClass, T) \
+  REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::device).TypeConstraint<T>("T"), op<DeviceClass>)
+#define TFOPS_REGISTER_OPS(device, DeviceClass, T)                                                \
+  TFOPS_REGISTER_OP("Tfops>BatchNormTraining", TrainingOp, device, DeviceClass, T);               \
+  TFOPS_REGISTER_OP("Tfops>BatchNormTrainingGrad", TrainingGradOp, device, DeviceClass, T);       \
+  TFOPS_REGISTER_OP("Tfops>BatchNormInference", InferenceOp, device, DeviceClass, T);             \
+  TFOPS_REGISTER_OP("Tfops>BatchNormInferenceGrad", InferenceGradOp, device, DeviceClass, T);     \
+  TFOPS_REGISTER_OP("Tfops>BatchNormMoments", MomentsOp, device, DeviceClass, T);                 \
+  TFOPS_REGISTER_OP("Tfops>BatchNormGradientMoments", GradientMomentsOp, device, DeviceClass, T); \
+  TFOPS_REGISTER_OP("Tfops>BatchNormGradientNormalize", GradientNormalizeOp, device, DeviceClass, T)
+#define TFOPS_REGISTER_DEVICE(device, DeviceClass)               \
+  TFOPS_REGISTER_OPS(device, DeviceClass, Eigen::half);          \
+  TFOPS_REGISTER_OPS(device, DeviceClass, tensorflow::bfloat16); \
+  TFOPS_REGISTER_OPS(device, DeviceClass, float);                \
+  TFOPS_REGISTER_OPS(device, DeviceClass, double)
 
 TFOPS_REGISTER_DEVICE(DEVICE_CPU, CpuDevice);
 #ifdef TFOPS_WITH_CUDA

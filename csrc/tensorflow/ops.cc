@@ -100,10 +100,25 @@ class Shapes {
   absl::Status Locate() {
     TF_RETURN_IF_ERROR(Input("x", &x_));
     channels_ = context_->UnknownDim();
+    return FindChannels("x");
+  }
+
+  // What x's shape, as far as it is known by that input, says of its channels.
+  absl::Status FindChannels(const char* name) {
     if (!context_->RankKnown(x_)) return absl::OkStatus();
-    const int rank = context_->Rank(x_);
-    TF_RETURN_IF_ERROR(CheckAxis(rank, attributes_.axis));
-    channels_ = context_->Dim(x_, attributes_.axis);
+    const absl::Status status = CheckAxis(context_->Rank(x_), attributes_.axis);
+    if (!status.ok() && name != std::string("x")) {
+      return absl::InvalidArgumentError(absl::StrCat(name, " must have the shape of x, but it has ",
+                                                     context_->DebugString(x_), ": ", status.message()));
+    }
+    TF_RETURN_IF_ERROR(status);
+    DimensionHandle merged;
+    if (!context_->Merge(channels_, context_->Dim(x_, attributes_.axis), &merged).ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(name, " must have ", context_->DebugString(channels_), " elements in dimension ",
+                       attributes_.axis, ", as scale and offset do, but it has ", context_->DebugString(x_)));
+    }
+    channels_ = merged;
     return absl::OkStatus();
   }
 
@@ -121,7 +136,7 @@ class Shapes {
                                                      ", but it has ", context_->DebugString(shape)));
     }
     x_ = merged;
-    return absl::OkStatus();
+    return FindChannels(name);
   }
 
   absl::Status MergeVector(const char* name, ShapeHandle shape) {

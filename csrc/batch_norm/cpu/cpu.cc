@@ -12,6 +12,10 @@
 #include "csrc/batch_norm/cpu/phases.h"
 #include "csrc/batch_norm/cpu/plan.h"
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 namespace tfops::cpu {
 namespace {
 
@@ -21,12 +25,20 @@ struct Level {
   bool supported;
 };
 
+#ifdef __x86_64__
+// Not every compiler's __builtin_cpu_supports knows this one.
+bool SupportsF16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 // The best first. The last one runs wherever this library loads.
 std::vector<Level> Levels() {
 #ifdef __x86_64__
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                  __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+                  __builtin_cpu_supports("bmi2") && SupportsF16c();
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");

@@ -159,17 +159,19 @@ TFOPS_INLINE void ScatterMask(const Problem& problem, const Plan& plan, const Ru
   }
 }
 
-// The reverse.
+// The reverse. Bits past a row's end, which should be zero, would else be those of the next.
 TFOPS_INLINE void GatherMask(const Problem& problem, const Plan& plan, const Run& run, const uint8_t* mask,
                              uint8_t* buffer) {
   const int64_t row_bytes = (problem.channels + 7) / 8;
   const int64_t bytes = (run.length + 7) / 8;
+  const uint8_t last = static_cast<uint8_t>(0xFF >> (row_bytes * 8 - problem.channels));
   std::memset(buffer, 0, static_cast<size_t>(bytes));
   const uint8_t* in = mask + run.row * plan.fold * row_bytes;
   for (int64_t bit = 0; bit < run.length; bit += problem.channels) {
     for (int64_t i = 0; i < row_bytes; ++i) {
       const int64_t to = bit / 8 + i;
-      const uint32_t two = static_cast<uint32_t>(in[i]) << (bit % 8);
+      const uint32_t byte = i + 1 < row_bytes ? in[i] : in[i] & last;
+      const uint32_t two = byte << (bit % 8);
       buffer[to] |= static_cast<uint8_t>(two);
       if (to + 1 < bytes) buffer[to + 1] |= static_cast<uint8_t>(two >> 8);
     }
