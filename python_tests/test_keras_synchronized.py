@@ -38,7 +38,7 @@ def results():
     cases = dict(CASES)
     if "renorm" not in keras.layers.BatchNormalization().get_config():
         del cases["renorm"]
-    command = [sys.executable, Path(__file__).with_name("replicas.py"), json.dumps(list(cases.values()))]
+    command = [sys.executable, Path(__file__).with_name("synchronized_check.py"), json.dumps(list(cases.values()))]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-5000:]
     return dict(zip(cases, json.loads(run.stdout.splitlines()[-1]), strict=True))
