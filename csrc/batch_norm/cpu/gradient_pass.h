@@ -149,13 +149,14 @@ class GradientChain {
   TFOPS_INLINE void Add(const GradientArrays<T>& arrays, const ChannelCoefficients<P>& coefficients) {
     for (int64_t begin = 0; begin < arrays.length; begin += kElements) {
       const int64_t n = Min(arrays.length - begin, kElements);
-      if (count_ + n > kElements) Flush();
+      const int64_t additions = AdditionsInTurn<P>(n);
+      if (additions_ + additions > kChainRows) Flush();
       ForEachVectorInTurn<P>(begin, begin + n, [&](auto partial, int v, int64_t i, int64_t lanes) {
         const auto g = GradientOfVector<decltype(partial)::value, kActivation>(arrays, coefficients, i, lanes);
         first_[v] += g.dz;
         second_[v] += g.dz * g.xc;
       });
-      count_ += n;
+      additions_ += additions;
     }
   }
 
@@ -163,7 +164,7 @@ class GradientChain {
     sum_dz += SumOfAll<P>(first_);
     sum_dz_xc += SumOfAll<P>(second_);
     for (int v = 0; v < kUnroll; ++v) first_[v] = second_[v] = Vec<P>{};
-    count_ = 0;
+    additions_ = 0;
   }
 
   double sum_dz = 0;
@@ -174,7 +175,7 @@ class GradientChain {
 
   Vec<P> first_[kUnroll]{};
   Vec<P> second_[kUnroll]{};
-  int64_t count_ = 0;
+  int64_t additions_ = 0;
 };
 
 template <typename T>

@@ -171,7 +171,8 @@ class MomentsChain {
   TFOPS_INLINE void Add(const T* x, int64_t length) {
     for (int64_t begin = 0; begin < length; begin += kChainElements<P>) {
       const int64_t n = Min(length - begin, kChainElements<P>);
-      if (count_ + n > kChainElements<P>) Flush();
+      const int64_t additions = AdditionsInTurn<P>(n);
+      if (additions_ + additions > kMomentsChainRows<P>) Flush();
       if (count_ == 0) Start(x + begin, n);
       ForEachVectorInTurn<P>(begin, begin + n, [&](auto partial, int v, int64_t i, int64_t lanes) {
         Vec<P> d = LoadLanes<decltype(partial)::value>(x + i, lanes) - shift_;
@@ -180,6 +181,7 @@ class MomentsChain {
         squares_[v] += d * d;
       });
       count_ += n;
+      additions_ += additions;
     }
   }
 
@@ -209,13 +211,14 @@ class MomentsChain {
     if (count_ == 0) return;
     const double count = static_cast<double>(count_), shift = static_cast<double>(shift_[0]);
     total_ = Merge<double>(total_, MomentsOfShifted<double>(count, shift, SumOfAll<P>(sum_), SumOfAll<P>(squares_)));
-    count_ = 0;
+    count_ = additions_ = 0;
   }
 
   Vec<P> shift_{};
   Vec<P> sum_[kUnroll]{};
   Vec<P> squares_[kUnroll]{};
   int64_t count_ = 0;
+  int64_t additions_ = 0;  // to one accumulator, at most; of short runs, a vector each
   Moments<double> total_{0, 0, 0};
 };
 

@@ -47,6 +47,12 @@ TFOPS_INLINE void ForEachVectorInTurn(int64_t begin, int64_t end, Body body) {
   if (i < end) body(std::true_type(), kUnroll - 1, i, end - i);
 }
 
+// How many of the vectors of n elements go to the accumulator that gets most.
+template <typename P>
+TFOPS_INLINE int64_t AdditionsInTurn(int64_t n) {
+  return (n + kUnroll * kLanes<P> - 1) / (kUnroll * kLanes<P>);
+}
+
 template <typename P>
 TFOPS_INLINE double SumOfAll(const Vec<P> (&v)[kUnroll]) {
   return SumOfLanes<P>((v[0] + v[1]) + (v[2] + v[3]));
