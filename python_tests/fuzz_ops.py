@@ -196,7 +196,9 @@ def _faults(call: Call, run: Any) -> list[str]:
     """
     x = call.inputs["x"]
     others = _flat({n: call.inputs[n] for n in ("dy", "residual") if n in call.inputs})
-    disagree = any("must have" in fault for fault in call.faults) or any(other.shape != x.shape for other in others)
+    disagree = any(re.search("must have|axis", fault) for fault in call.faults) or any(
+        other.shape != x.shape for other in others
+    )
     if run is not eager and disagree:
         return [*call.faults, r"\b\w+ must have|must be in"]
     return call.faults
