@@ -253,7 +253,7 @@ def _break(d: _Draw, call: Call) -> None:
             value.pop()
         else:
             like = value[-1] if value else call.inputs["scale" if "running" in name else "x"]
-            value.append(like > 0 if name == "keep" else like)
+            value.append(np.zeros(like.shape, bool) if name == "keep" else like)
     elif how == "attribute":
         bad = {
             "axis": (-9, 8, 2**31, -(2**62)),
@@ -271,7 +271,7 @@ def _break(d: _Draw, call: Call) -> None:
 # What is wrong
 
 
-_TENSORFLOW_TYPES = r"expected to be an? \w+ tensor|incompatible with expected|that does not match|attr 'T'|DataType"
+_TENSORFLOW_TYPES = r"expected to be an? \w+ tensor|incompatible with expected|that do(es)? not match|attr 'T'|DataType"
 
 
 def find_faults(call: Call) -> list[str]:
@@ -332,7 +332,5 @@ def find_faults(call: Call) -> list[str]:
     }
     for name, what in INPUTS[call.op].items():
         if any(v.shape != shapes[what.rstrip("*")] for v in lists[name]):
-            # Or, if x's shape is not known while a graph is made, another input is said not to suit the vectors.
-            known_late = "|as scale and offset do" if what.startswith("vector") else ""
-            faults.append(rf"\b{name} must have{known_late}")
+            faults.append(rf"\b{name} must have")
     return faults

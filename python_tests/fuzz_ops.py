@@ -45,7 +45,7 @@ def _map(function: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _tensor(array: np.ndarray, sliced: bool) -> tf.Tensor:
     """A tensor; perhaps one that begins in the middle of another's memory."""
-    if not sliced or not array.ndim or not array.size:
+    if not sliced or not 0 < array.ndim < 8 or not array.size:  # of more dimensions TensorFlow takes no slices
         return tf.constant(array)
     return tf.constant(np.concatenate([array, array]))[len(array) :]
 
@@ -189,10 +189,17 @@ def _call(call: Call, run: Any, rng: np.random.Generator) -> tuple[list[np.ndarr
 
 
 def _faults(call: Call, run: Any) -> list[str]:
-    """Patterns for what is wrong. Where a graph is made and x's shape is not known, dy's may be taken for it."""
+    """Patterns for what is wrong.
+
+    While a graph is made, x's shape may not be known. Then other inputs tell what it should be, and where these do not
+    agree, the blame falls on either.
+    """
     x = call.inputs["x"]
     others = _flat({n: call.inputs[n] for n in ("dy", "residual") if n in call.inputs})
-    if run is not eager and any(other.shape != x.shape for other in others):
+    disagree = any(re.search("must have|axis", fault) for fault in call.faults) or any(
+        other.shape != x.shape for other in others
+    )
+    if run is not eager and disagree:
         return [*call.faults, r"\b\w+ must have|must be in"]
     return call.faults
 

@@ -78,6 +78,22 @@ def test_larger_than_the_cache(row, axis, dtype, residual):
         np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), np.concatenate(want).view(f"u{got.itemsize}"))
 
 
+@pytest.mark.parametrize("shape", [(256, 3, 3), (2000, 2, 1, 2), (500, 5, 7), (100, 3, 5, 5)], ids=str)
+def test_short_planes_make_no_long_chains(shape):
+    """Sums of a few values, again and again, round the same way each time: that adds up if they are long."""
+    others = tuple(i for i in range(len(shape)) if i != 1)
+    rng = np.random.default_rng(0)
+    x = rng.choice(np.array([99.5, 100.5], np.float32), shape)
+    x[0] = rng.choice(np.array([97.0, 97.4], np.float32), shape[1:])  # a first estimate of the mean, and a bad one
+    ones = np.ones(shape[1], np.float32)
+    got = tfops_kernels.forward(x, ones, ones, axis=1, unbiased=False)
+    np.testing.assert_allclose(got.variance, x.astype(np.float64).var(others), rtol=3e-6)
+    dy = rng.choice(np.array([1.1, 1.3], np.float32), shape)
+    back = tfops_kernels.backward(dy, np.zeros_like(dy), ones, ones, -ones, ones, axis=1)
+    for sums in (back.offset, back.scale):
+        np.testing.assert_allclose(sums, dy.astype(np.float64).sum(others), rtol=5e-7)
+
+
 # More than one work item each; folded, ragged and whole columns; planes.
 SHAPES = [
     ((70000, 3), -1),

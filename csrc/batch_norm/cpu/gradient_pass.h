@@ -13,7 +13,7 @@
 namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
 
-// The arrays of one run. residual, bits and dresidual may be null.
+// The arrays of one run. residual, bits, dresidual and, where only sums are wanted, dx may be null.
 template <typename T>
 struct GradientArrays {
   const T* dy;
@@ -31,13 +31,14 @@ template <typename T>
 TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardJob& job, const Run& run, const uint8_t* bits) {
   const BackwardArrays& arrays = job.arrays;
   const T* residual = static_cast<const T*>(arrays.residual);
+  T* dx = static_cast<T*>(arrays.dx);
   T* dresidual = static_cast<T*>(arrays.dresidual);
   return {static_cast<const T*>(arrays.dy) + run.offset,
           static_cast<const T*>(arrays.x) + run.offset,
           residual ? residual + run.offset : nullptr,
           bits,
           run.length,
-          static_cast<T*>(arrays.dx) + run.offset,
+          dx ? dx + run.offset : nullptr,
           dresidual ? dresidual + run.offset : nullptr,
           job.stream_dx,
           job.stream_dresidual};
