@@ -104,8 +104,8 @@ def test_same_outputs_and_first_steps(name, norm, style_norm):
             if first:
                 factor = -0.01 if name == "alexnet" else 1.0
                 check_gradients([factor * each for each in read(slots)], momenta(model))
-            # By the mean: Adam's first steps go by a gradient's sign, whatever its size, and where a ReLU's input is all
-            # but 0, it may be on in one of the two only. Few elements show it.
+            # By the mean: Adam's first steps go by a gradient's sign, whatever its size, and a ReLU whose input is all
+            # but 0 may be on in one of the two only. Few elements show it.
             for each, value, was, now in zip(names, values, start, model.get_weights(), strict=True):
                 change = np.abs(now - was).mean()
                 assert change > 0, each
