@@ -94,7 +94,7 @@ class Run:
 
     def records_moving(self, step: int, all_steps: int) -> bool:
         """Is this a step after which batch norm's moving statistics are recorded?"""
-        return step % max(1, all_steps // MOVING_RECORDS) == 0
+        return bool(step % max(1, all_steps // MOVING_RECORDS) == 0)  # step may be NumPy's
 
     def record_moving(self, step: int, statistics: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
         """Records layer -> (moving mean, moving variance), of the first channels."""
