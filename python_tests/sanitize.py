@@ -68,7 +68,9 @@ def fuzz(name: str, site: Path, seconds: int) -> None:
 def test(name: str, site: Path, arguments: list[str]) -> None:
     environment = simt_runner.sanitizer_environment({"address": "asan", "thread": "tsan"}[name])
     environment |= {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1", "TFOPS_SIMT_VARIANT": "asan"}
-    pytest = [sys.executable, "-c", _PYTEST, "-q", "-p", "no:cacheprovider", "-k", SELECTED[name], *arguments]
+    # Reports are not to be captured: the process ends with them.
+    options = ["-q", "--capture=sys", "-p", "no:cacheprovider", "-k", SELECTED[name], *arguments]
+    pytest = [sys.executable, "-c", _PYTEST, *options]
     command = [*_prefix(name), *pytest, *(TESTS / file for file in FILES[name])]
     subprocess.run(command, env=environment, cwd=ROOT, check=True)
 

@@ -9,6 +9,7 @@ import kernel_cases
 import numpy as np
 import oracle
 import pytest
+import simt_runner
 
 from tfops_kernels import _kernels
 
@@ -64,7 +65,8 @@ class _Run:
         if not self.cuda:
             getattr(self.module, f"cpu_{phase}")(problem, *arguments, self.threads)
             return
-        workspace = self.place(np.zeros(getattr(self.module, f"cuda_{direction}_workspace_bytes")(problem), np.uint8))
+        workspace_bytes = getattr(self.module, f"cuda_{direction}_workspace_bytes")(problem)
+        workspace = simt_runner.memory((workspace_bytes,), np.uint8)  # aligned, whatever the arrays are
         getattr(self.module, f"cuda_{phase}")(problem, *arguments, self._address(workspace), 0)
 
     def moments(self, x: np.ndarray, axis: int, keep: np.ndarray | None, vector: np.ndarray) -> list[np.ndarray]:
