@@ -120,6 +120,36 @@ def test_library_is_loaded_twice():
         np.testing.assert_array_equal(y, tfops.fused_batch_norm(x, scale, offset)[0])
 
 
+_IMPORTED_AGAIN = """
+import sys
+import tensorflow as tf
+import tfops as first
+
+for name in [name for name in sys.modules if name.partition(".")[0] in ("tfops", "tfops_kernels")]:
+    del sys.modules[name]
+import tfops as second
+
+assert first is not second
+x = tf.random.stateless_normal([4, 3], [1, 2])
+results = []
+for package in (first, second):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y, *_ = package.fused_batch_norm(x, tf.ones(3), tf.zeros(3), activation="silu")
+    compiled = tf.function(package.keras.BatchNormalization(activation="silu"), jit_compile=True)
+    results.append([y.numpy(), tape.gradient(y, x).numpy(), compiled(x, training=True).numpy()])
+assert all((a == b).all() for a, b in zip(*results))
+print("as it should be")
+"""
+
+
+def test_package_is_imported_twice(tmp_path):
+    """As a notebook does that forgets its modules to load a new version: TensorFlow forgets nothing."""
+    command = [sys.executable, "-c", _IMPORTED_AGAIN]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.stdout == "as it should be\n", run.stdout + run.stderr
+
+
 def test_spawned_processes():
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         results = [pool.apply_async(digest.digest) for _ in range(2)]

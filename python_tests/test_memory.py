@@ -145,8 +145,9 @@ print("as it should be")
 """
 
 
-def test_no_room_is_resource_exhausted():
+def test_no_room_is_resource_exhausted(tmp_path):
     # Without oneDNN, whose allocator waits ten seconds for each that it cannot serve.
     environment = os.environ | {"TF_ENABLE_ONEDNN_OPTS": "0"}
-    run = subprocess.run([sys.executable, "-c", _NO_ROOM], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", _NO_ROOM]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.stdout == "as it should be\n", run.stdout + run.stderr

@@ -6,6 +6,8 @@ ops compute, and is free to differentiate again. The phases' first gradient is t
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,17 @@ _LEAKY_RELU_SLOPE = float(np.float32(0.2))  # as the kernels have it, and tf.nn.
 _TRAINING = ("exponential_avg_factor", "unbiased")
 
 
+def _register(op_type: str) -> Callable[[Callable], Callable]:
+    """tf.RegisterGradient, but for a module that is imported again: TensorFlow keeps its first registration."""
+
+    def register(function: Callable) -> Callable:
+        with contextlib.suppress(KeyError):
+            tf.RegisterGradient(op_type)(function)
+        return function
+
+    return register
+
+
 def _attributes(op: tf.Operation, names: tuple[str, ...]) -> dict[str, Any]:
     values = {name: op.get_attr(name) for name in names}
     # An eager op's attributes are as they were given: not rounded to the kernel's float32, and strings are bytes.
@@ -28,7 +41,7 @@ def _attributes(op: tf.Operation, names: tuple[str, ...]) -> dict[str, Any]:
     return values
 
 
-@tf.RegisterGradient("Tfops>BatchNormTraining")
+@_register("Tfops>BatchNormTraining")
 def _training_grad(op: tf.Operation, dy: Any, dmean: Any, dvariance: Any, *_: Any) -> list[Any]:
     x, scale, offset, *rest = op.inputs
     running, residual = rest[: op.get_attr("num_running")], rest[op.get_attr("num_running") :]
@@ -59,7 +72,7 @@ def _training_grad(op: tf.Operation, dy: Any, dmean: Any, dvariance: Any, *_: An
     return gradients
 
 
-@tf.RegisterGradient("Tfops>BatchNormInference")
+@_register("Tfops>BatchNormInference")
 def _inference_grad(op: tf.Operation, dy: Any) -> list[Any]:
     x, scale, offset, mean, variance, *residual = op.inputs
     attributes = _attributes(op, _SHARED)
@@ -198,7 +211,7 @@ def _derivatives(function: Any, inputs: list[tf.Tensor], upstream: list[tf.Tenso
     return [tf.cast(gradient, tensor.dtype) for gradient, tensor in zip(gradients, like, strict=True)]
 
 
-@tf.RegisterGradient("Tfops>BatchNormTrainingGrad")
+@_register("Tfops>BatchNormTrainingGrad")
 def _training_grad_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
     dy, x, scale, offset, _, _, mask, *rest = op.inputs
     drunning, residual = rest[: op.get_attr("num_running")], rest[op.get_attr("num_running") :]
@@ -231,7 +244,7 @@ def _training_grad_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
     return [*gradients[:4], None, None, None, *gradients[4:]]
 
 
-@tf.RegisterGradient("Tfops>BatchNormInferenceGrad")
+@_register("Tfops>BatchNormInferenceGrad")
 def _inference_grad_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
     residual = op.inputs[6:]
     attributes = _attributes(op, _SHARED)
@@ -262,7 +275,7 @@ def _kept(op: tf.Operation, dtype: tf.DType) -> tf.Tensor | float:
     return tf.cast(keep, dtype)[..., None]
 
 
-@tf.RegisterGradient("Tfops>BatchNormMoments")
+@_register("Tfops>BatchNormMoments")
 def _moments_grad(op: tf.Operation, _: Any, dmean: Any, dvariance: Any) -> list[Any]:
     x = op.inputs[0]
     count, mean, _ = op.outputs
@@ -274,7 +287,7 @@ def _moments_grad(op: tf.Operation, _: Any, dmean: Any, dvariance: Any) -> list[
     return [tf.cast(dx, x.dtype)] + [None] * op.get_attr("num_keeps")
 
 
-@tf.RegisterGradient("Tfops>BatchNormGradientMoments")
+@_register("Tfops>BatchNormGradientMoments")
 def _gradient_moments_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
     attributes = _attributes(op, _SHARED)
     arguments = list(op.inputs)
@@ -287,7 +300,7 @@ def _gradient_moments_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
     return _derivatives(function, wide, list(upstream), arguments)
 
 
-@tf.RegisterGradient("Tfops>BatchNormGradientNormalize")
+@_register("Tfops>BatchNormGradientNormalize")
 def _gradient_normalize_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
     attributes = _attributes(op, _SHARED)
     keeps, residuals = op.get_attr("num_keeps"), op.get_attr("num_residuals")
