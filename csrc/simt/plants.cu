@@ -65,7 +65,7 @@ __global__ void ReverseHalfWarps(bool mask_too_small, const float* input, float*
 }
 
 __global__ void SharedOverrun(bool overrun, const float* input, float* output) {
-  auto& values = BlockShared<float[kPlantThreads]>();
+  float* const values = BlockShared<float[kPlantThreads]>();  // an array's index UndefinedBehaviorSanitizer would check
   const int first = blockIdx.x * kPlantThreads;
   values[threadIdx.x + (overrun ? 1 : 0)] = LoadGlobal(input + first + threadIdx.x);
   __syncthreads();
