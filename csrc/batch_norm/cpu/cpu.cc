@@ -121,6 +121,7 @@ ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, A
   job.plan = MakePlan(job.problem, /*backward=*/false);
   const bool in_place = arrays.y == arrays.x || arrays.y == arrays.residual;
   job.stream_y = !in_place && OutgrowsCache(problem, problem.has_residual ? 3 : 2);
+  job.in_cache = !OutgrowsCache(problem, in_place ? 2 : 4);
   if (problem.training) job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset}) {
     *piece = TakeColumns(problem, job.plan, arena);

@@ -29,6 +29,7 @@ struct ForwardJob {
   Problem problem;
   Plan plan;
   bool stream_y = false;
+  bool in_cache = false;  // x and y, and as much again
   ForwardArrays arrays;
   Partials partials;
   Coefficients coefficients;
