@@ -80,7 +80,7 @@ template <typename T>
 TFOPS_INLINE int64_t FoldedRows(const ForwardJob& job) {
   const Plan& plan = job.plan;
   // 16-bit types take longer to convert.
-  if (sizeof(T) < sizeof(float) || !job.in_cache || job.arrays.residual || job.arrays.mask) return 1;
+  if (!std::is_same_v<T, Param<T>> || !job.in_cache || job.arrays.residual || job.arrays.mask) return 1;
   for (const int64_t rows : {4, 2}) {
     if (plan.fold % rows == 0 && plan.columns / rows % kBlock == 0) return rows;
   }
