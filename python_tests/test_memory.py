@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -31,16 +32,24 @@ def _step(x, scale, offset):
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_no_growth(mode):
-    """Forward and backward, 10,000 times: less than a byte a step and element is left behind, or it would show."""
+    """Forward and backward, 10,000 times: the smallest array, kept from each step, would show.
+
+    What else lives in this process may take memory meanwhile, but not each time.
+    """
     step = _step if mode == "eager" else tf.function(_step)
     x, scale, offset = tf.random.stateless_normal([40, 24], [1, 2]), tf.ones(24), tf.zeros(24)
+
+    def growth() -> int:
+        gc.collect()
+        before = _resident_bytes()
+        for _ in range(STEPS):
+            step(x, scale, offset)
+        return _resident_bytes() - before
+
     for _ in range(STEPS // 10):
         step(x, scale, offset)
-    before = _resident_bytes()
-    for _ in range(STEPS):
-        step(x, scale, offset)
     # Any array of these, kept from each step, would be 10,000 x 96 bytes and more.
-    assert _resident_bytes() - before < STEPS * 96 / 2
+    assert any(growth() < STEPS * 96 / 2 for _ in range(3))
 
 
 X = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
