@@ -69,6 +69,9 @@ struct ChannelCoefficients {
     if (c.tilt) tilt = Splat(static_cast<const P*>(c.tilt)[channel]);
     if (c.shift) shift = Splat(static_cast<const P*>(c.shift)[channel]);
   }
+  // Those of z of one vector of columns, loaded.
+  ChannelCoefficients(const ColumnCoefficients<P>& columns, int64_t i)
+      : mean(columns.Mean(i)), slope(columns.Slope(i)), offset(columns.Offset(i)) {}
 
   TFOPS_INLINE Vec<P> Mean(int64_t) const { return mean; }
   TFOPS_INLINE Vec<P> Slope(int64_t) const { return slope; }

@@ -3,8 +3,6 @@
 #ifndef TFOPS_BATCH_NORM_CPU_NORMALIZE_PASS_H_
 #define TFOPS_BATCH_NORM_CPU_NORMALIZE_PASS_H_
 
-#include <type_traits>
-
 #include "csrc/batch_norm/cpu/elements.h"
 #include "csrc/batch_norm/cpu/runs.h"
 
@@ -61,26 +59,23 @@ TFOPS_INLINE void NormalizeRun(NormalizeArrays<T> arrays, const C& coefficients,
 }
 
 // A folded row as kRows rows that share loads of coefficients: they are three a vector, and in the cache they are what
-// takes time. Memory wants to be read in its order.
+// takes time. Memory wants to be read in its order. Without residual, bits or stores past the cache.
 template <Activation kActivation, int kRows, typename T>
-TFOPS_INLINE void NormalizeFolded(const NormalizeArrays<T>& arrays, const ColumnCoefficients<T>& coefficients,
-                                  int64_t columns) {
-  for (int64_t i = 0; i < columns; i += kLanes<T>) {
-    const Vec<T> mean = coefficients.Mean(i), slope = coefficients.Slope(i), offset = coefficients.Offset(i);
+TFOPS_INLINE void NormalizeFolded(const T* x, T* y, const ColumnCoefficients<Param<T>>& coefficients, int64_t length) {
+  const NormalizeArrays<T> arrays{x, nullptr, y, nullptr, false};
+  const int64_t columns = length / kRows;
+  for (int64_t i = 0; i < columns; i += kLanes<Param<T>>) {
+    const ChannelCoefficients<Param<T>> loaded(coefficients, i);
     for (int r = 0; r < kRows; ++r) {
-      const int64_t j = r * columns + i;
-      const Vec<T> z = Affine<Vec<T>>(Load(arrays.x + j) - mean, slope, offset);
-      Store(arrays.y + j, Activate<kActivation>(z));
+      NormalizeVector<false, kActivation>(arrays, loaded, r * columns + i, kLanes<Param<T>>);
     }
   }
 }
 
 // Rows that a folded row may be seen as, by NormalizeFolded.
-template <typename T>
 TFOPS_INLINE int64_t FoldedRows(const ForwardJob& job) {
   const Plan& plan = job.plan;
-  // 16-bit types take longer to convert.
-  if (!std::is_same_v<T, Param<T>> || !job.in_cache || job.arrays.residual || job.arrays.mask) return 1;
+  if (!job.in_cache || job.arrays.residual || job.arrays.mask) return 1;
   for (const int64_t rows : {4, 2}) {
     if (plan.fold % rows == 0 && plan.columns / rows % kBlock == 0) return rows;
   }
@@ -97,7 +92,7 @@ void NormalizeItem(const ForwardJob& job, int64_t item) {
   T* y = static_cast<T*>(job.arrays.y);
   uint8_t* mask = job.arrays.mask;
   const bool buffered = mask && IsMaskBuffered(problem, plan);
-  const int64_t folded_rows = FoldedRows<T>(job);
+  const int64_t folded_rows = FoldedRows(job);
   WithActivation(problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
     ForEachRun(problem, plan, item, [&](const Run& run) {
@@ -107,11 +102,9 @@ void NormalizeItem(const ForwardJob& job, int64_t item) {
                                       job.stream_y};
       if (plan.channels_last) {
         const ColumnCoefficients<P> coefficients(job.coefficients, run.column);
-        if constexpr (std::is_same_v<T, P>) {
-          if (folded_rows > 1 && run.length == plan.columns) {
-            return folded_rows == 4 ? NormalizeFolded<kActivation, 4>(arrays, coefficients, run.length / 4)
-                                    : NormalizeFolded<kActivation, 2>(arrays, coefficients, run.length / 2);
-          }
+        if (folded_rows > 1 && run.length == plan.columns) {
+          return folded_rows == 4 ? NormalizeFolded<kActivation, 4>(arrays.x, arrays.y, coefficients, run.length)
+                                  : NormalizeFolded<kActivation, 2>(arrays.x, arrays.y, coefficients, run.length);
         }
         NormalizeRun<kActivation>(arrays, coefficients, run.length);
       } else {
