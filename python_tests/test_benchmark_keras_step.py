@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from fresh_process import run_python
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "keras_step.py"
 
@@ -13,8 +13,7 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "keras_step.py"
 def test_mnist(tmp_path):
     out = tmp_path / "out"
     options = ["--network", "mnist", "--seconds", "0.1", "--threads", "1", "--out", str(out)]
-    command = [sys.executable, str(SCRIPT), *options]
-    run = subprocess.run(command, cwd=sys.prefix, capture_output=True, text=True, check=False)
+    run = run_python(SCRIPT, *options)
     assert run.returncode == 0, run.stderr
     assert out.with_suffix(".md").read_text() in run.stdout
     report = json.loads(out.with_suffix(".json").read_text())

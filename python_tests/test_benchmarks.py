@@ -7,11 +7,11 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fresh_process import run_python
 
 import tfops_kernels
 
@@ -21,8 +21,7 @@ needs_tensorflow = pytest.mark.skipif(importlib.util.find_spec("tensorflow") is 
 
 
 def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(FOLDER / script), *arguments]
-    return subprocess.run(command, cwd=sys.prefix, capture_output=True, text=True, check=False)
+    return run_python(FOLDER / script, *arguments)
 
 
 @needs_cuda_build

@@ -13,6 +13,7 @@ from pathlib import Path
 import digest
 import numpy as np
 import tensorflow as tf
+from fresh_process import run_python
 
 import tfops
 from tfops import _library
@@ -143,10 +144,9 @@ print("as it should be")
 """
 
 
-def test_package_is_imported_twice(tmp_path):
+def test_package_is_imported_twice():
     """As a notebook does that forgets its modules to load a new version: TensorFlow forgets nothing."""
-    command = [sys.executable, "-c", _IMPORTED_AGAIN]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    run = run_python("-c", _IMPORTED_AGAIN)
     assert run.stdout == "as it should be\n", run.stdout + run.stderr
 
 

@@ -2,25 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from fresh_process import run_python
 
 import tfops
 from tfops import gradcheck
-
-
-def run_command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "tfops.gradcheck", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=sys.prefix,  # where no source tree is in the way
-    )
 
 
 @pytest.mark.parametrize("layout", gradcheck.LAYOUTS)
@@ -64,7 +53,7 @@ def test_inputs_keep_away_from_kinks_and_are_exact_in_every_dtype(layout, mode, 
 
 def test_command_line_checks_every_combination(tmp_path):
     report = tmp_path / "report.json"
-    run = run_command("--json", str(report))
+    run = run_python("-m", "tfops.gradcheck", "--json", str(report))
     assert run.returncode == 0, run.stdout + run.stderr
     lines = run.stdout.splitlines()
     assert lines[-1].startswith("360 of 360 combinations passed on ")
@@ -129,7 +118,7 @@ def test_bad_arguments(arguments, named, capsys):
 
 
 def test_bad_arguments_exit_status():
-    assert run_command("--dtype", "int8").returncode == 2
+    assert run_python("-m", "tfops.gradcheck", "--dtype", "int8").returncode == 2
 
 
 @pytest.mark.parametrize("field", ["layout", "mode", "activation"])

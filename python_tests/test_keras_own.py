@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
 
 import keras
 import pytest
+from fresh_process import run_python
 
 _RUN = """
 import sys
@@ -20,12 +19,11 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-W", "ignore", sys.argv[1
 """
 
 
-def test_keras_own_tests(tmp_path):
+def test_keras_own_tests():
     spec = importlib.util.find_spec("keras.src.layers.normalization.batch_normalization_test")
     if spec is None:
         pytest.skip(f"Keras {keras.__version__} was installed without its tests")
-    command = [sys.executable, "-c", _RUN, spec.origin]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    run = run_python("-c", _RUN, spec.origin)
     assert run.returncode == 0, run.stdout + run.stderr
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 25, run.stdout
     assert "skipped" not in run.stdout

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from fresh_process import run_python
 
 import tfops
 
@@ -98,7 +97,8 @@ def test_keras_file_to_keras(tmp_path):
         "model = keras.models.load_model(sys.argv[1], custom_objects={'tfops>BatchNormalization': STOCK});"
         "assert 'tfops' not in sys.modules; np.save(sys.argv[2], model.predict(np.ones((1, 6, 6, 3)), verbose=0))"
     )
-    subprocess.run([sys.executable, "-c", reader, tmp_path / "model.keras", tmp_path / "y.npy"], check=True)
+    run = run_python("-c", reader, tmp_path / "model.keras", tmp_path / "y.npy")
+    assert run.returncode == 0, run.stderr
     ones = np.ones((1, 6, 6, 3), np.float32)
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), model.predict(ones, verbose=0), rtol=1e-5, atol=1e-6)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fresh_process import run_python
 
 
 def _case(parts=(6, 6), shape=(4, 5, 3), **kwargs):
@@ -38,8 +37,7 @@ def results():
     cases = dict(CASES)
     if "renorm" not in keras.layers.BatchNormalization().get_config():
         del cases["renorm"]
-    command = [sys.executable, Path(__file__).with_name("synchronized_check.py"), json.dumps(list(cases.values()))]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = run_python(Path(__file__).with_name("synchronized_check.py"), json.dumps(list(cases.values())))
     assert run.returncode == 0, run.stderr[-5000:]
     return dict(zip(cases, json.loads(run.stdout.splitlines()[-1]), strict=True))
 

@@ -5,15 +5,14 @@ Bitwise so with themselves, from run to run, for any number of threads, and whet
 
 from __future__ import annotations
 
+import functools
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import kernel_cases
 import numpy as np
 import pytest
+from fresh_process import run_python
 
 import tfops_kernels
 
@@ -181,11 +180,7 @@ def test_levels(level):
     if level == tfops_kernels.build_info()["cpu_instruction_set"]:
         pytest.skip(f"{level} is what the other tests ran")
 
-    def run(*arguments):
-        environment = {**os.environ, "TFOPS_CPU": level}
-        command = [sys.executable, *arguments]
-        return subprocess.run(command, env=environment, cwd=sys.prefix, capture_output=True, text=True)
-
+    run = functools.partial(run_python, TFOPS_CPU=level)
     chosen = run("-c", "import tfops_kernels; print(tfops_kernels.build_info()['cpu_instruction_set'])").stdout
     if chosen.strip() != level:
         pytest.skip(f"this machine has no {level}")

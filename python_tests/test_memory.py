@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tensorflow as tf
+from fresh_process import run_python
 
-import tfops
 from tfops._library import ops
 
 STEPS = 10_000
 
+_GROWTH = """
+import os, sys
+import tensorflow as tf
+import tfops
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def resident_bytes():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _step(x, scale, offset):
+def step(x, scale, offset):
     with tf.GradientTape() as tape:
         tape.watch([x, scale, offset])
         y, mean, variance = tfops.fused_batch_norm(x, scale, offset, activation="relu", residual=x)
@@ -30,26 +29,26 @@ def _step(x, scale, offset):
     return tape.gradient(loss, [x, scale, offset])
 
 
+if sys.argv[1] == "graph":
+    step = tf.function(step)
+steps = int(sys.argv[2])
+x, scale, offset = tf.random.stateless_normal([40, 24], [1, 2]), tf.ones(24), tf.zeros(24)
+for _ in range(steps // 10):
+    step(x, scale, offset)
+before = resident_bytes()
+for _ in range(steps):
+    step(x, scale, offset)
+print(resident_bytes() - before)
+"""
+
+
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_no_growth(mode):
-    """Forward and backward, 10,000 times: the smallest array, kept from each step, would show.
-
-    What else lives in this process may take memory meanwhile, but not each time.
-    """
-    step = _step if mode == "eager" else tf.function(_step)
-    x, scale, offset = tf.random.stateless_normal([40, 24], [1, 2]), tf.ones(24), tf.zeros(24)
-
-    def growth() -> int:
-        gc.collect()
-        before = _resident_bytes()
-        for _ in range(STEPS):
-            step(x, scale, offset)
-        return _resident_bytes() - before
-
-    for _ in range(STEPS // 10):
-        step(x, scale, offset)
+    """Forward and backward, 10,000 times, in a process where nothing else takes memory."""
+    run = run_python("-c", _GROWTH, mode, STEPS)
+    assert run.returncode == 0, run.stderr
     # Any array of these, kept from each step, would be 10,000 x 96 bytes and more.
-    assert any(growth() < STEPS * 96 / 2 for _ in range(3))
+    assert int(run.stdout) < STEPS * 96 / 2
 
 
 X = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
@@ -154,9 +153,7 @@ print("as it should be")
 """
 
 
-def test_no_room_is_resource_exhausted(tmp_path):
+def test_no_room_is_resource_exhausted():
     # Without oneDNN, whose allocator waits ten seconds for each that it cannot serve.
-    environment = os.environ | {"TF_ENABLE_ONEDNN_OPTS": "0"}
-    command = [sys.executable, "-c", _NO_ROOM]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    run = run_python("-c", _NO_ROOM, TF_ENABLE_ONEDNN_OPTS="0")
     assert run.stdout == "as it should be\n", run.stdout + run.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow as tf
+from fresh_process import run_python
 
 import tfops
 import tfops_kernels
@@ -21,18 +21,6 @@ from tfops import _library
 from tfops.keras._batch_normalization import check_backend
 
 SYSTEM = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
-
-
-def _run(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs Python code in a process of its own, from a folder without the source tree."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=sys.prefix,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def _library_file(name: str) -> Path:
@@ -126,7 +114,7 @@ def test_requirements():
 
 @pytest.mark.parametrize("running", ["2.20.0", "2.22.0-rc1", "3.0.0"])
 def test_another_release_is_refused(running):
-    run = _run(f"import tensorflow as tf; tf.__version__ = {running!r}; import tfops")
+    run = run_python("-c", f"import tensorflow as tf; tf.__version__ = {running!r}; import tfops")
     assert run.returncode != 0
     message = run.stderr.splitlines()[-1]
     assert message.startswith("ImportError")
@@ -150,12 +138,13 @@ def test_source_tree_in_the_way_is_explained():
 
 
 def test_kernels_do_without_tensorflow():
-    run = _run(
+    run = run_python(
+        "-c",
         "import sys; sys.modules['tensorflow'] = None\n"
         "import numpy as np, tfops_kernels\n"
         "y = tfops_kernels.forward(np.eye(3, dtype=np.float32), *np.ones((2, 3), np.float32)).y\n"
         "tfops_kernels.build_info()\n"
-        "print(y.shape, [m for m in sys.modules if m.startswith(('tensorflow.', 'keras'))])"
+        "print(y.shape, [m for m in sys.modules if m.startswith(('tensorflow.', 'keras'))])",
     )
     assert run.stdout.strip() == "(3, 3) []", run.stderr
 
@@ -170,7 +159,7 @@ def test_another_backend_is_refused():
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_another_backend_is_refused_at_import(backend):
     """Whether it is installed, or not: Keras itself cannot be imported then."""
-    run = _run("import tfops.keras", KERAS_BACKEND=backend)
+    run = run_python("-c", "import tfops.keras", KERAS_BACKEND=backend)
     message = "ImportError: tfops needs Keras' TensorFlow backend, but .*KERAS_BACKEND=tensorflow before Keras is first"
     assert re.search(message, run.stderr), run.stderr
 
@@ -189,21 +178,17 @@ def test_build_info():
 
 
 def test_info_command():
-    run = subprocess.run(
-        [sys.executable, "-m", "tfops.info"],
-        cwd=sys.prefix,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    run = run_python("-m", "tfops.info")
+    assert run.returncode == 0, run.stderr
     for name in ("tfops", "TensorFlow", "CPU kernels", "CUDA kernels", "XLA kernels", "CUDA driver", "GPU"):
         assert f"\n{name} " in f"\n{run.stdout}"
 
 
 def test_cpu_level_can_be_forced():
     info = "import tfops_kernels; print(tfops_kernels.build_info()['cpu_instruction_set'])"
-    assert _run(info, TFOPS_CPU="x86-64-v2").stdout.strip() in ("x86-64-v2", "generic")
-    run = _run(
+    assert run_python("-c", info, TFOPS_CPU="x86-64-v2").stdout.strip() in ("x86-64-v2", "generic")
+    run = run_python(
+        "-c",
         "import numpy as np, tfops_kernels as k; k.forward(np.eye(2), np.ones(2), np.ones(2))",
         TFOPS_CPU="sse9",
     )

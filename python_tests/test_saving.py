@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from fresh_process import run_python
 from keras import layers
 
 import tfops
@@ -29,8 +28,7 @@ def _model():
 
 def _fresh_process(code, *arguments):
     """Runs the code in a new interpreter; returns the object that it prints last, as JSON."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    run = subprocess.run(command, cwd=sys.prefix, capture_output=True, text=True, check=False)
+    run = run_python("-c", textwrap.dedent(code), *arguments)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from fresh_process import run_python
 from tensorflow.python.framework import kernels
 
 import tfops
@@ -310,26 +308,22 @@ def test_what_keras_is_told(monkeypatch, problem, cuda, gpus, supported):
     assert model.jit_compile is (supported and bool(gpus))
 
 
-def _run(code):
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(sys.prefix), capture_output=True, text=True, check=False
-    )
-
-
 def test_kernels_are_found_by_a_process_that_has_compiled_before():
     """REGISTER_XLA_OP's would not be."""
-    run = _run(
+    run = run_python(
+        "-c",
         "import tensorflow as tf\n"
         "tf.function(tf.nn.relu, jit_compile=True)(tf.ones([2]))\n"
         "import tfops\n"
         "f = tf.function(lambda x: tfops.fused_batch_norm(x, tf.ones(3), tf.zeros(3))[0], jit_compile=True)\n"
-        "print(f(tf.ones([2, 3])).shape)"
+        "print(f(tf.ones([2, 3])).shape)",
     )
     assert run.stdout.strip() == "(2, 3)", run.stderr
 
 
 def test_without_the_library_keras_does_not_compile():
-    run = _run(
+    run = run_python(
+        "-c",
         "import tensorflow as tf\n"
         "def fails(path):\n"
         "    raise tf.errors.NotFoundError(None, None, 'libtensorflow_cc.so.2: cannot open shared object file')\n"
@@ -342,7 +336,7 @@ def test_without_the_library_keras_does_not_compile():
         "model.fit(x, x, verbose=0)\n"
         "print(info['xla'], model.jit_compile)\n"
         "from tfops.info import main\n"
-        "main()"
+        "main()",
     )
     assert run.stdout.startswith("False False\n"), run.stderr
     assert "\nXLA kernels   none: libtensorflow_cc.so.2: cannot open shared object file\n" in run.stdout
