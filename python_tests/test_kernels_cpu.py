@@ -46,22 +46,31 @@ def _last_level_cache_bytes():
     return int(path.read_text().rstrip("K\n")) << 10 if path.exists() else 32 << 20
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
-@pytest.mark.parametrize(("row", "axis"), [((24,), -1), ((131,), -1), ((3, 37, 41), 1)], ids=str)
-def test_larger_than_the_cache(row, axis, dtype, residual):
-    """Tensors that outgrow the cache are written past it: bit for bit what their parts are, which do not."""
+def _larger_than_the_cache(row, dtype):
+    """x, dy and residual of rows: none of them aligned, and each at another offset."""
     kind = kernel_cases.numpy_dtype(dtype)
     cache = _last_level_cache_bytes()
     if cache > 128 << 20:
         pytest.skip(f"a cache of {cache >> 20} MiB takes too long to outgrow")
     rows = math.ceil(1.1 * cache / (2 * np.dtype(kind).itemsize * math.prod(row)))
     rng = np.random.default_rng(0)
-    # Nothing that is aligned, and another offset for each array.
-    x, dy, r = (
+    return [
         np.resize(rng.standard_normal(9973), rows * math.prod(row) + i).astype(kind)[i:].reshape(rows, *row)
         for i in range(1, 4)
-    )
+    ]
+
+
+LARGE = pytest.mark.parametrize(("row", "axis"), [((24,), -1), ((131,), -1), ((3, 37, 41), 1)], ids=str)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@LARGE
+def test_larger_than_the_cache(row, axis, dtype, residual):
+    """Tensors that outgrow the cache are written past it: bit for bit what their parts are, which do not."""
+    x, dy, r = _larger_than_the_cache(row, dtype)
+    rows = len(x)
+    rng = np.random.default_rng(1)
     param = np.float64 if dtype == "float64" else np.float32
     scale, offset, mean, variance = rng.uniform(0.5, 2, (4, row[0])).astype(param)
 
@@ -75,6 +84,30 @@ def test_larger_than_the_cache(row, axis, dtype, residual):
     parts = [run(slice(begin, begin + rows // 5)) for begin in range(0, rows, rows // 5)]
     for got, want in zip(run(slice(None)), zip(*parts, strict=True), strict=True):
         np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), np.concatenate(want).view(f"u{got.itemsize}"))
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@LARGE
+def test_mask_larger_than_the_cache(row, axis, dtype):
+    """Each bit stands where its element does, wherever the first whole cache line begins."""
+    x, dy, r = _larger_than_the_cache(row, dtype)
+    param = np.float64 if dtype == "float64" else np.float32
+    scale, offset = np.random.default_rng(1).uniform(0.5, 2, (2, row[0])).astype(param)
+    settings = {"axis": axis, "activation": "relu", "threads": 2}
+    forward = tfops_kernels.forward(x, scale, offset, residual=r, **settings)
+    on = forward.y > 0
+    want = np.packbits(on.reshape(-1, row[-1] if axis == -1 else math.prod(row[1:])), axis=1, bitorder="little")
+    np.testing.assert_array_equal(forward.mask, want.ravel())
+    saved = (scale, offset, forward.saved_mean, forward.saved_inv_std)
+    gradient = tfops_kernels.backward(dy, x, *saved, residual=True, mask=forward.mask, **settings)
+    dz = np.where(on, dy, np.zeros_like(dy))
+    np.testing.assert_array_equal(gradient.residual, dz)
+    plain = tfops_kernels.backward(dz, x, *saved, axis=axis, threads=2)
+    # The sums may be taken in another order: they differ in their last bits, and dx in its last one.
+    np.testing.assert_allclose(gradient.scale, plain.scale, rtol=0, atol=1e-6 * np.abs(plain.scale).max())
+    epsilon = 2.0**-7 if dtype == "bfloat16" else np.finfo(dtype).eps
+    got, want = gradient.x.astype(param), plain.x.astype(param)
+    np.testing.assert_allclose(got, want, rtol=epsilon, atol=8 * np.finfo(param).eps)
 
 
 @pytest.mark.parametrize("shape", [(256, 3, 3), (2000, 2, 1, 2), (500, 5, 7), (100, 3, 5, 5)], ids=str)

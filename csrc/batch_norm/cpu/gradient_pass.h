@@ -60,7 +60,7 @@ TFOPS_INLINE Gradient<Param<T>> GradientOfVector(const GradientArrays<T>& arrays
   if constexpr (kActivation == Activation::kNone) return {dy, xc};
   if constexpr (kIsPiecewiseLinear<kActivation>) {
     if (arrays.bits) {
-      const IntVec<P> on = MaskFromBits<P>(LoadMaskBits<P>(arrays.bits, i, arrays.length));
+      const IntVec<P> on = MaskFromBits<P>(LoadMaskBits<P>(arrays.bits, i, n));
       return {on ? dy : OffGradient<kActivation>(dy), xc};
     }
   }
@@ -147,13 +147,22 @@ class GradientChain {
   using P = Param<T>;
 
  public:
-  TFOPS_INLINE void Add(const GradientArrays<T>& arrays, const ChannelCoefficients<P>& coefficients) {
-    for (int64_t begin = 0; begin < arrays.length; begin += kElements) {
-      const int64_t n = Min(arrays.length - begin, kElements);
-      const int64_t additions = AdditionsOf<P>(n);
+  void Begin() {
+    sum_dz = sum_dz_xc = 0;
+    Clear();
+  }
+
+  // Adds the elements of kRuns runs, all of one length.
+  template <int kRuns>
+  TFOPS_INLINE void Add(const GradientArrays<T> (&runs)[kRuns], const ChannelCoefficients<P>& coefficients) {
+    constexpr int64_t kPiece = kChainElements<kRuns, kChainRows, P>;
+    const int64_t length = runs[0].length;
+    for (int64_t begin = 0; begin < length; begin += kPiece) {
+      const int64_t end = Min(begin + kPiece, length);
+      const int64_t additions = AdditionsOf<kRuns, P>(end - begin);
       if (additions_ + additions > kChainRows) Flush();
-      ForEachVectorInTurn<P>(begin, begin + n, [&](auto partial, int v, int64_t i, int64_t lanes) {
-        const auto g = GradientOfVector<decltype(partial)::value, kActivation>(arrays, coefficients, i, lanes);
+      ForEachVectorInTurn<kRuns, P>(begin, end, [&](auto partial, int v, int r, int64_t i, int64_t lanes) {
+        const auto g = GradientOfVector<decltype(partial)::value, kActivation>(runs[r], coefficients, i, lanes);
         first_[v] += g.dz;
         second_[v] += g.dz * g.xc;
       });
@@ -164,19 +173,21 @@ class GradientChain {
   void Flush() {
     sum_dz += SumOfAll<P>(first_);
     sum_dz_xc += SumOfAll<P>(second_);
+    Clear();
+  }
+
+  double sum_dz;
+  double sum_dz_xc;
+
+ private:
+  void Clear() {
     for (int v = 0; v < kUnroll; ++v) first_[v] = second_[v] = Vec<P>{};
     additions_ = 0;
   }
 
-  double sum_dz = 0;
-  double sum_dz_xc = 0;
-
- private:
-  static constexpr int64_t kElements = kChainRows * kUnroll * kLanes<P>;
-
-  Vec<P> first_[kUnroll]{};
-  Vec<P> second_[kUnroll]{};
-  int64_t additions_ = 0;
+  Vec<P> first_[kUnroll];
+  Vec<P> second_[kUnroll];
+  int64_t additions_;
 };
 
 template <typename T>
@@ -187,14 +198,15 @@ void PlaneGradientMoments(const BackwardJob& job, int64_t item) {
     constexpr Activation kActivation = decltype(activation)::value;
     ForEachGroup(plan, item, [&](int64_t begin, int64_t end) {
       GradientChain<kActivation, T> chains[kMaxGroup];
-      for (int64_t r = plan.RowBegin(chunk); r < plan.RowEnd(chunk); ++r) {
-        for (int64_t c = begin; c < end; ++c) {
-          const Run run = SegmentRun(job.problem, plan, r, c);
-          const uint8_t* bits = MaskInPlace(job.problem, plan, run, job.arrays.mask);
-          const ChannelCoefficients<Param<T>> coefficients(job.coefficients, c);
-          chains[c - begin].Add(ArraysOfRun<T>(job, run, bits), coefficients);
+      for (int64_t c = begin; c < end; ++c) chains[c - begin].Begin();
+      ForEachRuns(job.problem, plan, item, begin, end, [&](const auto& runs, int64_t c) {
+        constexpr int kRuns = std::extent_v<std::remove_reference_t<decltype(runs)>>;
+        GradientArrays<T> arrays[kRuns];
+        for (int k = 0; k < kRuns; ++k) {
+          arrays[k] = ArraysOfRun<T>(job, runs[k], MaskInPlace(job.problem, plan, runs[k], job.arrays.mask));
         }
-      }
+        chains[c - begin].Add(arrays, ChannelCoefficients<Param<T>>(job.coefficients, c));
+      });
       for (int64_t c = begin; c < end; ++c) {
         GradientChain<kActivation, T>& chain = chains[c - begin];
         chain.Flush();
@@ -255,32 +267,45 @@ void FinishGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
 
 template <bool kPartial, Activation kActivation, typename T, typename C>
 TFOPS_INLINE void GradientNormalizeVector(const GradientArrays<T>& arrays, const C& coefficients, bool training,
-                                          int64_t i, int64_t n) {
+                                          int64_t i, int64_t n, bool stream) {
   using P = Param<T>;
   const Gradient<P> g = GradientOfVector<kPartial, kActivation>(arrays, coefficients, i, n);
   Vec<P> dx = g.dz * coefficients.Slope(i);
   if (training) dx += g.xc * coefficients.Tilt(i) + coefficients.Shift(i);
   // dresidual first: it may be dy itself, but so may dx, and both have been read.
-  if (arrays.dresidual) StoreLanes<kPartial>(arrays.dresidual + i, g.dz, n, arrays.stream_dresidual);
-  StoreLanes<kPartial>(arrays.dx + i, dx, n, arrays.stream_dx);
+  if (arrays.dresidual) StoreLanes<kPartial>(arrays.dresidual + i, g.dz, n, stream && arrays.stream_dresidual);
+  StoreLanes<kPartial>(arrays.dx + i, dx, n, stream && arrays.stream_dx);
 }
 
 template <Activation kActivation, typename T, typename C>
 TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T> arrays, const C& coefficients, bool training) {
   constexpr int kL = kLanes<Param<T>>;
   int64_t i = 0;
-  if ((arrays.stream_dx || arrays.stream_dresidual) && !arrays.bits) {
-    i = ElementsBeforeStream(arrays.dx, arrays.length);
-    if (i > 0) GradientNormalizeVector<true, kActivation>(arrays, coefficients, training, 0, i);
+  const auto some = [&](int64_t end) {
+    for (int64_t n; i < end; i += n) {
+      n = Min(kL, end - i);
+      GradientNormalizeVector<true, kActivation>(arrays, coefficients, training, i, n, false);
+    }
+  };
+  const auto vectors = [&](auto stream, int64_t end) {
+    for (; i + kL <= end; i += kL) {
+      GradientNormalizeVector<false, kActivation>(arrays, coefficients, training, i, kL, decltype(stream)::value);
+    }
+  };
+  StreamedLines lines;
+  if (arrays.stream_dx) lines = LinesToStream(arrays.dx, arrays.length);
+  if (arrays.stream_dresidual) {
+    const StreamedLines others = LinesToStream(arrays.dresidual, arrays.length);
+    if (!arrays.stream_dx) lines = others;
+    arrays.stream_dresidual = others.begin == lines.begin;
   }
-  arrays.stream_dx = arrays.stream_dx && IsStreamable(arrays.dx + i);
-  arrays.stream_dresidual = arrays.stream_dresidual && IsStreamable(arrays.dresidual + i);
-  for (; i + kL <= arrays.length; i += kL) {
-    GradientNormalizeVector<false, kActivation>(arrays, coefficients, training, i, kL);
+  if (!lines.IsEmpty()) {
+    some(lines.begin);
+    vectors(std::true_type(), lines.end);
+  } else {
+    vectors(std::false_type(), arrays.length);
   }
-  if (i < arrays.length) {
-    GradientNormalizeVector<true, kActivation>(arrays, coefficients, training, i, arrays.length - i);
-  }
+  some(arrays.length);
 }
 
 template <typename T>

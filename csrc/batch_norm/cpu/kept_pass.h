@@ -121,11 +121,13 @@ void KeptPlaneMoments(const MomentsJob& job, int64_t item) {
   const int64_t chunk = plan.Chunk(item);
   ForEachGroup(plan, item, [&](int64_t begin, int64_t end) {
     MomentsChain<T> chains[kMaxGroup];
+    for (int64_t c = begin; c < end; ++c) chains[c - begin].Begin();
     for (int64_t r = plan.RowBegin(chunk); r < plan.RowEnd(chunk); ++r) {
       for (int64_t c = begin; c < end; ++c) {
         const Run run = SegmentRun(job.forward.problem, plan, r, c);
         ForEachStretch(job.arrays.kept, run.offset, run.length, [&](int64_t first, int64_t length, bool kept) {
-          if (kept) chains[c - begin].Add(x + run.offset + first, length);
+          const T* const start[] = {x + run.offset + first};
+          if (kept) chains[c - begin].Add(start, length);
         });
       }
     }

@@ -163,19 +163,30 @@ void ColumnMoments(const ForwardJob& job, int64_t item) {
 }
 
 // Sums about a shift along the elements of one channel, run after run, until a chain is long enough.
+//
+// Begin comes first. (A constructor in its place would run for all of kMaxGroup chains, however few a group has.)
 template <typename T>
 class MomentsChain {
   using P = Param<T>;
 
  public:
-  TFOPS_INLINE void Add(const T* x, int64_t length) {
-    for (int64_t begin = 0; begin < length; begin += kChainElements<P>) {
-      const int64_t n = Min(length - begin, kChainElements<P>);
-      const int64_t additions = AdditionsOf<P>(n);
+  void Begin() {
+    count_ = additions_ = 0;
+    total_ = {0, 0, 0};
+  }
+
+  // Adds the elements of kRuns runs of this length, which begin at x[0], x[1], ...
+  template <int kRuns>
+  TFOPS_INLINE void Add(const T* const (&x)[kRuns], int64_t length) {
+    constexpr int64_t kPiece = kChainElements<kRuns, kMomentsChainRows<P>, P>;
+    for (int64_t begin = 0; begin < length; begin += kPiece) {
+      const int64_t end = Min(begin + kPiece, length);
+      const int64_t n = (end - begin) * kRuns;
+      const int64_t additions = AdditionsOf<kRuns, P>(end - begin);
       if (additions_ + additions > kMomentsChainRows<P> || count_ + n > most_) Flush();
-      if (count_ == 0) Start(x + begin, n);
-      ForEachVectorInTurn<P>(begin, begin + n, [&](auto partial, int v, int64_t i, int64_t lanes) {
-        Vec<P> d = LoadLanes<decltype(partial)::value>(x + i, lanes) - shift_;
+      if (count_ == 0) Start(x, begin, end);
+      ForEachVectorInTurn<kRuns, P>(begin, end, [&](auto partial, int v, int r, int64_t i, int64_t lanes) {
+        Vec<P> d = LoadLanes<decltype(partial)::value>(x[r] + i, lanes) - shift_;
         if (decltype(partial)::value) d = KeepFirst<P>(d, lanes);
         sum_[v] += d;
         squares_[v] += d * d;
@@ -196,15 +207,17 @@ class MomentsChain {
   static constexpr int64_t kReach = 3;
 
   // The shift is the mean so far, or that of the elements at hand, if they are many more.
-  void Start(const T* x, int64_t n) {
+  template <int kRuns>
+  void Start(const T* const (&x)[kRuns], int64_t begin, int64_t end) {
+    const int64_t n = (end - begin) * kRuns;
     int64_t known = static_cast<int64_t>(total_.count);
     P shift = static_cast<P>(total_.mean);
     if (n > kReach * known) {
       known = n;
-      const Vec<P> first = Splat(LoadFirst(x, 1)[0]);
+      const Vec<P> first = Splat(LoadFirst(x[0] + begin, 1)[0]);
       Vec<P> sum{};
-      ForEachVector<P>(n, [&](auto partial, int64_t i, int64_t lanes) {
-        const Vec<P> d = LoadLanes<decltype(partial)::value>(x + i, lanes) - first;
+      ForEachVectorInTurn<kRuns, P>(begin, end, [&](auto partial, int, int r, int64_t i, int64_t lanes) {
+        const Vec<P> d = LoadLanes<decltype(partial)::value>(x[r] + i, lanes) - first;
         sum += decltype(partial)::value ? KeepFirst<P>(d, lanes) : d;
       });
       shift = static_cast<P>(static_cast<double>(first[0]) + SumOfLanes<P>(sum) / static_cast<double>(n));
@@ -221,13 +234,13 @@ class MomentsChain {
     count_ = additions_ = 0;
   }
 
-  Vec<P> shift_{};
-  Vec<P> sum_[kUnroll]{};
-  Vec<P> squares_[kUnroll]{};
-  int64_t count_ = 0;      // of the open chain's elements
-  int64_t most_ = 0;       // that it may have
-  int64_t additions_ = 0;  // to one of its sums
-  Moments<double> total_{0, 0, 0};
+  Vec<P> shift_;
+  Vec<P> sum_[kUnroll];
+  Vec<P> squares_[kUnroll];
+  int64_t count_;      // of the open chain's elements
+  int64_t most_;       // that it may have
+  int64_t additions_;  // to one of its sums
+  Moments<double> total_;
 };
 
 template <typename T>
@@ -237,12 +250,13 @@ void PlaneMoments(const ForwardJob& job, int64_t item) {
   const int64_t chunk = plan.Chunk(item);
   ForEachGroup(plan, item, [&](int64_t begin, int64_t end) {
     MomentsChain<T> chains[kMaxGroup];
-    for (int64_t r = plan.RowBegin(chunk); r < plan.RowEnd(chunk); ++r) {
-      for (int64_t c = begin; c < end; ++c) {
-        const Run run = SegmentRun(job.problem, plan, r, c);
-        chains[c - begin].Add(x + run.offset, run.length);
-      }
-    }
+    for (int64_t c = begin; c < end; ++c) chains[c - begin].Begin();
+    ForEachRuns(job.problem, plan, item, begin, end, [&](const auto& runs, int64_t c) {
+      constexpr int kRuns = std::extent_v<std::remove_reference_t<decltype(runs)>>;
+      const T* starts[kRuns];
+      for (int k = 0; k < kRuns; ++k) starts[k] = x + runs[k].offset;
+      chains[c - begin].Add(starts, runs[0].length);
+    });
     for (int64_t c = begin; c < end; ++c) {
       const Moments<double> moments = chains[c - begin].Finish();
       job.partials.first[chunk * plan.columns + c] = moments.mean;

@@ -21,41 +21,82 @@ struct NormalizeArrays {
 
 // Lanes i to i + lanes of a run, or the first n of them if kPartial. Returns their bits.
 template <bool kPartial, Activation kActivation, typename T, typename C>
-TFOPS_INLINE uint32_t NormalizeVector(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t i, int64_t n) {
+TFOPS_INLINE uint32_t NormalizeVector(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t i, int64_t n,
+                                      bool stream) {
   using P = Param<T>;
   const Vec<P> x = LoadLanes<kPartial>(arrays.x + i, n);
   Vec<P> z = Affine<Vec<P>>(x - coefficients.Mean(i), coefficients.Slope(i), coefficients.Offset(i));
   if (arrays.residual) z += LoadLanes<kPartial>(arrays.residual + i, n);
-  StoreLanes<kPartial>(arrays.y + i, Activate<kActivation>(z), n, arrays.stream);
+  StoreLanes<kPartial>(arrays.y + i, Activate<kActivation>(z), n, stream);
   if constexpr (kIsPiecewiseLinear<kActivation>) {
     if (arrays.bits) return BitsFromMask<P>(IsOn<kActivation>(z));
   }
   return 0;
 }
 
-template <Activation kActivation, typename T, typename C>
-TFOPS_INLINE void NormalizeRun(NormalizeArrays<T> arrays, const C& coefficients, int64_t length) {
-  constexpr int kL = kLanes<Param<T>>;
-  int64_t i = 0;
-  if (arrays.stream && !arrays.bits) {
-    i = ElementsBeforeStream(arrays.y, length);
-    if (i > 0) NormalizeVector<true, kActivation>(arrays, coefficients, 0, i);
+// Writes the bits of a run as they come: some, whole blocks of them, and some again. Without an array for them,
+// nothing.
+class MaskWriter {
+ public:
+  explicit MaskWriter(uint8_t* bits) : next_(bits) {}
+
+  // The first n <= kBlock of these, not more than 63 before the end or the next block.
+  TFOPS_INLINE void PutFirst(uint32_t bits, int64_t n) {
+    pending_ |= static_cast<uint64_t>(bits & ((1u << n) - 1)) << count_;
+    count_ += n;
   }
-  arrays.stream = arrays.stream && IsStreamable(arrays.y + i);
-  for (; i + kBlock <= length; i += kBlock) {
-    uint32_t bits = 0;
-    for (int j = 0; j < kBlock; j += kL) {
-      bits |= NormalizeVector<false, kActivation>(arrays, coefficients, i + j, kL) << j;
+  // kIsFirst: if PutFirst has not been called.
+  template <bool kIsFirst>
+  TFOPS_INLINE void PutBlock(uint32_t bits) {
+    if (!next_) return;
+    if (!kIsFirst) {
+      pending_ |= static_cast<uint64_t>(bits) << count_;
+      bits = static_cast<uint32_t>(pending_);
+      pending_ >>= kBlock;
     }
-    if (arrays.bits) std::memcpy(arrays.bits + i / 8, &bits, kBlock / 8);
+    std::memcpy(next_, &bits, kBlock / 8);
+    next_ += kBlock / 8;
   }
-  if (i == length) return;
-  uint32_t bits = 0;
-  for (int64_t j = i; j < length; j += kL) {
-    bits |= NormalizeVector<true, kActivation>(arrays, coefficients, j, Min(kL, length - j)) << (j - i);
+  TFOPS_INLINE void Finish() {
+    if (next_) std::memcpy(next_, &pending_, static_cast<size_t>(count_ + 7) / 8);
   }
-  bits &= (1u << (length - i)) - 1;
-  if (arrays.bits) std::memcpy(arrays.bits + i / 8, &bits, static_cast<size_t>(length - i + 7) / 8);
+
+ private:
+  uint8_t* next_;
+  uint64_t pending_ = 0;
+  int64_t count_ = 0;  // of pending bits
+};
+
+template <Activation kActivation, typename T, typename C>
+TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t length) {
+  constexpr int kL = kLanes<Param<T>>;
+  MaskWriter mask(kIsPiecewiseLinear<kActivation> ? arrays.bits : nullptr);
+  int64_t i = 0;
+  const auto some = [&](int64_t end) {
+    for (int64_t n; i < end; i += n) {
+      n = Min(kL, end - i);
+      mask.PutFirst(NormalizeVector<true, kActivation>(arrays, coefficients, i, n, false), n);
+    }
+  };
+  const auto blocks = [&](auto stream, int64_t end) {
+    constexpr bool kStream = decltype(stream)::value;
+    for (; i + kBlock <= end; i += kBlock) {
+      uint32_t bits = 0;
+      for (int j = 0; j < kBlock; j += kL) {
+        bits |= NormalizeVector<false, kActivation>(arrays, coefficients, i + j, kL, kStream) << j;
+      }
+      mask.template PutBlock<!kStream>(bits);
+    }
+  };
+  const StreamedLines lines = arrays.stream ? LinesToStream(arrays.y, length) : StreamedLines{};
+  if (!lines.IsEmpty()) {
+    some(lines.begin);
+    blocks(std::true_type(), lines.end);
+  } else {
+    blocks(std::false_type(), length);
+  }
+  some(length);
+  mask.Finish();
 }
 
 // A folded row as kRows rows that share loads of coefficients: they are three a vector, and in the cache they are what
@@ -67,7 +108,7 @@ TFOPS_INLINE void NormalizeFolded(const T* x, T* y, const ColumnCoefficients<Par
   for (int64_t i = 0; i < columns; i += kLanes<Param<T>>) {
     const ChannelCoefficients<Param<T>> loaded(coefficients, i);
     for (int r = 0; r < kRows; ++r) {
-      NormalizeVector<false, kActivation>(arrays, loaded, r * columns + i, kLanes<Param<T>>);
+      NormalizeVector<false, kActivation>(arrays, loaded, r * columns + i, kLanes<Param<T>>, false);
     }
   }
 }

@@ -16,16 +16,28 @@ constexpr int64_t kFewChunks = 8;
 constexpr int64_t kFewestChunkRows = 16;
 constexpr int64_t kColumnBlock = 2048;  // whose coefficients stay in the first cache, nearly
 
-constexpr int64_t kSegment = 16 * 1024;  // channels-first; a multiple of 8, for whole bytes of mask
-constexpr int64_t kRunBytes = 4096;      // channels-first: what prefetching wants to see in one piece, a page
-constexpr int64_t kMinColumns = 512;     // channels-last: fold until a row is as long
-constexpr int64_t kMinFoldedRows = 8;    // fold only if that many rows remain
+constexpr int64_t kMinColumns = 512;   // channels-last: fold until a row is as long
+constexpr int64_t kMinFoldedRows = 8;  // fold only if that many rows remain
 
-// What an item may read and find in its core's cache when it reads it again: half of the second level's usual MiB; or,
-// where that is too little for one channel, a core's usual share of the third level's.
+constexpr int64_t kSegment = 16 * 1024;   // channels-first; a multiple of 8, for whole bytes of mask
+constexpr int64_t kMinStraightRows = 16;  // fewer are not enough items; channels are shared out then
+
+// Channels-first: what an item of whole channels may read and find in its core's second-level cache when it reads it
+// again, half of the usual MiB; a single channel may be larger, and comes from the third level's usual share of a core.
 constexpr int64_t kItemBytes = 512 << 10;
-constexpr int64_t kMaxItemBytes = 4 << 20;
-constexpr int64_t kMinWholeItems = 16;  // so that threads have enough of them
+constexpr int64_t kMaxChannelBytes = 4 << 20;
+constexpr int64_t kMinWholeChannels = 16;  // so that threads have enough items
+// Such items go through memory in steps, from image to image: each lands on pages that the core has no address of yet
+// and nothing has been prefetched from. If less than kStepBytes lie there, it takes less time to read everything twice
+// in its order, if the third level has it (kCacheBytes: what that usually has), or if a residual is to be read in steps
+// too.
+constexpr int64_t kStepBytes = 10 << 10;
+constexpr int64_t kCacheBytes = 32 << 20;
+// In its order: groups of channels of so many bytes; elements of a channel that are worth the end of its sums; and rows
+// that are summed together.
+constexpr int64_t kGroupBytes = 64 << 10;
+constexpr int64_t kMinChunkElements = 2048;
+constexpr int64_t kRowsAtOnce = 4;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -49,26 +61,37 @@ void PlanChannelsLast(const Problem& problem, int64_t wanted, Plan* plan) {
   plan->chunks = std::clamp<int64_t>(wanted / plan->column_blocks, 1, std::max<int64_t>(most_chunks, 1));
 }
 
-void PlanChannelsFirst(const Problem& problem, int64_t channel_bytes, bool needs_sums, int64_t wanted, Plan* plan) {
+// Whether items are to have all elements of their channels, step_bytes of them in one piece.
+bool AreItemsWhole(const Problem& problem, bool backward, int64_t channel_bytes, int64_t step_bytes) {
+  if (channel_bytes > kMaxChannelBytes || problem.channels < kMinWholeChannels) return false;
+  if (step_bytes >= kStepBytes) return true;
+  const int64_t tensors = (backward ? 3 : 2) + (problem.has_residual ? 1 : 0);
+  const bool are_cached = tensors * problem.Elements() * ElementBytes(problem.dtype) <= kCacheBytes;
+  const bool reads_residual = problem.has_residual && !backward;
+  return !are_cached && !reads_residual;
+}
+
+void PlanChannelsFirst(const Problem& problem, bool backward, int64_t wanted, Plan* plan) {
+  const int64_t plane_bytes = problem.inner * ElementBytes(problem.dtype);
   plan->segment = std::min(problem.inner, kSegment);
   plan->segments_per_plane = CeilDiv(problem.inner, plan->segment);
   plan->rows = problem.outer * plan->segments_per_plane;
-  const int64_t plane_bytes = channel_bytes / problem.outer;
-  if (!needs_sums && plan->rows >= kMinWholeItems) {  // straight through memory
+  if (!backward && !problem.training && plan->rows >= kMinStraightRows) {  // no sums: straight through memory
     plan->group = plan->column_block = plan->columns;
     plan->column_blocks = 1;
     plan->chunks = std::min(wanted, plan->rows);
     return;
   }
-  plan->group = std::clamp<int64_t>(kRunBytes / plane_bytes, 1, kMaxGroup);
-  const bool is_whole = wanted == 1 || (channel_bytes <= kMaxItemBytes && problem.channels >= kMinWholeItems);
-  if (is_whole) {
-    const int64_t fitting = std::max<int64_t>(kItemBytes / channel_bytes, 1);
-    plan->column_block = std::min(fitting, CeilDiv(problem.channels, wanted));
-    plan->chunks = 1;
-  } else {
-    plan->column_block = CeilDiv(plan->columns, wanted);
-    plan->chunks = std::clamp<int64_t>(wanted / CeilDiv(plan->columns, plan->column_block), 1, plan->rows);
+  plan->group = std::clamp<int64_t>(kGroupBytes / plane_bytes, 1, kMaxGroup);
+  const int64_t channel_bytes = (backward ? 2 : 1) * problem.outer * plane_bytes;
+  const int64_t fitting = std::max<int64_t>(kItemBytes / channel_bytes, 1);
+  plan->column_block = std::min(fitting, CeilDiv(plan->columns, wanted));
+  plan->chunks = 1;
+  if (wanted > 1 && !AreItemsWhole(problem, backward, channel_bytes, plan->column_block * plane_bytes)) {
+    const int64_t most_chunks = std::min(plan->rows / kRowsAtOnce, problem.Count() / kMinChunkElements);
+    const int64_t rows = CeilDiv(plan->rows, std::clamp<int64_t>(most_chunks, 1, wanted));
+    plan->chunks = std::max<int64_t>(plan->rows / (CeilDiv(rows, kRowsAtOnce) * kRowsAtOnce), 1);
+    plan->column_block = std::max(plan->group, CeilDiv(plan->columns, CeilDiv(wanted, plan->chunks)));
   }
   plan->column_blocks = CeilDiv(plan->columns, plan->column_block);
 }
@@ -97,8 +120,7 @@ Plan MakePlan(const Problem& problem, bool backward) {
   if (plan.channels_last) {
     PlanChannelsLast(problem, wanted, &plan);
   } else {
-    const int64_t channel_bytes = (backward ? 2 : 1) * problem.Count() * ElementBytes(problem.dtype);
-    PlanChannelsFirst(problem, channel_bytes, backward || problem.training, wanted, &plan);
+    PlanChannelsFirst(problem, backward, wanted, &plan);
   }
   return plan;
 }

@@ -30,27 +30,37 @@ TFOPS_INLINE void ForEachVector(int64_t length, Body body) {
   if (i < length) body(std::true_type(), i, length - i);
 }
 
-// The elements of a moments chain across lanes: as many for each of kUnroll accumulators. Pieces of a run that begin at
-// multiples of it begin at whole bytes of its mask.
-template <typename P>
-constexpr int64_t kChainElements = kMomentsChainRows<P> * kUnroll * kLanes<P>;
+// Chains along lanes take one run at a time, or kUnroll together that lie far apart: memory is then read in as many
+// streams, each of them straight ahead. The elements of a chain of so many runs, of each of them. Pieces of a run that
+// begin at multiples of it begin at whole bytes of its mask.
+template <int kRuns, int64_t kAdditions, typename P>
+constexpr int64_t kChainElements = kAdditions * (kUnroll / kRuns) * kLanes<P>;
 
-// Calls body(partial, v, i, n) for the vectors of a piece of a run, v being the accumulator for it.
-template <typename P, typename Body>
+// Calls body(partial, v, r, i, n) for the vectors of a piece of kRuns runs, v being the accumulator and r the run of
+// it.
+template <int kRuns, typename P, typename Body>
 TFOPS_INLINE void ForEachVectorInTurn(int64_t begin, int64_t end, Body body) {
+  static_assert(kRuns == 1 || kRuns == kUnroll);
   constexpr int kL = kLanes<P>;
   int64_t i = begin;
-  for (; i + kUnroll * kL <= end; i += kUnroll * kL) {
-    for (int v = 0; v < kUnroll; ++v) body(std::false_type(), v, i + v * kL, kL);
+  if constexpr (kRuns == kUnroll) {
+    for (; i + kL <= end; i += kL) {
+      for (int v = 0; v < kUnroll; ++v) body(std::false_type(), v, v, i, kL);
+    }
+    for (int v = 0; v < kUnroll && i < end; ++v) body(std::true_type(), v, v, i, end - i);
+  } else {
+    for (; i + kUnroll * kL <= end; i += kUnroll * kL) {
+      for (int v = 0; v < kUnroll; ++v) body(std::false_type(), v, 0, i + v * kL, kL);
+    }
+    for (int v = 0; v < kUnroll - 1 && i + kL <= end; ++v, i += kL) body(std::false_type(), v, 0, i, kL);
+    if (i < end) body(std::true_type(), kUnroll - 1, 0, i, end - i);
   }
-  for (int v = 0; v < kUnroll - 1 && i + kL <= end; ++v, i += kL) body(std::false_type(), v, i, kL);
-  if (i < end) body(std::true_type(), kUnroll - 1, i, end - i);
 }
 
 // The additions to an accumulator that this takes. A short piece costs one too, so elements alone do not tell.
-template <typename P>
+template <int kRuns, typename P>
 TFOPS_INLINE int64_t AdditionsOf(int64_t elements) {
-  constexpr int64_t kElements = kUnroll * kLanes<P>;
+  constexpr int64_t kElements = kChainElements<kRuns, 1, P>;
   return (elements + kElements - 1) / kElements;
 }
 
@@ -92,6 +102,40 @@ TFOPS_INLINE void ForEachGroup(const Plan& plan, int64_t item, Body body) {
   for (int64_t c = plan.ColumnBegin(item); c < end; c += plan.group) body(c, Min(c + plan.group, end));
 }
 
+// Calls body(runs, c) for every run of channels begin to end in the chunk of an item, channels-first: arrays of kUnroll
+// runs, where they are as long as each other, or of one.
+template <typename Body>
+TFOPS_INLINE void ForEachRuns(const Problem& problem, const Plan& plan, int64_t item, int64_t begin, int64_t end,
+                              Body body) {
+  const int64_t row_begin = plan.RowBegin(plan.Chunk(item));
+  const int64_t row_end = plan.RowEnd(plan.Chunk(item));
+  const int64_t apart = (row_end - row_begin) / kUnroll;
+  for (int64_t r = row_begin; r < row_begin + apart; ++r) {
+    for (int64_t c = begin; c < end; ++c) {
+      Run runs[kUnroll];
+      bool alike = true;
+      for (int k = 0; k < kUnroll; ++k) {
+        runs[k] = SegmentRun(problem, plan, r + k * apart, c);
+        alike = alike && runs[k].length == runs[0].length;
+      }
+      if (alike) {
+        body(runs, c);
+      } else {
+        for (const Run& run : runs) {
+          const Run one[] = {run};
+          body(one, c);
+        }
+      }
+    }
+  }
+  for (int64_t r = row_begin + apart * kUnroll; r < row_end; ++r) {
+    for (int64_t c = begin; c < end; ++c) {
+      const Run one[] = {SegmentRun(problem, plan, r, c)};
+      body(one, c);
+    }
+  }
+}
+
 // Every run of an item.
 template <typename Body>
 TFOPS_INLINE void ForEachRun(const Problem& problem, const Plan& plan, int64_t item, Body body) {
@@ -112,11 +156,27 @@ TFOPS_INLINE void ForEachRun(const Problem& problem, const Plan& plan, int64_t i
   if (plan.HasTail(chunk)) body(RowRun(plan, plan.rows, 0, plan.tail));
 }
 
-// Elements of a run before the first that Stream can write to, if it is to be used at all.
+// The elements of a run that Stream is to write, by blocks: none, or its whole cache lines. Lines that a cache must
+// fetch after all, for another part of them is written through it, are what takes long: short runs have too many.
+struct StreamedLines {
+  int64_t begin = 0;
+  int64_t end = 0;
+
+  TFOPS_INLINE bool IsEmpty() const { return begin == end; }
+};
+
 template <typename T>
-TFOPS_INLINE int64_t ElementsBeforeStream(const T* p, int64_t length) {
-  const uintptr_t past = reinterpret_cast<uintptr_t>(p) % sizeof(Stored<T>);
-  return past == 0 ? 0 : Min(length, static_cast<int64_t>((sizeof(Stored<T>) - past) / sizeof(T)));
+TFOPS_INLINE StreamedLines LinesToStream(const T* p, int64_t length) {
+  constexpr int64_t kLineBytes = 64;
+  constexpr int64_t kMinBytes = 1024;
+  constexpr int64_t kBlockBytes = kBlock * sizeof(T);
+  const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % kLineBytes);
+  // Half lines become whole by the run next to this one.
+  if (past % Min(kBlockBytes, kLineBytes) == 0 && length % kBlock == 0) return {0, length};
+  if (past % sizeof(T) != 0 || length * static_cast<int64_t>(sizeof(T)) < kMinBytes) return {};
+  constexpr int64_t kUnit = kBlockBytes < kLineBytes ? kLineBytes / sizeof(T) : kBlock;
+  const int64_t begin = (kLineBytes - past) % kLineBytes / sizeof(T);
+  return {begin, begin + (length - begin) / kUnit * kUnit};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -221,13 +221,8 @@ TFOPS_INLINE void Store(T* p, Vec<Param<T>> v) {
   std::memcpy(p, &stored, sizeof(stored));
 }
 
-// Whether Stream can write to p and, by whole vectors, on from there.
-template <typename T>
-TFOPS_INLINE bool IsStreamable(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % sizeof(Stored<T>) == 0;
-}
-
-// Past the cache, and so without reading the line that is written to. Other threads see it after StreamFence.
+// Past the cache, and so without reading the line that is written to: p is aligned to as much. Other threads see it
+// after StreamFence.
 template <typename T>
 TFOPS_INLINE void Stream(T* p, Vec<Param<T>> v) {
   const Stored<T> stored = Encode<T>(v);
@@ -381,11 +376,13 @@ TFOPS_INLINE uint32_t BitsFromMask(IntVec<P> mask) {
 #endif
 }
 
-// Bits i to i + lanes - 1 of a row of bits, of which n - i remain. i is a multiple of the lanes.
+// Bits i to i + n - 1 of a row of bits, n <= lanes. What follows them is undefined.
 template <typename P>
 TFOPS_INLINE uint32_t LoadMaskBits(const uint8_t* row, int64_t i, int64_t n) {
-  uint32_t bits = row[i / 8];
-  if (kLanes<P> > 8 && i + 8 < n) bits |= static_cast<uint32_t>(row[i / 8 + 1]) << 8;
+  const int64_t first = i / 8, last = (i + n - 1) / 8;
+  uint32_t bits = row[first];
+  if (first < last) bits |= static_cast<uint32_t>(row[first + 1]) << 8;
+  if (kLanes<P> > 8 && i % 8 != 0 && first + 1 < last) bits |= static_cast<uint32_t>(row[last]) << 16;
   return bits >> (i % 8);
 }
 
