@@ -270,9 +270,13 @@ class TensorFlowWorker(Worker):
     def graph(self, peer: Any, what: str, steps: int, t: Tensors, saved: tuple, jit: bool = False) -> Callable:
         """So many steps as a graph: a function without arguments, that returns what `chain` does."""
 
+        def step(t: Tensors, saved: tuple) -> tuple:
+            # Else all forward passes, which wait for y alone, may come before the first backward pass.
+            with self.tf.control_dependencies([t.x, t.dy]):
+                return getattr(peer, what)(t, saved)
+
         def graph(*arguments: Any) -> tuple:
-            step = partial(getattr(peer, what), saved=arguments[len(t) :])
-            return chain(step, what, steps, Tensors(*arguments[: len(t)]))
+            return chain(partial(step, saved=arguments[len(t) :]), what, steps, Tensors(*arguments[: len(t)]))
 
         return partial(self.concrete(graph, [*t, *saved], jit), *t, *saved)
 
