@@ -19,19 +19,39 @@ struct NormalizeArrays {
   bool stream;
 };
 
-// Lanes i to i + lanes of a run, or the first n of them if kPartial. Returns their bits.
+// What a vector of results is computed from.
+template <typename P>
+struct NormalizeInputs {
+  Vec<P> x;
+  Vec<P> residual;
+};
+
+// Lanes i to i + lanes of a run, or the first n of them if kPartial.
+template <bool kPartial, typename T>
+TFOPS_INLINE NormalizeInputs<Param<T>> LoadInputs(const NormalizeArrays<T>& arrays, int64_t i, int64_t n) {
+  const Vec<Param<T>> x = LoadLanes<kPartial>(arrays.x + i, n);
+  return {x, arrays.residual ? LoadLanes<kPartial>(arrays.residual + i, n) : Vec<Param<T>>{}};
+}
+
+// Writes the results of these. Returns their bits.
 template <bool kPartial, Activation kActivation, typename T, typename C>
-TFOPS_INLINE uint32_t NormalizeVector(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t i, int64_t n,
-                                      bool stream) {
+TFOPS_INLINE uint32_t NormalizeLoaded(const NormalizeArrays<T>& arrays, const NormalizeInputs<Param<T>>& inputs,
+                                      const C& coefficients, int64_t i, int64_t n, bool stream) {
   using P = Param<T>;
-  const Vec<P> x = LoadLanes<kPartial>(arrays.x + i, n);
-  Vec<P> z = Affine<Vec<P>>(x - coefficients.Mean(i), coefficients.Slope(i), coefficients.Offset(i));
-  if (arrays.residual) z += LoadLanes<kPartial>(arrays.residual + i, n);
+  Vec<P> z = Affine<Vec<P>>(inputs.x - coefficients.Mean(i), coefficients.Slope(i), coefficients.Offset(i));
+  if (arrays.residual) z += inputs.residual;
   StoreLanes<kPartial>(arrays.y + i, Activate<kActivation>(z), n, stream);
   if constexpr (kIsPiecewiseLinear<kActivation>) {
     if (arrays.bits) return BitsFromMask<P>(IsOn<kActivation>(z));
   }
   return 0;
+}
+
+template <bool kPartial, Activation kActivation, typename T, typename C>
+TFOPS_INLINE uint32_t NormalizeVector(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t i, int64_t n,
+                                      bool stream) {
+  const auto inputs = LoadInputs<kPartial>(arrays, i, n);
+  return NormalizeLoaded<kPartial, kActivation>(arrays, inputs, coefficients, i, n, stream);
 }
 
 // Writes the bits of a run as they come: some, whole blocks of them, and some again. Without an array for them,
@@ -67,6 +87,16 @@ class MaskWriter {
   int64_t count_ = 0;  // of pending bits
 };
 
+// Whether the end of a run is written by a vector that overlaps the one before. One written in part would do too, but
+// what reads on from there, if it reads where that writes, waits for it: 8 ns, which in a plane of 7x7 is the larger
+// part.
+template <typename T>
+TFOPS_INLINE bool OverlapsItsEnd(int64_t length) {
+  constexpr int64_t kMaxBytes = 512;  // to read the end of longer runs first is bad for prefetching
+  constexpr int kL = kLanes<Param<T>>;
+  return length > kL && length % kL != 0 && length * static_cast<int64_t>(sizeof(T)) <= kMaxBytes;
+}
+
 template <Activation kActivation, typename T, typename C>
 TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t length) {
   constexpr int kL = kLanes<Param<T>>;
@@ -92,8 +122,19 @@ TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T>& arrays, const C& coeffi
   if (!lines.IsEmpty()) {
     some(lines.begin);
     blocks(std::true_type(), lines.end);
-  } else {
+  } else if (!OverlapsItsEnd<T>(length)) {
     blocks(std::false_type(), length);
+  } else {
+    // The last vector overlaps the one before, and so is loaded before that is written, perhaps to the same place.
+    const int64_t last = length - kL;
+    const auto inputs = LoadInputs<false>(arrays, last, kL);
+    blocks(std::false_type(), length);
+    for (; i < last; i += kL) {
+      mask.PutFirst(NormalizeVector<false, kActivation>(arrays, coefficients, i, kL, false), kL);
+    }
+    const uint32_t bits = NormalizeLoaded<false, kActivation>(arrays, inputs, coefficients, last, kL, false);
+    mask.PutFirst(bits >> (i - last), length - i);
+    i = length;
   }
   some(length);
   mask.Finish();
