@@ -33,11 +33,9 @@ constexpr int64_t kMinWholeChannels = 16;  // so that threads have enough items
 // too.
 constexpr int64_t kStepBytes = 10 << 10;
 constexpr int64_t kCacheBytes = 32 << 20;
-// In its order: groups of channels of so many bytes; elements of a channel that are worth the end of its sums; and rows
-// that are summed together.
+// In its order: groups of channels of so many bytes; and elements of a channel that are worth the end of its sums.
 constexpr int64_t kGroupBytes = 64 << 10;
 constexpr int64_t kMinChunkElements = 2048;
-constexpr int64_t kRowsAtOnce = 4;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -88,9 +86,9 @@ void PlanChannelsFirst(const Problem& problem, bool backward, int64_t wanted, Pl
   plan->column_block = std::min(fitting, CeilDiv(plan->columns, wanted));
   plan->chunks = 1;
   if (wanted > 1 && !AreItemsWhole(problem, backward, channel_bytes, plan->column_block * plane_bytes)) {
-    const int64_t most_chunks = std::min(plan->rows / kRowsAtOnce, problem.Count() / kMinChunkElements);
+    const int64_t most_chunks = std::min(plan->rows / kRunsAtOnce, problem.Count() / kMinChunkElements);
     const int64_t rows = CeilDiv(plan->rows, std::clamp<int64_t>(most_chunks, 1, wanted));
-    plan->chunks = std::max<int64_t>(plan->rows / (CeilDiv(rows, kRowsAtOnce) * kRowsAtOnce), 1);
+    plan->chunks = std::max<int64_t>(plan->rows / (CeilDiv(rows, kRunsAtOnce) * kRunsAtOnce), 1);
     plan->column_block = std::max(plan->group, CeilDiv(plan->columns, CeilDiv(wanted, plan->chunks)));
   }
   plan->column_blocks = CeilDiv(plan->columns, plan->column_block);

@@ -12,6 +12,7 @@ namespace tfops::cpu {
 // Vector code works on blocks of 16 elements: one AVX-512 register of float32, two bytes of mask.
 inline constexpr int64_t kBlock = 16;
 inline constexpr int64_t kMaxColumns = 4096;  // of an item, channels-last
+inline constexpr int64_t kRunsAtOnce = 4;     // channels-first: rows of a channel that are summed together
 inline constexpr int64_t kMaxGroup = 64;      // see Plan::group
 
 // Channels-last data are a matrix of `rows` x `columns`. A column is a channel, unless few or ragged channels would

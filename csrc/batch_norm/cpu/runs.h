@@ -11,6 +11,7 @@ namespace {
 
 // Vectors a group: as many independent accumulators hide the latency of an addition.
 constexpr int kUnroll = 4;
+static_assert(kUnroll == kRunsAtOnce, "runs that are summed together have an accumulator each");
 // Additions of the compute type before the sums join others in double.
 constexpr int64_t kChainRows = 32;
 // The same for moments. Each join rounds the mean by half an ulp of double: noticeable where the data are double too,
