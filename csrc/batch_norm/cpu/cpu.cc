@@ -114,6 +114,14 @@ bool OutgrowsCache(const Problem& problem, int tensors) {
   return problem.Elements() > LastLevelCacheBytes() / (tensors * ElementBytes(problem.dtype));
 }
 
+// Whether to go through the elements of so many arrays by tiles (see runs.h). Rows, and those of the mask, if there is
+// one, have to follow one another. Many arrays are read by tiles from too many places to be prefetched from a cache of
+// the last level, and so must leave it half empty.
+bool GoesByTiles(const Problem& problem, const Plan& plan, const uint8_t* mask, int arrays) {
+  if (!plan.channels_last || (mask && problem.channels % 8 != 0)) return false;
+  return !OutgrowsCache(problem, arrays <= 2 ? arrays : 2 * arrays);
+}
+
 ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, Arena* arena) {
   ForwardJob job;
   job.problem = Simplified(problem);
@@ -121,7 +129,7 @@ ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, A
   job.plan = MakePlan(job.problem, /*backward=*/false);
   const bool in_place = arrays.y == arrays.x || arrays.y == arrays.residual;
   job.stream_y = !in_place && OutgrowsCache(problem, problem.has_residual ? 3 : 2);
-  job.in_cache = !OutgrowsCache(problem, in_place ? 2 : 4);
+  job.by_tiles = GoesByTiles(problem, job.plan, arrays.mask, (in_place ? 1 : 2) + (problem.has_residual ? 1 : 0));
   if (problem.training) job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset}) {
     *piece = TakeColumns(problem, job.plan, arena);
@@ -136,6 +144,11 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
   job.plan = MakePlan(job.problem, /*backward=*/true);
   job.stream_dresidual = arrays.dresidual && arrays.dresidual != arrays.dy && OutgrowsCache(problem, 4);
   job.stream_dx = arrays.dx != arrays.dy && OutgrowsCache(problem, arrays.dresidual ? 4 : 3);
+  // Not where conversions and an activation's derivative leave no registers for the coefficients.
+  const bool is_converted = ElementBytes(problem.dtype) == 2;
+  const int count = (arrays.dx == arrays.dy ? 2 : 3) + (arrays.dresidual ? 1 : 0);
+  job.by_tiles =
+      GoesByTiles(problem, job.plan, arrays.mask, count) && !(is_converted && problem.activation != Activation::kNone);
   job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset,
                        &job.coefficients.tilt, &job.coefficients.shift}) {

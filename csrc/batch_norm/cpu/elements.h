@@ -30,7 +30,35 @@ TFOPS_INLINE void WithActivation(Activation activation, Body body) {
   }
 }
 
-// Coefficients by vector of elements, i being the first's place in its run: every lane a column of its own, ...
+// For an array that may be absent.
+template <typename T>
+TFOPS_INLINE T* Advance(T* p, int64_t n) {
+  return p ? p + n : nullptr;
+}
+
+// The coefficients of a vector of elements, wherever it lies: those of one channel in all lanes, or loaded.
+template <typename P>
+struct VectorCoefficients {
+  Vec<P> mean{};
+  Vec<P> slope{};
+  Vec<P> offset{};
+  Vec<P> tilt{};
+  Vec<P> shift{};
+
+  TFOPS_INLINE Vec<P> Mean(int64_t) const { return mean; }
+  TFOPS_INLINE Vec<P> Slope(int64_t) const { return slope; }
+  TFOPS_INLINE Vec<P> Offset(int64_t) const { return offset; }
+  TFOPS_INLINE Vec<P> Tilt(int64_t) const { return tilt; }
+  TFOPS_INLINE Vec<P> Shift(int64_t) const { return shift; }
+};
+
+template <typename P>
+TFOPS_INLINE VectorCoefficients<P> ChannelCoefficients(const Coefficients& c, int64_t channel) {
+  const auto splat = [&](const void* piece) { return piece ? Splat(static_cast<const P*>(piece)[channel]) : Vec<P>{}; };
+  return {splat(c.mean), splat(c.slope), splat(c.offset), splat(c.tilt), splat(c.shift)};
+}
+
+// Those of a run of columns, each lane a column of its own: i is the place of a vector's first element in the run.
 template <typename P>
 struct ColumnCoefficients {
   const P* mean;
@@ -40,44 +68,37 @@ struct ColumnCoefficients {
   const P* shift;
 
   ColumnCoefficients(const Coefficients& c, int64_t column)
-      : mean(static_cast<const P*>(c.mean) + column),
-        slope(static_cast<const P*>(c.slope) + column),
-        offset(static_cast<const P*>(c.offset) + column),
-        tilt(static_cast<const P*>(c.tilt) + column),
-        shift(static_cast<const P*>(c.shift) + column) {}
+      : mean(Advance(static_cast<const P*>(c.mean), column)),
+        slope(Advance(static_cast<const P*>(c.slope), column)),
+        offset(Advance(static_cast<const P*>(c.offset), column)),
+        tilt(Advance(static_cast<const P*>(c.tilt), column)),
+        shift(Advance(static_cast<const P*>(c.shift), column)) {}
+
+  // From column i of the run on.
+  TFOPS_INLINE ColumnCoefficients From(int64_t i) const {
+    ColumnCoefficients from = *this;
+    for (const P** piece : {&from.mean, &from.slope, &from.offset, &from.tilt, &from.shift}) {
+      *piece = Advance(*piece, i);
+    }
+    return from;
+  }
+
+  // One vector's. kAll: of dx too, not only of z.
+  template <bool kAll>
+  TFOPS_INLINE VectorCoefficients<P> Loaded(int64_t i) const {
+    VectorCoefficients<P> loaded{Mean(i), Slope(i), Offset(i)};
+    if constexpr (kAll) {
+      loaded.tilt = Tilt(i);
+      loaded.shift = Shift(i);
+    }
+    return loaded;
+  }
 
   TFOPS_INLINE Vec<P> Mean(int64_t i) const { return Load(mean + i); }
   TFOPS_INLINE Vec<P> Slope(int64_t i) const { return Load(slope + i); }
   TFOPS_INLINE Vec<P> Offset(int64_t i) const { return Load(offset + i); }
   TFOPS_INLINE Vec<P> Tilt(int64_t i) const { return Load(tilt + i); }
   TFOPS_INLINE Vec<P> Shift(int64_t i) const { return Load(shift + i); }
-};
-
-// ... or all lanes one channel.
-template <typename P>
-struct ChannelCoefficients {
-  Vec<P> mean;
-  Vec<P> slope;
-  Vec<P> offset;
-  Vec<P> tilt{};
-  Vec<P> shift{};
-
-  ChannelCoefficients(const Coefficients& c, int64_t channel)
-      : mean(Splat(static_cast<const P*>(c.mean)[channel])),
-        slope(Splat(static_cast<const P*>(c.slope)[channel])),
-        offset(Splat(static_cast<const P*>(c.offset)[channel])) {
-    if (c.tilt) tilt = Splat(static_cast<const P*>(c.tilt)[channel]);
-    if (c.shift) shift = Splat(static_cast<const P*>(c.shift)[channel]);
-  }
-  // Those of z of one vector of columns, loaded.
-  ChannelCoefficients(const ColumnCoefficients<P>& columns, int64_t i)
-      : mean(columns.Mean(i)), slope(columns.Slope(i)), offset(columns.Offset(i)) {}
-
-  TFOPS_INLINE Vec<P> Mean(int64_t) const { return mean; }
-  TFOPS_INLINE Vec<P> Slope(int64_t) const { return slope; }
-  TFOPS_INLINE Vec<P> Offset(int64_t) const { return offset; }
-  TFOPS_INLINE Vec<P> Tilt(int64_t) const { return tilt; }
-  TFOPS_INLINE Vec<P> Shift(int64_t) const { return shift; }
 };
 
 // z before residual and activation, as forward and backward both must compute it.

@@ -25,21 +25,25 @@ struct GradientArrays {
   T* dresidual;
   bool stream_dx;
   bool stream_dresidual;
+
+  // Those of elements i and on. With bits, i is a multiple of 8.
+  TFOPS_INLINE GradientArrays From(int64_t i) const {
+    return {dy + i,          x + i,          Advance(residual, i),  Advance(bits, i / 8),
+            length - i,      Advance(dx, i), Advance(dresidual, i), stream_dx,
+            stream_dresidual};
+  }
 };
 
 template <typename T>
 TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardJob& job, const Run& run, const uint8_t* bits) {
   const BackwardArrays& arrays = job.arrays;
-  const T* residual = static_cast<const T*>(arrays.residual);
-  T* dx = static_cast<T*>(arrays.dx);
-  T* dresidual = static_cast<T*>(arrays.dresidual);
   return {static_cast<const T*>(arrays.dy) + run.offset,
           static_cast<const T*>(arrays.x) + run.offset,
-          residual ? residual + run.offset : nullptr,
+          Advance(static_cast<const T*>(arrays.residual), run.offset),
           bits,
           run.length,
-          dx ? dx + run.offset : nullptr,
-          dresidual ? dresidual + run.offset : nullptr,
+          Advance(static_cast<T*>(arrays.dx), run.offset),
+          Advance(static_cast<T*>(arrays.dresidual), run.offset),
           job.stream_dx,
           job.stream_dresidual};
 }
@@ -154,7 +158,7 @@ class GradientChain {
 
   // Adds the elements of kRuns runs, all of one length.
   template <int kRuns>
-  TFOPS_INLINE void Add(const GradientArrays<T> (&runs)[kRuns], const ChannelCoefficients<P>& coefficients) {
+  TFOPS_INLINE void Add(const GradientArrays<T> (&runs)[kRuns], const VectorCoefficients<P>& coefficients) {
     constexpr int64_t kPiece = kChainElements<kRuns, kChainRows, P>;
     const int64_t length = runs[0].length;
     for (int64_t begin = 0; begin < length; begin += kPiece) {
@@ -277,21 +281,29 @@ TFOPS_INLINE void GradientNormalizeVector(const GradientArrays<T>& arrays, const
   StoreLanes<kPartial>(arrays.dx + i, dx, n, stream && arrays.stream_dx);
 }
 
+// The parts of a run, as in NormalizeRun.
+template <Activation kActivation, typename T, typename C>
+TFOPS_INLINE void GradientNormalizeSome(const GradientArrays<T>& arrays, const C& coefficients, bool training,
+                                        int64_t begin, int64_t end) {
+  for (int64_t i = begin, n; i < end; i += n) {
+    n = Min(kLanes<Param<T>>, end - i);
+    GradientNormalizeVector<true, kActivation>(arrays, coefficients, training, i, n, false);
+  }
+}
+
+template <Activation kActivation, bool kStream, typename T, typename C>
+TFOPS_INLINE int64_t GradientNormalizeVectors(const GradientArrays<T> arrays, const C coefficients, bool training,
+                                              int64_t begin, int64_t end) {
+  constexpr int kL = kLanes<Param<T>>;
+  int64_t i = begin;
+  for (; i + kL <= end; i += kL) {
+    GradientNormalizeVector<false, kActivation>(arrays, coefficients, training, i, kL, kStream);
+  }
+  return i;
+}
+
 template <Activation kActivation, typename T, typename C>
 TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T> arrays, const C& coefficients, bool training) {
-  constexpr int kL = kLanes<Param<T>>;
-  int64_t i = 0;
-  const auto some = [&](int64_t end) {
-    for (int64_t n; i < end; i += n) {
-      n = Min(kL, end - i);
-      GradientNormalizeVector<true, kActivation>(arrays, coefficients, training, i, n, false);
-    }
-  };
-  const auto vectors = [&](auto stream, int64_t end) {
-    for (; i + kL <= end; i += kL) {
-      GradientNormalizeVector<false, kActivation>(arrays, coefficients, training, i, kL, decltype(stream)::value);
-    }
-  };
   StreamedLines lines;
   if (arrays.stream_dx) lines = LinesToStream(arrays.dx, arrays.length);
   if (arrays.stream_dresidual) {
@@ -299,18 +311,60 @@ TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T> arrays, const C& coeffi
     if (!arrays.stream_dx) lines = others;
     arrays.stream_dresidual = others.begin == lines.begin;
   }
+  int64_t i = 0;
   if (!lines.IsEmpty()) {
-    some(lines.begin);
-    vectors(std::true_type(), lines.end);
+    GradientNormalizeSome<kActivation>(arrays, coefficients, training, 0, lines.begin);
+    i = GradientNormalizeVectors<kActivation, true>(arrays, coefficients, training, lines.begin, lines.end);
   } else {
-    vectors(std::false_type(), arrays.length);
+    i = GradientNormalizeVectors<kActivation, false>(arrays, coefficients, training, 0, arrays.length);
   }
-  some(arrays.length);
+  GradientNormalizeSome<kActivation>(arrays, coefficients, training, i, arrays.length);
+}
+
+// As NormalizeTiles.
+template <Activation kActivation, int kRows, typename T>
+TFOPS_INLINE void GradientNormalizeTiles(GradientArrays<T> arrays, const ColumnCoefficients<Param<T>> coefficients,
+                                         bool training, int64_t stride, int64_t length) {
+  using P = Param<T>;
+  constexpr int kL = kLanes<P>;
+  int64_t i = 0;
+  for (; i + kTileColumns<T> <= length; i += kTileColumns<T>) {
+    VectorCoefficients<P> loaded[kTileVectors<T>];
+    for (int v = 0; v < kTileVectors<T>; ++v) loaded[v] = coefficients.template Loaded</*kAll=*/true>(i + v * kL);
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kTileVectors<T>; ++v) {
+        const int64_t at = r * stride + i + v * kL;
+        GradientNormalizeVector<false, kActivation>(arrays, loaded[v], training, at, kL, false);
+      }
+    }
+  }
+  for (int r = 0; r < kRows && i < length; ++r) {
+    GradientArrays<T> rest = arrays.From(r * stride + i);
+    rest.length = length - i;
+    GradientNormalizeRun<kActivation>(rest, coefficients.From(i), training);
+  }
+}
+
+template <typename T>
+void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
+  const bool training = job.problem.training;
+  const TileRows rows = TileRowsOfItem<T>(job.plan, item);
+  const uint8_t* bits = MaskInPlace(job.problem, job.plan, rows.first, job.arrays.mask);
+  const GradientArrays<T> arrays = ArraysOfRun<T>(job, rows.first, bits);
+  const ColumnCoefficients<Param<T>> coefficients(job.coefficients, rows.first.column);
+  WithActivation(job.problem.activation, [&](auto activation) {
+    constexpr Activation kActivation = decltype(activation)::value;
+    ForEachTileRows(rows, [&](auto count, int64_t offset, int64_t length) {
+      constexpr int kRows = decltype(count)::value;
+      GradientNormalizeTiles<kActivation, kRows>(arrays.From(offset), coefficients, training, rows.stride, length);
+    });
+  });
 }
 
 template <typename T>
 void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
   using P = Param<T>;
+  if (job.by_tiles) return GradientNormalizeTiledItem<T>(job, item);
   const bool training = job.problem.training;
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;

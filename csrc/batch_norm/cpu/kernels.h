@@ -29,7 +29,7 @@ struct ForwardJob {
   Problem problem;
   Plan plan;
   bool stream_y = false;
-  bool in_cache = false;  // x and y, and as much again
+  bool by_tiles = false;  // see runs.h
   ForwardArrays arrays;
   Partials partials;
   Coefficients coefficients;
@@ -40,6 +40,7 @@ struct BackwardJob {
   Plan plan;
   bool stream_dx = false;
   bool stream_dresidual = false;
+  bool by_tiles = false;
   BackwardArrays arrays;
   Partials partials;
   Coefficients coefficients;

@@ -17,7 +17,19 @@ struct NormalizeArrays {
   T* y;
   uint8_t* bits;
   bool stream;
+
+  // Those of elements i and on. With bits, i is a multiple of 8.
+  TFOPS_INLINE NormalizeArrays From(int64_t i) const {
+    return {x + i, Advance(residual, i), y + i, Advance(bits, i / 8), stream};
+  }
 };
+
+template <typename T>
+TFOPS_INLINE NormalizeArrays<T> ArraysOfRun(const ForwardJob& job, const Run& run, uint8_t* bits) {
+  const ForwardArrays& arrays = job.arrays;
+  return {static_cast<const T*>(arrays.x) + run.offset, Advance(static_cast<const T*>(arrays.residual), run.offset),
+          static_cast<T*>(arrays.y) + run.offset, bits, job.stream_y};
+}
 
 // What a vector of results is computed from.
 template <typename P>
@@ -97,71 +109,100 @@ TFOPS_INLINE bool OverlapsItsEnd(int64_t length) {
   return length > kL && length % kL != 0 && length * static_cast<int64_t>(sizeof(T)) <= kMaxBytes;
 }
 
+// The parts of a run: vectors written in part, or whole blocks. What these change are locals of their own, which so
+// stay in registers.
+template <Activation kActivation, typename T, typename C>
+TFOPS_INLINE void NormalizeSome(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t begin, int64_t end,
+                                MaskWriter* mask) {
+  for (int64_t i = begin, n; i < end; i += n) {
+    n = Min(kLanes<Param<T>>, end - i);
+    mask->PutFirst(NormalizeVector<true, kActivation>(arrays, coefficients, i, n, false), n);
+  }
+}
+
+// Returns where they end.
+template <Activation kActivation, bool kStream, typename T, typename C>
+TFOPS_INLINE int64_t NormalizeBlocks(const NormalizeArrays<T> arrays, const C coefficients, int64_t begin, int64_t end,
+                                     MaskWriter* mask) {
+  constexpr int kL = kLanes<Param<T>>;
+  MaskWriter writer = *mask;
+  int64_t i = begin;
+  for (; i + kBlock <= end; i += kBlock) {
+    uint32_t bits = 0;
+    for (int j = 0; j < kBlock; j += kL) {
+      bits |= NormalizeVector<false, kActivation>(arrays, coefficients, i + j, kL, kStream) << j;
+    }
+    writer.template PutBlock<!kStream>(bits);
+  }
+  *mask = writer;
+  return i;
+}
+
 template <Activation kActivation, typename T, typename C>
 TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t length) {
   constexpr int kL = kLanes<Param<T>>;
   MaskWriter mask(kIsPiecewiseLinear<kActivation> ? arrays.bits : nullptr);
-  int64_t i = 0;
-  const auto some = [&](int64_t end) {
-    for (int64_t n; i < end; i += n) {
-      n = Min(kL, end - i);
-      mask.PutFirst(NormalizeVector<true, kActivation>(arrays, coefficients, i, n, false), n);
-    }
-  };
-  const auto blocks = [&](auto stream, int64_t end) {
-    constexpr bool kStream = decltype(stream)::value;
-    for (; i + kBlock <= end; i += kBlock) {
-      uint32_t bits = 0;
-      for (int j = 0; j < kBlock; j += kL) {
-        bits |= NormalizeVector<false, kActivation>(arrays, coefficients, i + j, kL, kStream) << j;
-      }
-      mask.template PutBlock<!kStream>(bits);
-    }
-  };
   const StreamedLines lines = arrays.stream ? LinesToStream(arrays.y, length) : StreamedLines{};
   if (!lines.IsEmpty()) {
-    some(lines.begin);
-    blocks(std::true_type(), lines.end);
+    NormalizeSome<kActivation>(arrays, coefficients, 0, lines.begin, &mask);
+    NormalizeBlocks<kActivation, true>(arrays, coefficients, lines.begin, lines.end, &mask);
+    NormalizeSome<kActivation>(arrays, coefficients, lines.end, length, &mask);
   } else if (!OverlapsItsEnd<T>(length)) {
-    blocks(std::false_type(), length);
+    const int64_t i = NormalizeBlocks<kActivation, false>(arrays, coefficients, 0, length, &mask);
+    NormalizeSome<kActivation>(arrays, coefficients, i, length, &mask);
   } else {
     // The last vector overlaps the one before, and so is loaded before that is written, perhaps to the same place.
     const int64_t last = length - kL;
     const auto inputs = LoadInputs<false>(arrays, last, kL);
-    blocks(std::false_type(), length);
+    int64_t i = NormalizeBlocks<kActivation, false>(arrays, coefficients, 0, length, &mask);
     for (; i < last; i += kL) {
       mask.PutFirst(NormalizeVector<false, kActivation>(arrays, coefficients, i, kL, false), kL);
     }
     const uint32_t bits = NormalizeLoaded<false, kActivation>(arrays, inputs, coefficients, last, kL, false);
     mask.PutFirst(bits >> (i - last), length - i);
-    i = length;
   }
-  some(length);
   mask.Finish();
 }
 
-// A folded row as kRows rows that share loads of coefficients: they are three a vector, and in the cache they are what
-// takes time. Memory wants to be read in its order. Without residual, bits or stores past the cache.
+// kRows rows, `stride` elements from one to the next: these are the first's arrays.
 template <Activation kActivation, int kRows, typename T>
-TFOPS_INLINE void NormalizeFolded(const T* x, T* y, const ColumnCoefficients<Param<T>>& coefficients, int64_t length) {
-  const NormalizeArrays<T> arrays{x, nullptr, y, nullptr, false};
-  const int64_t columns = length / kRows;
-  for (int64_t i = 0; i < columns; i += kLanes<Param<T>>) {
-    const ChannelCoefficients<Param<T>> loaded(coefficients, i);
+TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T> arrays, const ColumnCoefficients<Param<T>> coefficients,
+                                 int64_t stride, int64_t length) {
+  using P = Param<T>;
+  constexpr int kL = kLanes<P>;
+  int64_t i = 0;
+  for (; i + kTileColumns<T> <= length; i += kTileColumns<T>) {
+    VectorCoefficients<P> loaded[kTileVectors<T>];
+    for (int v = 0; v < kTileVectors<T>; ++v) loaded[v] = coefficients.template Loaded</*kAll=*/false>(i + v * kL);
     for (int r = 0; r < kRows; ++r) {
-      NormalizeVector<false, kActivation>(arrays, loaded, r * columns + i, kLanes<Param<T>>, false);
+      const int64_t at = r * stride + i;
+      uint64_t bits = 0;
+      for (int v = 0; v < kTileVectors<T>; ++v) {
+        bits |= uint64_t{NormalizeVector<false, kActivation>(arrays, loaded[v], at + v * kL, kL, false)} << v * kL;
+      }
+      if (kIsPiecewiseLinear<kActivation> && arrays.bits) {
+        std::memcpy(arrays.bits + at / 8, &bits, kTileColumns<T> / 8);
+      }
     }
+  }
+  for (int r = 0; r < kRows && i < length; ++r) {
+    NormalizeRun<kActivation>(arrays.From(r * stride + i), coefficients.From(i), length - i);
   }
 }
 
-// Rows that a folded row may be seen as, by NormalizeFolded.
-TFOPS_INLINE int64_t FoldedRows(const ForwardJob& job) {
-  const Plan& plan = job.plan;
-  if (!job.in_cache || job.arrays.residual || job.arrays.mask) return 1;
-  for (const int64_t rows : {4, 2}) {
-    if (plan.fold % rows == 0 && plan.columns / rows % kBlock == 0) return rows;
-  }
-  return 1;
+template <typename T>
+void NormalizeTiledItem(const ForwardJob& job, int64_t item) {
+  const TileRows rows = TileRowsOfItem<T>(job.plan, item);
+  const NormalizeArrays<T> arrays =
+      ArraysOfRun<T>(job, rows.first, MaskInPlace(job.problem, job.plan, rows.first, job.arrays.mask));
+  const ColumnCoefficients<Param<T>> coefficients(job.coefficients, rows.first.column);
+  WithActivation(job.problem.activation, [&](auto activation) {
+    constexpr Activation kActivation = decltype(activation)::value;
+    ForEachTileRows(rows, [&](auto count, int64_t offset, int64_t length) {
+      constexpr int kRows = decltype(count)::value;
+      NormalizeTiles<kActivation, kRows>(arrays.From(offset), coefficients, rows.stride, length);
+    });
+  });
 }
 
 template <typename T>
@@ -169,26 +210,17 @@ void NormalizeItem(const ForwardJob& job, int64_t item) {
   using P = Param<T>;
   const Problem& problem = job.problem;
   const Plan& plan = job.plan;
-  const T* x = static_cast<const T*>(job.arrays.x);
-  const T* residual = static_cast<const T*>(job.arrays.residual);
-  T* y = static_cast<T*>(job.arrays.y);
   uint8_t* mask = job.arrays.mask;
   const bool buffered = mask && IsMaskBuffered(problem, plan);
-  const int64_t folded_rows = FoldedRows(job);
+  if (job.by_tiles) return NormalizeTiledItem<T>(job, item);
   WithActivation(problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
     ForEachRun(problem, plan, item, [&](const Run& run) {
       uint8_t buffer[kRunMaskBytes];
       uint8_t* bits = buffered ? buffer : MaskInPlace(problem, plan, run, mask);
-      const NormalizeArrays<T> arrays{x + run.offset, residual ? residual + run.offset : nullptr, y + run.offset, bits,
-                                      job.stream_y};
+      const NormalizeArrays<T> arrays = ArraysOfRun<T>(job, run, bits);
       if (plan.channels_last) {
-        const ColumnCoefficients<P> coefficients(job.coefficients, run.column);
-        if (folded_rows > 1 && run.length == plan.columns) {
-          return folded_rows == 4 ? NormalizeFolded<kActivation, 4>(arrays.x, arrays.y, coefficients, run.length)
-                                  : NormalizeFolded<kActivation, 2>(arrays.x, arrays.y, coefficients, run.length);
-        }
-        NormalizeRun<kActivation>(arrays, coefficients, run.length);
+        NormalizeRun<kActivation>(arrays, ColumnCoefficients<P>(job.coefficients, run.column), run.length);
       } else {
         NormalizeRun<kActivation>(arrays, ChannelCoefficients<P>(job.coefficients, run.column), run.length);
       }

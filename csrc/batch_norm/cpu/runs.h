@@ -157,6 +157,51 @@ TFOPS_INLINE void ForEachRun(const Problem& problem, const Plan& plan, int64_t i
   if (plan.HasTail(chunk)) body(RowRun(plan, plan.rows, 0, plan.tail));
 }
 
+// Channels-last data in the cache are gone through by tiles: what takes time there is to load coefficients, three to
+// five vectors of them for one or two of data, and the rows of a tile share theirs. Memory wants to be read in its
+// order. Folded rows are cut into parts of whole tiles, for what is read at once is to lie close together.
+constexpr int kTileRows = 4;
+// Vectors of a row, whose coefficients stay in registers. Conversions need some of these too.
+template <typename T>
+constexpr int kTileVectors = std::is_same_v<T, Param<T>> ? 4 : 2;
+template <typename T>
+constexpr int64_t kTileColumns = kTileVectors<T> * kLanes<Param<T>>;
+
+// Rows of an item, channels-last, or parts of rows; and the tail.
+struct TileRows {
+  Run first;
+  int64_t count;
+  int64_t stride;  // elements from one to the next
+  int64_t tail;
+};
+
+template <typename T>
+TFOPS_INLINE TileRows TileRowsOfItem(const Plan& plan, int64_t item) {
+  const int64_t chunk = plan.Chunk(item);
+  const int64_t row = plan.RowBegin(chunk);
+  int64_t parts = plan.fold;  // a power of 2
+  while (parts > 1 && plan.columns / parts % kTileColumns<T> != 0) parts /= 2;
+  TileRows rows;
+  rows.first = RowRun(plan, row, plan.ColumnBegin(item), plan.ColumnEnd(item));
+  rows.first.length /= parts;
+  rows.count = (plan.RowEnd(chunk) - row) * parts;
+  rows.stride = plan.columns / parts;
+  rows.tail = plan.HasTail(chunk) ? plan.tail : 0;
+  return rows;
+}
+
+// Calls body(count, offset, length) for kTileRows rows at a time, and then for one at a time, `count` being a constant
+// and `offset` the first's from the item's first element.
+template <typename Body>
+TFOPS_INLINE void ForEachTileRows(const TileRows& rows, Body body) {
+  int64_t r = 0;
+  for (; r + kTileRows <= rows.count; r += kTileRows) {
+    body(std::integral_constant<int, kTileRows>(), r * rows.stride, rows.first.length);
+  }
+  for (; r < rows.count; ++r) body(std::integral_constant<int, 1>(), r * rows.stride, rows.first.length);
+  if (rows.tail > 0) body(std::integral_constant<int, 1>(), rows.count * rows.stride, rows.tail);
+}
+
 // The elements of a run that Stream is to write, by blocks: none, or its whole cache lines. Lines that a cache must
 // fetch after all, for another part of them is written through it, are what takes long: short runs have too many.
 struct StreamedLines {
