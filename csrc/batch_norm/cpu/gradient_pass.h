@@ -236,13 +236,13 @@ void GradientMomentsItem(const BackwardJob& job, int64_t item) {
 template <typename T>
 void PrepareGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
   using P = Param<T>;
-  const BackwardArrays& arrays = job.arrays;
-  for (int64_t c = begin; c < end; ++c) {
-    const double inv_std = InverseStd<P>(job.problem, arrays, c);
-    Spread(job, job.coefficients.mean, c, static_cast<const P*>(arrays.mean)[c]);
-    Spread(job, job.coefficients.slope, c, Slope<P>(static_cast<const P*>(arrays.scale)[c], inv_std));
-    Spread(job, job.coefficients.offset, c, static_cast<const P*>(arrays.offset)[c]);
-  }
+  const Problem problem = job.problem;  // copies, which no store changes
+  const BackwardArrays arrays = job.arrays;
+  SpreadVector<P>(job, job.coefficients.mean, arrays.mean, begin, end);
+  Spread<P>(job, job.coefficients.slope, begin, end, [=](int64_t c) {
+    return Slope<P>(static_cast<const P*>(arrays.scale)[c], InverseStd<P>(problem, arrays, c));
+  });
+  SpreadVector<P>(job, job.coefficients.offset, arrays.offset, begin, end);
 }
 
 template <typename T>
@@ -257,13 +257,20 @@ void FinishGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
       sum_dz_xc[c] += sum_dz_xc[slot + c];
     }
   });
-  const bool empty = job.problem.Count() == 0;
+  const Problem problem = job.problem;  // copies, which no store changes
+  const BackwardArrays arrays = job.arrays;
+  const bool empty = problem.Count() == 0;
+  P* tilt = static_cast<P*>(job.coefficients.tilt);
+  P* shift = static_cast<P*>(job.coefficients.shift);
+#pragma GCC ivdep
   for (int64_t c = begin; c < end; ++c) {
     const GradientCoefficients<P> finished =
-        FinishGradient<P>(job.problem, job.arrays, empty ? 0 : sum_dz[c], empty ? 0 : sum_dz_xc[c], c);
-    Spread(job, job.coefficients.tilt, c, finished.tilt);
-    Spread(job, job.coefficients.shift, c, finished.shift);
+        FinishGradient<P>(problem, arrays, empty ? 0 : sum_dz[c], empty ? 0 : sum_dz_xc[c], c);
+    tilt[c] = finished.tilt;
+    shift[c] = finished.shift;
   }
+  RepeatColumns(job, tilt, begin, end);
+  RepeatColumns(job, shift, begin, end);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

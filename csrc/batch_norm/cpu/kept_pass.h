@@ -193,11 +193,8 @@ void FinishMomentsOf(const MomentsJob& job, int64_t begin, int64_t end) {
 template <typename T>
 void SpreadStatisticsGradientOf(const BackwardJob& job, const StatisticsGradient& statistics, int64_t begin,
                                 int64_t end) {
-  using P = Param<T>;
-  for (int64_t c = begin; c < end; ++c) {
-    Spread(job, job.coefficients.tilt, c, static_cast<const P*>(statistics.tilt)[c]);
-    Spread(job, job.coefficients.shift, c, static_cast<const P*>(statistics.shift)[c]);
-  }
+  SpreadVector<Param<T>>(job, job.coefficients.tilt, statistics.tilt, begin, end);
+  SpreadVector<Param<T>>(job, job.coefficients.shift, statistics.shift, begin, end);
 }
 
 template <typename T>

@@ -274,10 +274,28 @@ void MomentsItem(const ForwardJob& job, int64_t item) {
   }
 }
 
-// Writes coefficient c of every column of channel c.
-template <typename Job, typename P>
-TFOPS_INLINE void Spread(const Job& job, void* coefficients, int64_t c, P value) {
-  for (int64_t f = 0; f < job.plan.fold; ++f) static_cast<P*>(coefficients)[f * job.problem.channels + c] = value;
+// Copies coefficients of channels begin to end from their first columns to their others.
+template <typename P, typename Job>
+TFOPS_INLINE void RepeatColumns(const Job& job, P* coefficients, int64_t begin, int64_t end) {
+  const size_t bytes = static_cast<size_t>(end - begin) * sizeof(P);
+  for (int64_t f = 1; f < job.plan.fold; ++f) {
+    std::memcpy(coefficients + f * job.problem.channels + begin, coefficients + begin, bytes);
+  }
+}
+
+// Writes a coefficient of every column of channels begin to end, value(c) being channel c's.
+template <typename P, typename Job, typename Value>
+TFOPS_INLINE void Spread(const Job& job, void* coefficients, int64_t begin, int64_t end, Value value) {
+  P* first = static_cast<P*>(coefficients);
+#pragma GCC ivdep
+  for (int64_t c = begin; c < end; ++c) first[c] = value(c);
+  RepeatColumns(job, first, begin, end);
+}
+
+// The same of a vector that has an element for each channel.
+template <typename P, typename Job>
+TFOPS_INLINE void SpreadVector(const Job& job, void* coefficients, const void* vector, int64_t begin, int64_t end) {
+  Spread<P>(job, coefficients, begin, end, [=](int64_t c) { return static_cast<const P*>(vector)[c]; });
 }
 
 // Calls merge(slot, n) for each slot of partials that a channel has, n being its number of elements: chunk by chunk,
@@ -326,30 +344,40 @@ double MergePartials(const Job& job, int64_t begin, int64_t end) {
   return count;
 }
 
+// The vectors that training returns, of channels begin to end.
+template <typename P>
+void WriteStatistics(const ForwardJob& job, int64_t begin, int64_t end) {
+  const Problem problem = job.problem;  // copies, which no store changes
+  const ForwardArrays arrays = job.arrays;
+  const double* mean = job.partials.first;
+  const double* m2 = job.partials.second;
+  const double count = MergePartials(job, begin, end);
+#pragma GCC ivdep
+  for (int64_t c = begin; c < end; ++c) {
+    const Moments<double> moments = count > 0 ? Moments<double>{count, mean[c], m2[c]} : Moments<double>{0, 0, 0};
+    FinishStatistics<P>(problem, arrays, moments, c);
+  }
+}
+
 template <typename T>
 void FinishStatisticsOf(const ForwardJob& job, int64_t begin, int64_t end) {
   using P = Param<T>;
-  const Problem& problem = job.problem;
   const ForwardArrays& arrays = job.arrays;
-  const double* mean = job.partials.first;
-  const double* m2 = job.partials.second;
-  const double count = problem.training ? MergePartials(job, begin, end) : 0;
-  for (int64_t c = begin; c < end; ++c) {
-    P center;
-    double inv_std;
-    if (problem.training) {
-      const Moments<double> moments = count > 0 ? Moments<double>{count, mean[c], m2[c]} : Moments<double>{0, 0, 0};
-      FinishStatistics<P>(problem, arrays, moments, c);
-      center = static_cast<const P*>(arrays.saved_mean)[c];
-      inv_std = static_cast<double>(static_cast<const P*>(arrays.saved_inv_std)[c]);
-    } else {
-      center = static_cast<const P*>(arrays.mean)[c];
-      inv_std = InverseStd(static_cast<const P*>(arrays.variance)[c], problem.epsilon);
-    }
-    Spread(job, job.coefficients.mean, c, center);
-    Spread(job, job.coefficients.slope, c, Slope<P>(static_cast<const P*>(arrays.scale)[c], inv_std));
-    Spread(job, job.coefficients.offset, c, static_cast<const P*>(arrays.offset)[c]);
+  const P* scale = static_cast<const P*>(arrays.scale);
+  if (job.problem.training) {
+    WriteStatistics<P>(job, begin, end);
+    const P* inv_std = static_cast<const P*>(arrays.saved_inv_std);
+    SpreadVector<P>(job, job.coefficients.mean, arrays.saved_mean, begin, end);
+    Spread<P>(job, job.coefficients.slope, begin, end,
+              [=](int64_t c) { return Slope<P>(scale[c], static_cast<double>(inv_std[c])); });
+  } else {
+    const P* variance = static_cast<const P*>(arrays.variance);
+    const double epsilon = job.problem.epsilon;
+    SpreadVector<P>(job, job.coefficients.mean, arrays.mean, begin, end);
+    Spread<P>(job, job.coefficients.slope, begin, end,
+              [=](int64_t c) { return Slope<P>(scale[c], InverseStd(static_cast<double>(variance[c]), epsilon)); });
   }
+  SpreadVector<P>(job, job.coefficients.offset, arrays.offset, begin, end);
 }
 
 }  // namespace
