@@ -44,7 +44,7 @@ from cpu_worker import (
 )
 from problems import Cell
 
-MOST_KERAS_STEPS = 4  # in a graph: each of Keras' takes long to trace
+MOST_KERAS_STEPS = 32  # in a graph: each of Keras' takes long to trace
 LEAST_LOOP_STEPS = 4  # XLA copies a loop's initial values: fewer steps are not worth it
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -34,9 +34,10 @@ from problems import Cell
 
 EPSILON = 2.0**-10  # exact in every type: TensorFlow's ops keep it as a float32, Keras and PyTorch as a double
 MOMENTUM = 2.0**-6  # of the batch in the running statistics
-STEP_SECONDS = 6e-3  # a call holds steps for so long, at STEP_RATE ...
-STEP_RATE = 30e9  # ... bytes a second,
-MOST_STEPS = 32  # and no more than these
+STEP_SECONDS = 6e-3  # a call holds steps for so long, at so many bytes a second
+MEMORY_RATE, CACHE_RATE = 30e9, 120e9
+CACHE_BYTES = 32 << 20
+MOST_STEPS = 128  # and no more than these
 SAMPLES = 4096  # elements of each result that are compared
 COPY_BYTES = (512 << 20, 256 << 20, 128 << 20)  # of the streaming copy
 NOISE = 1048573  # random numbers in all; tensors repeat them
@@ -96,7 +97,8 @@ def memory_shape(cell: Cell) -> tuple[tuple[int, ...], int]:
 
 
 def steps_of(cell: Cell, most: int) -> int:
-    return min(max(math.ceil(STEP_SECONDS * STEP_RATE / cell.streamed_bytes), 1), most)
+    rate = CACHE_RATE if cell.least_bytes <= CACHE_BYTES else MEMORY_RATE
+    return min(max(math.ceil(STEP_SECONDS * rate / cell.streamed_bytes), 1), most)
 
 
 def before(what: str, t: Tensors) -> tuple:
