@@ -26,7 +26,6 @@ import numpy as np
 from cpu_worker import (
     EPSILON,
     MOMENTUM,
-    MOST_STEPS,
     NOISE,
     RESULTS,
     Call,
@@ -44,7 +43,7 @@ from cpu_worker import (
 )
 from problems import Cell
 
-MOST_KERAS_STEPS = 32  # in a graph: each of Keras' takes long to trace
+MOST_SLOW_STEPS = 32  # in a graph of a slow peer: each takes long to run, and Keras' long to trace
 LEAST_LOOP_STEPS = 4  # XLA copies a loop's initial values: fewer steps are not worth it
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -52,7 +51,7 @@ LEAST_LOOP_STEPS = 4  # XLA copies a loop's initial values: fewer steps are not 
 
 
 class TfopsPeer:
-    most_steps = MOST_STEPS
+    is_fast = True
 
     def __init__(self, cell: Cell):
         import tfops
@@ -98,10 +97,10 @@ class TfopsPeer:
 
 
 class FusedPeer:
-    most_steps = MOST_STEPS
-
-    def __init__(self, cell: Cell):
+    def __init__(self, cell: Cell, is_fast: bool):
         import tensorflow as tf
+
+        self.is_fast = is_fast
 
         self.tf, self.shape = tf, memory_shape(cell)[0]
         self.add, self.relu = cell.variant == "add_relu", cell.variant != "plain"
@@ -163,7 +162,7 @@ class FusedPeer:
 
 
 class KerasPeer:
-    most_steps = MOST_KERAS_STEPS
+    is_fast = False
 
     def __init__(self, cell: Cell, t: Tensors):
         import keras
@@ -238,7 +237,7 @@ class TensorFlowWorker(Worker):
         if cell.dtype == "float64":
             absent[fused] = "FusedBatchNormV3 has no float64"
         else:
-            peers[fused] = FusedPeer(cell)
+            peers[fused] = FusedPeer(cell, is_fast=not self.eigen)
         if not self.eigen:
             peers["keras"], peers["keras_jit"] = KerasPeer(cell, t), KerasPeer(cell, t)
         calls = {}
@@ -260,7 +259,7 @@ class TensorFlowWorker(Worker):
         if what == "backward":
             saved = peer.saved(self.concrete(lambda *t: peer.forward(Tensors(*t)), [*t])(*t))
         jit = name == "keras_jit"
-        steps = steps_of(cell, MOST_STEPS if jit else peer.most_steps)
+        steps = steps_of(cell) if jit or peer.is_fast else steps_of(cell, MOST_SLOW_STEPS, fast=False)
         if jit and steps >= LEAST_LOOP_STEPS:
             return self._loop(cell, peer, t, steps)
         steps = 1 if jit else steps
@@ -361,7 +360,7 @@ class TorchWorker(Worker):
         peer = TorchPeer(torch, cell)
         calls = {}
         for what in passes:
-            steps = steps_of(cell._replace(what=what), MOST_STEPS)
+            steps = steps_of(cell._replace(what=what))
             step = getattr(peer, what)
             if what == "backward":
                 try:

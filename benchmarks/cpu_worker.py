@@ -34,9 +34,9 @@ from problems import Cell
 
 EPSILON = 2.0**-10  # exact in every type: TensorFlow's ops keep it as a float32, Keras and PyTorch as a double
 MOMENTUM = 2.0**-6  # of the batch in the running statistics
-STEP_SECONDS = 6e-3  # a call holds steps for so long, at so many bytes a second
-MEMORY_RATE, CACHE_RATE = 30e9, 120e9
-CACHE_BYTES = 32 << 20
+STEP_SECONDS = 6e-3  # a call holds steps for so long, at so many bytes a second ...
+RATE = 30e9
+CACHE_RATE, CACHE_BYTES = 120e9, 32 << 20  # ... by a fast peer where so many bytes stay in the cache,
 MOST_STEPS = 128  # and no more than these
 SAMPLES = 4096  # elements of each result that are compared
 COPY_BYTES = (512 << 20, 256 << 20, 128 << 20)  # of the streaming copy
@@ -96,8 +96,8 @@ def memory_shape(cell: Cell) -> tuple[tuple[int, ...], int]:
     return (cell.shape[0], cell.shape[-1], *cell.shape[1:-1]), 1
 
 
-def steps_of(cell: Cell, most: int) -> int:
-    rate = CACHE_RATE if cell.least_bytes <= CACHE_BYTES else MEMORY_RATE
+def steps_of(cell: Cell, most: int = MOST_STEPS, fast: bool = True) -> int:
+    rate = CACHE_RATE if fast and cell.least_bytes <= CACHE_BYTES else RATE
     return min(max(math.ceil(STEP_SECONDS * rate / cell.streamed_bytes), 1), most)
 
 

@@ -60,7 +60,7 @@ def _larger_than_the_cache(row, dtype):
     ]
 
 
-LARGE = pytest.mark.parametrize(("row", "axis"), [((24,), -1), ((131,), -1), ((3, 37, 41), 1)], ids=str)
+LARGE = pytest.mark.parametrize(("row", "axis"), [((24,), -1), ((131,), -1), ((2056,), -1), ((3, 37, 41), 1)], ids=str)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])

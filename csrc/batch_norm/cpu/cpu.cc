@@ -114,12 +114,12 @@ bool OutgrowsCache(const Problem& problem, int tensors) {
   return problem.Elements() > LastLevelCacheBytes() / (tensors * ElementBytes(problem.dtype));
 }
 
-// Whether to go through the elements of so many arrays by tiles (see runs.h). Rows, and those of the mask, if there is
-// one, have to follow one another. Many arrays are read by tiles from too many places to be prefetched from a cache of
-// the last level, and so must leave it half empty.
-bool GoesByTiles(const Problem& problem, const Plan& plan, const uint8_t* mask, int arrays) {
-  if (!plan.channels_last || (mask && problem.channels % 8 != 0)) return false;
-  return !OutgrowsCache(problem, arrays <= 2 ? arrays : 2 * arrays);
+// How to go through the rows of so many arrays. For tiles, and for those of the mask, if there is one, they have to
+// follow one another. More than two arrays are too many to be read from the last level's far end in so many places.
+Tiling ChooseTiling(const Problem& problem, const Plan& plan, const uint8_t* mask, int arrays) {
+  if (!plan.channels_last || (mask && problem.channels % 8 != 0)) return Tiling::kNone;
+  if (OutgrowsCache(problem, arrays <= 2 ? arrays : 2 * arrays)) return Tiling::kNone;
+  return OutgrowsCache(problem, 2 * arrays) ? Tiling::kPrefetched : Tiling::kPlain;
 }
 
 ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, Arena* arena) {
@@ -129,7 +129,7 @@ ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, A
   job.plan = MakePlan(job.problem, /*backward=*/false);
   const bool in_place = arrays.y == arrays.x || arrays.y == arrays.residual;
   job.stream_y = !in_place && OutgrowsCache(problem, problem.has_residual ? 3 : 2);
-  job.by_tiles = GoesByTiles(problem, job.plan, arrays.mask, (in_place ? 1 : 2) + (problem.has_residual ? 1 : 0));
+  job.tiling = ChooseTiling(problem, job.plan, arrays.mask, (in_place ? 1 : 2) + (problem.has_residual ? 1 : 0));
   if (problem.training) job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset}) {
     *piece = TakeColumns(problem, job.plan, arena);
@@ -146,9 +146,10 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
   job.stream_dx = arrays.dx != arrays.dy && OutgrowsCache(problem, arrays.dresidual ? 4 : 3);
   // Not where conversions and an activation's derivative leave no registers for the coefficients.
   const bool is_converted = ElementBytes(problem.dtype) == 2;
-  const int count = (arrays.dx == arrays.dy ? 2 : 3) + (arrays.dresidual ? 1 : 0);
-  job.by_tiles =
-      GoesByTiles(problem, job.plan, arrays.mask, count) && !(is_converted && problem.activation != Activation::kNone);
+  const int count = (arrays.dx == arrays.dy ? 2 : 3) + (arrays.residual ? 1 : 0) + (arrays.dresidual ? 1 : 0);
+  if (!is_converted || problem.activation == Activation::kNone) {
+    job.tiling = ChooseTiling(problem, job.plan, arrays.mask, count);
+  }
   job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset,
                        &job.coefficients.tilt, &job.coefficients.shift}) {

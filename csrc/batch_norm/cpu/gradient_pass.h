@@ -26,10 +26,10 @@ struct GradientArrays {
   bool stream_dx;
   bool stream_dresidual;
 
-  // Those of elements i and on. With bits, i is a multiple of 8.
-  TFOPS_INLINE GradientArrays From(int64_t i) const {
+  // Those of `count` elements from i on. With bits, i is a multiple of 8.
+  TFOPS_INLINE GradientArrays From(int64_t i, int64_t count) const {
     return {dy + i,          x + i,          Advance(residual, i),  Advance(bits, i / 8),
-            length - i,      Advance(dx, i), Advance(dresidual, i), stream_dx,
+            count,           Advance(dx, i), Advance(dresidual, i), stream_dx,
             stream_dresidual};
   }
 };
@@ -329,30 +329,35 @@ TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T> arrays, const C& coeffi
 }
 
 // As NormalizeTiles.
-template <Activation kActivation, int kRows, typename T>
-TFOPS_INLINE void GradientNormalizeTiles(GradientArrays<T> arrays, const ColumnCoefficients<Param<T>> coefficients,
-                                         bool training, int64_t stride, int64_t length) {
+template <Activation kActivation, int kRows, bool kPrefetch, typename T>
+TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T> arrays,
+                                         const ColumnCoefficients<Param<T>> coefficients, bool training,
+                                         int64_t stride) {
   using P = Param<T>;
   constexpr int kL = kLanes<P>;
   int64_t i = 0;
-  for (; i + kTileColumns<T> <= length; i += kTileColumns<T>) {
+  for (; i + kTileColumns<T> <= arrays.length; i += kTileColumns<T>) {
     VectorCoefficients<P> loaded[kTileVectors<T>];
     for (int v = 0; v < kTileVectors<T>; ++v) loaded[v] = coefficients.template Loaded</*kAll=*/true>(i + v * kL);
     for (int r = 0; r < kRows; ++r) {
+      if constexpr (kPrefetch) {
+        const int64_t next = kRows * (stride + i) + r * kTileColumns<T>;
+        Prefetch<kTileColumns<T>>(arrays.dy + next);
+        Prefetch<kTileColumns<T>>(arrays.x + next);
+      }
       for (int v = 0; v < kTileVectors<T>; ++v) {
         const int64_t at = r * stride + i + v * kL;
         GradientNormalizeVector<false, kActivation>(arrays, loaded[v], training, at, kL, false);
       }
     }
   }
-  for (int r = 0; r < kRows && i < length; ++r) {
-    GradientArrays<T> rest = arrays.From(r * stride + i);
-    rest.length = length - i;
+  for (int r = 0; r < kRows && i < arrays.length; ++r) {
+    const GradientArrays<T> rest = arrays.From(r * stride + i, arrays.length - i);
     GradientNormalizeRun<kActivation>(rest, coefficients.From(i), training);
   }
 }
 
-template <typename T>
+template <bool kPrefetch, typename T>
 void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
   const bool training = job.problem.training;
   const TileRows rows = TileRowsOfItem<T>(job.plan, item);
@@ -363,7 +368,8 @@ void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
     constexpr Activation kActivation = decltype(activation)::value;
     ForEachTileRows(rows, [&](auto count, int64_t offset, int64_t length) {
       constexpr int kRows = decltype(count)::value;
-      GradientNormalizeTiles<kActivation, kRows>(arrays.From(offset), coefficients, training, rows.stride, length);
+      GradientNormalizeTiles<kActivation, kRows, kPrefetch>(arrays.From(offset, length), coefficients, training,
+                                                            rows.stride);
     });
   });
 }
@@ -371,7 +377,10 @@ void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
 template <typename T>
 void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
   using P = Param<T>;
-  if (job.by_tiles) return GradientNormalizeTiledItem<T>(job, item);
+  if (job.tiling != Tiling::kNone) {
+    return PrefetchesRows<T>(job.tiling, job.plan) ? GradientNormalizeTiledItem<true, T>(job, item)
+                                                   : GradientNormalizeTiledItem<false, T>(job, item);
+  }
   const bool training = job.problem.training;
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;

@@ -24,12 +24,15 @@ struct Coefficients {
   void* shift = nullptr;
 };
 
+// Whether a job goes through its rows by tiles (see runs.h): with many bytes, it fetches them ahead.
+enum class Tiling { kNone, kPlain, kPrefetched };
+
 // stream: the output goes past the cache, which is too small for it and what was read.
 struct ForwardJob {
   Problem problem;
   Plan plan;
   bool stream_y = false;
-  bool by_tiles = false;  // see runs.h
+  Tiling tiling = Tiling::kNone;
   ForwardArrays arrays;
   Partials partials;
   Coefficients coefficients;
@@ -40,7 +43,7 @@ struct BackwardJob {
   Plan plan;
   bool stream_dx = false;
   bool stream_dresidual = false;
-  bool by_tiles = false;
+  Tiling tiling = Tiling::kNone;
   BackwardArrays arrays;
   Partials partials;
   Coefficients coefficients;

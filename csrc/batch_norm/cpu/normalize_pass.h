@@ -165,7 +165,7 @@ TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T>& arrays, const C& coeffi
 }
 
 // kRows rows, `stride` elements from one to the next: these are the first's arrays.
-template <Activation kActivation, int kRows, typename T>
+template <Activation kActivation, int kRows, bool kPrefetch, typename T>
 TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T> arrays, const ColumnCoefficients<Param<T>> coefficients,
                                  int64_t stride, int64_t length) {
   using P = Param<T>;
@@ -176,6 +176,11 @@ TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T> arrays, const ColumnCo
     for (int v = 0; v < kTileVectors<T>; ++v) loaded[v] = coefficients.template Loaded</*kAll=*/false>(i + v * kL);
     for (int r = 0; r < kRows; ++r) {
       const int64_t at = r * stride + i;
+      if constexpr (kPrefetch) {
+        const int64_t next = kRows * (stride + i) + r * kTileColumns<T>;
+        Prefetch<kTileColumns<T>>(arrays.x + next);
+        if (arrays.residual) Prefetch<kTileColumns<T>>(arrays.residual + next);
+      }
       uint64_t bits = 0;
       for (int v = 0; v < kTileVectors<T>; ++v) {
         bits |= uint64_t{NormalizeVector<false, kActivation>(arrays, loaded[v], at + v * kL, kL, false)} << v * kL;
@@ -190,7 +195,7 @@ TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T> arrays, const ColumnCo
   }
 }
 
-template <typename T>
+template <bool kPrefetch, typename T>
 void NormalizeTiledItem(const ForwardJob& job, int64_t item) {
   const TileRows rows = TileRowsOfItem<T>(job.plan, item);
   const NormalizeArrays<T> arrays =
@@ -200,7 +205,7 @@ void NormalizeTiledItem(const ForwardJob& job, int64_t item) {
     constexpr Activation kActivation = decltype(activation)::value;
     ForEachTileRows(rows, [&](auto count, int64_t offset, int64_t length) {
       constexpr int kRows = decltype(count)::value;
-      NormalizeTiles<kActivation, kRows>(arrays.From(offset), coefficients, rows.stride, length);
+      NormalizeTiles<kActivation, kRows, kPrefetch>(arrays.From(offset), coefficients, rows.stride, length);
     });
   });
 }
@@ -212,7 +217,10 @@ void NormalizeItem(const ForwardJob& job, int64_t item) {
   const Plan& plan = job.plan;
   uint8_t* mask = job.arrays.mask;
   const bool buffered = mask && IsMaskBuffered(problem, plan);
-  if (job.by_tiles) return NormalizeTiledItem<T>(job, item);
+  if (job.tiling != Tiling::kNone) {
+    return PrefetchesRows<T>(job.tiling, job.plan) ? NormalizeTiledItem<true, T>(job, item)
+                                                   : NormalizeTiledItem<false, T>(job, item);
+  }
   WithActivation(problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
     ForEachRun(problem, plan, item, [&](const Run& run) {

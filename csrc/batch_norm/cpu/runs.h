@@ -167,6 +167,24 @@ constexpr int kTileVectors = std::is_same_v<T, Param<T>> ? 4 : 2;
 template <typename T>
 constexpr int64_t kTileColumns = kTileVectors<T> * kLanes<Param<T>>;
 
+// Into how many rows a folded row may be cut, each of whole tiles.
+template <typename T>
+TFOPS_INLINE int64_t PartsOfRow(const Plan& plan) {
+  int64_t parts = plan.fold;  // a power of 2
+  while (parts > 1 && plan.columns / parts % kTileColumns<T> != 0) parts /= 2;
+  return parts;
+}
+
+// Whether the next rows are fetched in the order of memory while some go through their tiles, out of which no core
+// would guess it. Not if rows are so short that it is nearly the tiles' order, or so long that the first cache does not
+// hold some of them.
+template <typename T>
+TFOPS_INLINE bool PrefetchesRows(Tiling tiling, const Plan& plan) {
+  constexpr int64_t kMinBytes = 512, kMaxBytes = 4096;
+  const int64_t bytes = plan.columns / PartsOfRow<T>(plan) * static_cast<int64_t>(sizeof(T));
+  return tiling == Tiling::kPrefetched && kMinBytes <= bytes && bytes <= kMaxBytes;
+}
+
 // Rows of an item, channels-last, or parts of rows; and the tail.
 struct TileRows {
   Run first;
@@ -179,8 +197,7 @@ template <typename T>
 TFOPS_INLINE TileRows TileRowsOfItem(const Plan& plan, int64_t item) {
   const int64_t chunk = plan.Chunk(item);
   const int64_t row = plan.RowBegin(chunk);
-  int64_t parts = plan.fold;  // a power of 2
-  while (parts > 1 && plan.columns / parts % kTileColumns<T> != 0) parts /= 2;
+  const int64_t parts = PartsOfRow<T>(plan);
   TileRows rows;
   rows.first = RowRun(plan, row, plan.ColumnBegin(item), plan.ColumnEnd(item));
   rows.first.length /= parts;

@@ -243,6 +243,12 @@ TFOPS_INLINE void Stream(T* p, Vec<Param<T>> v) {
 #endif
 }
 
+// Brings `count` elements nearer.
+template <int64_t count, typename T>
+TFOPS_INLINE void Prefetch(const T* p) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
+}
+
 TFOPS_INLINE void StreamFence() {
 #ifdef __x86_64__
   _mm_sfence();
