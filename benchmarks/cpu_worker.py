@@ -11,7 +11,7 @@ and TensorFlow without oneDNN are several times slower without.
 Calling a graph takes TensorFlow 0.2 ms, whatever is in it. So a graph holds several steps if they are short, each on
 the result of the one before (y is the next x, dx the next dy) and after it, and times are of a step. Only the last
 step's results are returned: those in between are free to be overwritten, by whatever peer can. PyTorch does as many
-steps a call.
+steps a call, Keras' layer and the fused op without oneDNN, whose steps take several times as long, do fewer.
 """
 
 from __future__ import annotations
