@@ -97,7 +97,7 @@ class TfopsPeer:
 
 
 class FusedPeer:
-    def __init__(self, cell: Cell, is_fast: bool):
+    def __init__(self, cell: Cell, is_fast: bool = True):
         import tensorflow as tf
 
         self.is_fast = is_fast
