@@ -43,7 +43,6 @@ from cpu_worker import (
 )
 from problems import Cell
 
-MOST_SLOW_STEPS = 32  # in a graph of a slow peer: each takes long to run, and Keras' long to trace
 LEAST_LOOP_STEPS = 4  # XLA copies a loop's initial values: fewer steps are not worth it
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -101,7 +100,6 @@ class FusedPeer:
         import tensorflow as tf
 
         self.is_fast = is_fast
-
         self.tf, self.shape = tf, memory_shape(cell)[0]
         self.add, self.relu = cell.variant == "add_relu", cell.variant != "plain"
         rank = len(cell.shape)
@@ -259,7 +257,7 @@ class TensorFlowWorker(Worker):
         if what == "backward":
             saved = peer.saved(self.concrete(lambda *t: peer.forward(Tensors(*t)), [*t])(*t))
         jit = name == "keras_jit"
-        steps = steps_of(cell) if jit or peer.is_fast else steps_of(cell, MOST_SLOW_STEPS, fast=False)
+        steps = steps_of(cell, fast=jit or peer.is_fast)
         if jit and steps >= LEAST_LOOP_STEPS:
             return self._loop(cell, peer, t, steps)
         steps = 1 if jit else steps

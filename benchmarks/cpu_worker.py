@@ -37,7 +37,8 @@ MOMENTUM = 2.0**-6  # of the batch in the running statistics
 STEP_SECONDS = 6e-3  # a call holds steps for so long, at so many bytes a second ...
 RATE = 30e9
 CACHE_RATE, CACHE_BYTES = 120e9, 32 << 20  # ... by a fast peer where so many bytes stay in the cache,
-MOST_STEPS = 128  # and no more than these
+MOST_STEPS = 128  # and no more than these,
+MOST_SLOW_STEPS = 32  # or these by a slow peer, whose steps take long to run, and Keras' long to trace
 SAMPLES = 4096  # elements of each result that are compared
 COPY_BYTES = (512 << 20, 256 << 20, 128 << 20)  # of the streaming copy
 NOISE = 1048573  # random numbers in all; tensors repeat them
@@ -96,8 +97,9 @@ def memory_shape(cell: Cell) -> tuple[tuple[int, ...], int]:
     return (cell.shape[0], cell.shape[-1], *cell.shape[1:-1]), 1
 
 
-def steps_of(cell: Cell, most: int = MOST_STEPS, fast: bool = True) -> int:
+def steps_of(cell: Cell, fast: bool = True) -> int:
     rate = CACHE_RATE if fast and cell.least_bytes <= CACHE_BYTES else RATE
+    most = MOST_STEPS if fast else MOST_SLOW_STEPS
     return min(max(math.ceil(STEP_SECONDS * rate / cell.streamed_bytes), 1), most)
 
 
