@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -97,12 +98,16 @@ void* TakeColumns(const Problem& problem, const Plan& plan, Arena* arena) {
                                              : static_cast<void*>(arena->Take<float>(PaddedColumns(plan)));
 }
 
-// The last-level cache that a core shares. (sysconf adds up those of the whole machine, and errs in virtual ones.)
+// The last-level cache that a core shares, or as much of it as is likely to be ours: a virtual machine of few cores
+// sees all of its host's, and finds the others' data in it. (sysconf adds up those of the whole machine, and errs in
+// virtual ones.)
 int64_t LastLevelCacheBytes() {
   static const int64_t bytes = [] {
+    constexpr int64_t kUsual = 32 << 20, kMostPerCore = 16 << 20;
     int64_t kibibytes = 0;
     std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kibibytes;
-    return (kibibytes > 0 ? kibibytes : int64_t{32768}) << 10;
+    const int64_t cores = std::max(std::thread::hardware_concurrency(), 1u);
+    return std::min(kibibytes > 0 ? kibibytes << 10 : kUsual, cores * kMostPerCore);
   }();
   return bytes;
 }
@@ -118,8 +123,9 @@ bool OutgrowsCache(const Problem& problem, int tensors) {
 // follow one another. More than two arrays are too many to be read from the last level's far end in so many places.
 Tiling ChooseTiling(const Problem& problem, const Plan& plan, const uint8_t* mask, int arrays) {
   if (!plan.channels_last || (mask && problem.channels % 8 != 0)) return Tiling::kNone;
-  if (OutgrowsCache(problem, arrays <= 2 ? arrays : 2 * arrays)) return Tiling::kNone;
-  return OutgrowsCache(problem, 2 * arrays) ? Tiling::kPrefetched : Tiling::kPlain;
+  if (!OutgrowsCache(problem, 2 * arrays)) return Tiling::kPlain;
+  if (arrays > 2) return Tiling::kNone;
+  return OutgrowsCache(problem, arrays) ? Tiling::kPrefetchedOrNone : Tiling::kPrefetchedOrPlain;
 }
 
 ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, Arena* arena) {
@@ -129,7 +135,9 @@ ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, A
   job.plan = MakePlan(job.problem, /*backward=*/false);
   const bool in_place = arrays.y == arrays.x || arrays.y == arrays.residual;
   job.stream_y = !in_place && OutgrowsCache(problem, problem.has_residual ? 3 : 2);
-  job.tiling = ChooseTiling(problem, job.plan, arrays.mask, (in_place ? 1 : 2) + (problem.has_residual ? 1 : 0));
+  if (!job.stream_y) {
+    job.tiling = ChooseTiling(problem, job.plan, arrays.mask, (in_place ? 1 : 2) + (problem.has_residual ? 1 : 0));
+  }
   if (problem.training) job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset}) {
     *piece = TakeColumns(problem, job.plan, arena);
@@ -147,7 +155,8 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
   // Not where conversions and an activation's derivative leave no registers for the coefficients.
   const bool is_converted = ElementBytes(problem.dtype) == 2;
   const int count = (arrays.dx == arrays.dy ? 2 : 3) + (arrays.residual ? 1 : 0) + (arrays.dresidual ? 1 : 0);
-  if (!is_converted || problem.activation == Activation::kNone) {
+  const bool streams = job.stream_dx || job.stream_dresidual;
+  if (!streams && (!is_converted || problem.activation == Activation::kNone)) {
     job.tiling = ChooseTiling(problem, job.plan, arrays.mask, count);
   }
   job.partials = TakePartials(job, arena);

@@ -377,10 +377,10 @@ void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
 template <typename T>
 void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
   using P = Param<T>;
-  if (job.tiling != Tiling::kNone) {
-    return PrefetchesRows<T>(job.tiling, job.plan) ? GradientNormalizeTiledItem<true, T>(job, item)
-                                                   : GradientNormalizeTiledItem<false, T>(job, item);
-  }
+  const auto normalize_tiled = [&](auto prefetch) {
+    GradientNormalizeTiledItem<decltype(prefetch)::value, T>(job, item);
+  };
+  if (WithTiling<T>(job.tiling, job.plan, normalize_tiled)) return;
   const bool training = job.problem.training;
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;

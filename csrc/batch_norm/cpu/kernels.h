@@ -24,8 +24,9 @@ struct Coefficients {
   void* shift = nullptr;
 };
 
-// Whether a job goes through its rows by tiles (see runs.h): with many bytes, it fetches them ahead.
-enum class Tiling { kNone, kPlain, kPrefetched };
+// Whether a job goes through its rows by tiles, and the next rows are fetched meanwhile: runs.h has both, and chooses
+// where rows do not suit it.
+enum class Tiling { kNone, kPlain, kPrefetchedOrPlain, kPrefetchedOrNone };
 
 // stream: the output goes past the cache, which is too small for it and what was read.
 struct ForwardJob {

@@ -12,6 +12,10 @@
 namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
 
+// A chain has no more than so many times the elements that its shift is the mean of. If these were outliers, their
+// squares still count for enough in m2 that what the others' distance from them loses to rounding is little of it.
+constexpr int64_t kReach = 3;
+
 // The weights by which `added` elements join `count` others, in Merge.
 struct MergeWeights {
   double share;  // of the added ones in the whole
@@ -85,7 +89,7 @@ class ColumnChain {
   using P = Param<T>;
 
  public:
-  static constexpr int kRowsAtOnce = 8;
+  static constexpr int kRowsAtOnce = kRowUnit;
 
   // Merges steps * kRows rows, `step` elements from one step to the next and `apart` elements within one, into mean and
   // m2 of the `count` rows before them.
@@ -149,13 +153,17 @@ void ColumnMoments(const ForwardJob& job, int64_t item) {
                                 m2);
     count += steps * kRows;
   };
+  // A chain's end takes as long as three steps, so chains grow with what their shift is the mean of: a step, at first.
   constexpr int kRowsAtOnce = ColumnChain<T>::kRowsAtOnce;
-  constexpr int64_t kSteps = kMomentsChainRows<Param<T>> / kRowsAtOnce;
+  constexpr int64_t kFirstSteps = 4, kMostSteps = kChainRows - kRowsAtOnce;
   const int64_t begin = plan.RowBegin(chunk);
   const int64_t end = plan.RowEnd(chunk);
   const int64_t apart = (end - begin) / kRowsAtOnce;
-  for (int64_t i = 0; i < apart; i += kSteps) {
-    merge(std::integral_constant<int, kRowsAtOnce>(), begin + i, Min(kSteps, apart - i), apart, columns);
+  for (int64_t i = 0; i < apart;) {
+    const int64_t most = count == 0 ? kFirstSteps : Min(kMostSteps, kReach * count / kRowsAtOnce);
+    const int64_t steps = Min(most, apart - i);
+    merge(std::integral_constant<int, kRowsAtOnce>(), begin + i, steps, apart, columns);
+    i += steps;
   }
   const int64_t rest = begin + apart * kRowsAtOnce;
   if (rest < end) merge(std::integral_constant<int, 1>(), rest, end - rest, 0, columns);
@@ -202,10 +210,6 @@ class MomentsChain {
   }
 
  private:
-  // A chain has no more than so many times the elements that its shift is the mean of. If these were outliers, their
-  // squares still count for enough in m2 that what the others' distance from them loses to rounding is little of it.
-  static constexpr int64_t kReach = 3;
-
   // The shift is the mean so far, or that of the elements at hand, if they are many more.
   template <int kRuns>
   void Start(const T* const (&x)[kRuns], int64_t begin, int64_t end) {

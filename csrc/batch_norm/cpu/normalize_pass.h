@@ -215,12 +215,10 @@ void NormalizeItem(const ForwardJob& job, int64_t item) {
   using P = Param<T>;
   const Problem& problem = job.problem;
   const Plan& plan = job.plan;
+  const auto normalize_tiled = [&](auto prefetch) { NormalizeTiledItem<decltype(prefetch)::value, T>(job, item); };
+  if (WithTiling<T>(job.tiling, plan, normalize_tiled)) return;
   uint8_t* mask = job.arrays.mask;
   const bool buffered = mask && IsMaskBuffered(problem, plan);
-  if (job.tiling != Tiling::kNone) {
-    return PrefetchesRows<T>(job.tiling, job.plan) ? NormalizeTiledItem<true, T>(job, item)
-                                                   : NormalizeTiledItem<false, T>(job, item);
-  }
   WithActivation(problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
     ForEachRun(problem, plan, item, [&](const Run& run) {

@@ -13,6 +13,7 @@ namespace tfops::cpu {
 inline constexpr int64_t kBlock = 16;
 inline constexpr int64_t kMaxColumns = 4096;  // of an item, channels-last
 inline constexpr int64_t kRunsAtOnce = 4;     // channels-first: rows of a channel that are summed together
+inline constexpr int64_t kRowUnit = 8;        // channels-last: rows that are; chunks have whole units, but for the last
 inline constexpr int64_t kMaxGroup = 64;      // see Plan::group
 
 // Channels-last data are a matrix of `rows` x `columns`. A column is a channel, unless few or ragged channels would
@@ -47,7 +48,10 @@ struct Plan {
   }
   TFOPS_INLINE int64_t Chunk(int64_t item) const { return item / column_blocks; }
   TFOPS_INLINE int64_t RowBegin(int64_t chunk) const {
-    return rows / chunks * chunk + (chunk < rows % chunks ? chunk : rows % chunks);
+    if (chunk == chunks) return rows;
+    const int64_t unit = channels_last ? kRowUnit : 1;
+    const int64_t units = rows / unit;
+    return (units / chunks * chunk + (chunk < units % chunks ? chunk : units % chunks)) * unit;
   }
   TFOPS_INLINE int64_t RowEnd(int64_t chunk) const { return RowBegin(chunk + 1); }
   TFOPS_INLINE bool HasTail(int64_t chunk) const { return tail > 0 && chunk == chunks - 1; }

@@ -175,14 +175,22 @@ TFOPS_INLINE int64_t PartsOfRow(const Plan& plan) {
   return parts;
 }
 
-// Whether the next rows are fetched in the order of memory while some go through their tiles, out of which no core
-// would guess it. Not if rows are so short that it is nearly the tiles' order, or so long that the first cache does not
-// hold some of them.
-template <typename T>
-TFOPS_INLINE bool PrefetchesRows(Tiling tiling, const Plan& plan) {
+// Calls body(prefetch), a true or false constant, if a job's rows are to go through tiles: with true, the next rows are
+// fetched in the order of memory meanwhile, which no core would guess from the tiles'. Returns whether it did. Rows are
+// not fetched if they are so short that it is nearly the tiles' order, or so long that the first cache does not hold
+// some of them.
+template <typename T, typename Body>
+TFOPS_INLINE bool WithTiling(Tiling tiling, const Plan& plan, Body body) {
   constexpr int64_t kMinBytes = 512, kMaxBytes = 4096;
   const int64_t bytes = plan.columns / PartsOfRow<T>(plan) * static_cast<int64_t>(sizeof(T));
-  return tiling == Tiling::kPrefetched && kMinBytes <= bytes && bytes <= kMaxBytes;
+  const bool can_prefetch = kMinBytes <= bytes && bytes <= kMaxBytes;
+  if (tiling == Tiling::kNone || (tiling == Tiling::kPrefetchedOrNone && !can_prefetch)) return false;
+  if (tiling != Tiling::kPlain && can_prefetch) {
+    body(std::true_type());
+  } else {
+    body(std::false_type());
+  }
+  return true;
 }
 
 // Rows of an item, channels-last, or parts of rows; and the tail.
