@@ -64,10 +64,10 @@ TFOPS_INLINE SavedStatistics<P> StatisticsToSave(const Problem& problem, const M
   return {static_cast<P>(n > 0 ? moments.mean : 0.0), static_cast<P>(InverseStd(variance, problem.epsilon))};
 }
 
-// Writes the four vectors of channel c from its moments.
+// Writes the running statistics of channel c from its moments.
 template <typename P>
-TFOPS_INLINE void FinishStatistics(const Problem& problem, const ForwardArrays& arrays, const Moments<double>& moments,
-                                   int64_t c) {
+TFOPS_INLINE void WriteRunningStatistics(const Problem& problem, const ForwardArrays& arrays,
+                                         const Moments<double>& moments, int64_t c) {
   const P* mean_in = static_cast<const P*>(arrays.mean);
   const P* variance_in = static_cast<const P*>(arrays.variance);
   const double n = moments.count;
@@ -83,9 +83,23 @@ TFOPS_INLINE void FinishStatistics(const Problem& problem, const ForwardArrays& 
   }
   static_cast<P*>(arrays.mean_out)[c] = static_cast<P>(mean_out);
   static_cast<P*>(arrays.variance_out)[c] = static_cast<P>(variance_out);
+}
+
+// And those that the gradient needs.
+template <typename P>
+TFOPS_INLINE void WriteSavedStatistics(const Problem& problem, const ForwardArrays& arrays,
+                                       const Moments<double>& moments, int64_t c) {
   const SavedStatistics<P> saved = StatisticsToSave<P>(problem, moments);
   static_cast<P*>(arrays.saved_mean)[c] = saved.mean;
   static_cast<P*>(arrays.saved_inv_std)[c] = saved.inv_std;
+}
+
+// Both.
+template <typename P>
+TFOPS_INLINE void FinishStatistics(const Problem& problem, const ForwardArrays& arrays, const Moments<double>& moments,
+                                   int64_t c) {
+  WriteRunningStatistics<P>(problem, arrays, moments, c);
+  WriteSavedStatistics<P>(problem, arrays, moments, c);
 }
 
 // dx = dz * slope + (x - mean) * tilt + shift

@@ -262,10 +262,14 @@ void FinishGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
   const bool empty = problem.Count() == 0;
   P* tilt = static_cast<P*>(job.coefficients.tilt);
   P* shift = static_cast<P*>(job.coefficients.shift);
+  const auto dz = [=](int64_t c) { return empty ? 0 : sum_dz[c]; };
+  const auto dz_xc = [=](int64_t c) { return empty ? 0 : sum_dz_xc[c]; };
+  // A loop each, as in WriteStatistics.
+#pragma GCC ivdep
+  for (int64_t c = begin; c < end; ++c) WriteGradients<P>(problem, arrays, dz(c), dz_xc(c), c);
 #pragma GCC ivdep
   for (int64_t c = begin; c < end; ++c) {
-    const GradientCoefficients<P> finished =
-        FinishGradient<P>(problem, arrays, empty ? 0 : sum_dz[c], empty ? 0 : sum_dz_xc[c], c);
+    const GradientCoefficients<P> finished = CoefficientsOfGradient<P>(problem, arrays, dz(c), dz_xc(c), c);
     tilt[c] = finished.tilt;
     shift[c] = finished.shift;
   }

@@ -356,11 +356,14 @@ void WriteStatistics(const ForwardJob& job, int64_t begin, int64_t end) {
   const double* mean = job.partials.first;
   const double* m2 = job.partials.second;
   const double count = MergePartials(job, begin, end);
+  const auto moments = [=](int64_t c) {
+    return count > 0 ? Moments<double>{count, mean[c], m2[c]} : Moments<double>{0, 0, 0};
+  };
+  // A loop each: in one, the compiler would not move all conditions out of it, and then not make vectors of it.
 #pragma GCC ivdep
-  for (int64_t c = begin; c < end; ++c) {
-    const Moments<double> moments = count > 0 ? Moments<double>{count, mean[c], m2[c]} : Moments<double>{0, 0, 0};
-    FinishStatistics<P>(problem, arrays, moments, c);
-  }
+  for (int64_t c = begin; c < end; ++c) WriteRunningStatistics<P>(problem, arrays, moments(c), c);
+#pragma GCC ivdep
+  for (int64_t c = begin; c < end; ++c) WriteSavedStatistics<P>(problem, arrays, moments(c), c);
 }
 
 template <typename T>
