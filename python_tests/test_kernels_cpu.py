@@ -64,12 +64,28 @@ def _larger_than_the_cache(row, dtype):
     ]
 
 
-LARGE = pytest.mark.parametrize(("row", "axis"), [((24,), -1), ((131,), -1), ((2056,), -1), ((3, 37, 41), 1)], ids=str)
+LARGE = pytest.mark.parametrize(
+    ("row", "axis"), [((24,), -1), ((131,), -1), ((2056,), -1), ((2304,), -1), ((3, 37, 41), 1)], ids=str
+)
+
+
+@pytest.fixture(params=["aligned", "unaligned"])
+def _outputs(request, monkeypatch):
+    """Large outputs begin with a cache line, as TensorFlow's do, or elsewhere, as NumPy's."""
+
+    def aligned(_, shape, dtype, like):
+        kind = like.dtype if dtype == like.dtype.name else np.dtype(dtype)
+        raw = np.empty(math.prod(shape) * kind.itemsize + 64, np.uint8)
+        return raw[-raw.ctypes.data % 64 :][: math.prod(shape) * kind.itemsize].view(kind).reshape(shape)
+
+    if request.param == "aligned":
+        monkeypatch.setattr(type(tfops_kernels._arrays.library_of(np.empty(0))), "empty", aligned)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @LARGE
+@pytest.mark.usefixtures("_outputs")
 def test_larger_than_the_cache(row, axis, dtype, residual):
     """Tensors that outgrow the cache are written past it, and half of them, which fill it, fetched ahead: bit for bit
     what small parts are, for which neither is done."""
@@ -131,6 +147,7 @@ def test_in_place_larger_than_the_cache(row, axis, dtype, residual):
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @LARGE
+@pytest.mark.usefixtures("_outputs")
 def test_mask_larger_than_the_cache(row, axis, dtype):
     """Each bit stands where its element does, wherever the first whole cache line begins."""
     x, dy, r = _larger_than_the_cache(row, dtype)

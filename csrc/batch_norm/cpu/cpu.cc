@@ -119,13 +119,19 @@ bool OutgrowsCache(const Problem& problem, int tensors) {
   return problem.Elements() > LastLevelCacheBytes() / (tensors * ElementBytes(problem.dtype));
 }
 
-// How to go through the rows of so many arrays. For tiles, and for those of the mask, if there is one, they have to
-// follow one another. More than two arrays are too many to be read from the last level's far end in so many places.
-Tiling ChooseTiling(const Problem& problem, const Plan& plan, const uint8_t* mask, int arrays) {
+// How to go through the rows of so many arrays, some of which are written past the cache. For tiles, and for those of
+// the mask, if there is one, they have to follow one another. More than two arrays are too many to be read from the
+// last level's far end in so many places.
+Tiling ChooseTiling(const Problem& problem, const Plan& plan, const uint8_t* mask, int arrays,
+                    const std::vector<const void*>& streamed) {
   if (!plan.channels_last || (mask && problem.channels % 8 != 0)) return Tiling::kNone;
+  if (!streamed.empty()) {
+    const auto begins_line = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; };
+    return std::all_of(streamed.begin(), streamed.end(), begins_line) ? Tiling::kApart : Tiling::kNone;
+  }
   if (!OutgrowsCache(problem, 2 * arrays)) return Tiling::kPlain;
-  if (arrays > 2) return Tiling::kNone;
-  return OutgrowsCache(problem, arrays) ? Tiling::kPrefetchedOrNone : Tiling::kPrefetchedOrPlain;
+  if (OutgrowsCache(problem, arrays)) return Tiling::kApart;
+  return arrays <= 2 ? Tiling::kPrefetched : Tiling::kNone;
 }
 
 ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, Arena* arena) {
@@ -135,9 +141,10 @@ ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, A
   job.plan = MakePlan(job.problem, /*backward=*/false);
   const bool in_place = arrays.y == arrays.x || arrays.y == arrays.residual;
   job.stream_y = !in_place && OutgrowsCache(problem, problem.has_residual ? 3 : 2);
-  if (!job.stream_y) {
-    job.tiling = ChooseTiling(problem, job.plan, arrays.mask, (in_place ? 1 : 2) + (problem.has_residual ? 1 : 0));
-  }
+  std::vector<const void*> streamed;
+  if (job.stream_y) streamed.push_back(arrays.y);
+  const int count = (in_place ? 1 : 2) + (problem.has_residual ? 1 : 0);
+  job.tiling = ChooseTiling(problem, job.plan, arrays.mask, count, streamed);
   if (problem.training) job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset}) {
     *piece = TakeColumns(problem, job.plan, arena);
@@ -155,9 +162,11 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
   // Not where conversions and an activation's derivative leave no registers for the coefficients.
   const bool is_converted = ElementBytes(problem.dtype) == 2;
   const int count = (arrays.dx == arrays.dy ? 2 : 3) + (arrays.residual ? 1 : 0) + (arrays.dresidual ? 1 : 0);
-  const bool streams = job.stream_dx || job.stream_dresidual;
-  if (!streams && (!is_converted || problem.activation == Activation::kNone)) {
-    job.tiling = ChooseTiling(problem, job.plan, arrays.mask, count);
+  std::vector<const void*> streamed;
+  if (job.stream_dx) streamed.push_back(arrays.dx);
+  if (job.stream_dresidual) streamed.push_back(arrays.dresidual);
+  if (!is_converted || problem.activation == Activation::kNone) {
+    job.tiling = ChooseTiling(problem, job.plan, arrays.mask, count, streamed);
   }
   job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset,

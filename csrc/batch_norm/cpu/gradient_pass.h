@@ -333,7 +333,7 @@ TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T> arrays, const C& coeffi
 }
 
 // As NormalizeTiles.
-template <Activation kActivation, int kRows, bool kPrefetch, typename T>
+template <Activation kActivation, int kRows, Tiling kTiling, typename T>
 TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T> arrays,
                                          const ColumnCoefficients<Param<T>> coefficients, bool training,
                                          int64_t stride) {
@@ -344,14 +344,14 @@ TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T> arrays,
     VectorCoefficients<P> loaded[kTileVectors<T>];
     for (int v = 0; v < kTileVectors<T>; ++v) loaded[v] = coefficients.template Loaded</*kAll=*/true>(i + v * kL);
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kPrefetch) {
+      if constexpr (kTiling == Tiling::kPrefetched) {
         const int64_t next = kRows * (stride + i) + r * kTileColumns<T>;
         Prefetch<kTileColumns<T>>(arrays.dy + next);
         Prefetch<kTileColumns<T>>(arrays.x + next);
       }
       for (int v = 0; v < kTileVectors<T>; ++v) {
         const int64_t at = r * stride + i + v * kL;
-        GradientNormalizeVector<false, kActivation>(arrays, loaded[v], training, at, kL, false);
+        GradientNormalizeVector<false, kActivation>(arrays, loaded[v], training, at, kL, kTiling == Tiling::kApart);
       }
     }
   }
@@ -361,7 +361,7 @@ TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T> arrays,
   }
 }
 
-template <bool kPrefetch, typename T>
+template <Tiling kTiling, typename T>
 void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
   const bool training = job.problem.training;
   const TileRows rows = TileRowsOfItem<T>(job.plan, item);
@@ -370,20 +370,18 @@ void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
   const ColumnCoefficients<Param<T>> coefficients(job.coefficients, rows.first.column);
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    ForEachTileRows(rows, [&](auto count, int64_t offset, int64_t length) {
+    ForEachTileRows<kTiling>(rows, [&](auto count, int64_t offset, int64_t stride, int64_t length) {
       constexpr int kRows = decltype(count)::value;
-      GradientNormalizeTiles<kActivation, kRows, kPrefetch>(arrays.From(offset, length), coefficients, training,
-                                                            rows.stride);
+      GradientNormalizeTiles<kActivation, kRows, kTiling>(arrays.From(offset, length), coefficients, training, stride);
     });
   });
+  if (job.stream_dx || job.stream_dresidual) StreamFence();
 }
 
 template <typename T>
 void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
   using P = Param<T>;
-  const auto normalize_tiled = [&](auto prefetch) {
-    GradientNormalizeTiledItem<decltype(prefetch)::value, T>(job, item);
-  };
+  const auto normalize_tiled = [&](auto tiling) { GradientNormalizeTiledItem<decltype(tiling)::value, T>(job, item); };
   if (WithTiling<T>(job.tiling, job.plan, normalize_tiled)) return;
   const bool training = job.problem.training;
   WithActivation(job.problem.activation, [&](auto activation) {

@@ -24,9 +24,8 @@ struct Coefficients {
   void* shift = nullptr;
 };
 
-// Whether a job goes through its rows by tiles, and the next rows are fetched meanwhile: runs.h has both, and chooses
-// where rows do not suit it.
-enum class Tiling { kNone, kPlain, kPrefetchedOrPlain, kPrefetchedOrNone };
+// How a job goes through its rows by tiles, if it does. runs.h says what these are, and chooses where rows do not suit.
+enum class Tiling { kNone, kPlain, kPrefetched, kApart };
 
 // stream: the output goes past the cache, which is too small for it and what was read.
 struct ForwardJob {

@@ -165,7 +165,7 @@ TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T>& arrays, const C& coeffi
 }
 
 // kRows rows, `stride` elements from one to the next: these are the first's arrays.
-template <Activation kActivation, int kRows, bool kPrefetch, typename T>
+template <Activation kActivation, int kRows, Tiling kTiling, typename T>
 TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T> arrays, const ColumnCoefficients<Param<T>> coefficients,
                                  int64_t stride, int64_t length) {
   using P = Param<T>;
@@ -176,14 +176,15 @@ TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T> arrays, const ColumnCo
     for (int v = 0; v < kTileVectors<T>; ++v) loaded[v] = coefficients.template Loaded</*kAll=*/false>(i + v * kL);
     for (int r = 0; r < kRows; ++r) {
       const int64_t at = r * stride + i;
-      if constexpr (kPrefetch) {
+      if constexpr (kTiling == Tiling::kPrefetched) {
         const int64_t next = kRows * (stride + i) + r * kTileColumns<T>;
         Prefetch<kTileColumns<T>>(arrays.x + next);
         if (arrays.residual) Prefetch<kTileColumns<T>>(arrays.residual + next);
       }
+      const bool stream = kTiling == Tiling::kApart && arrays.stream;
       uint64_t bits = 0;
       for (int v = 0; v < kTileVectors<T>; ++v) {
-        bits |= uint64_t{NormalizeVector<false, kActivation>(arrays, loaded[v], at + v * kL, kL, false)} << v * kL;
+        bits |= uint64_t{NormalizeVector<false, kActivation>(arrays, loaded[v], at + v * kL, kL, stream)} << v * kL;
       }
       if (kIsPiecewiseLinear<kActivation> && arrays.bits) {
         std::memcpy(arrays.bits + at / 8, &bits, kTileColumns<T> / 8);
@@ -195,7 +196,7 @@ TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T> arrays, const ColumnCo
   }
 }
 
-template <bool kPrefetch, typename T>
+template <Tiling kTiling, typename T>
 void NormalizeTiledItem(const ForwardJob& job, int64_t item) {
   const TileRows rows = TileRowsOfItem<T>(job.plan, item);
   const NormalizeArrays<T> arrays =
@@ -203,11 +204,12 @@ void NormalizeTiledItem(const ForwardJob& job, int64_t item) {
   const ColumnCoefficients<Param<T>> coefficients(job.coefficients, rows.first.column);
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    ForEachTileRows(rows, [&](auto count, int64_t offset, int64_t length) {
+    ForEachTileRows<kTiling>(rows, [&](auto count, int64_t offset, int64_t stride, int64_t length) {
       constexpr int kRows = decltype(count)::value;
-      NormalizeTiles<kActivation, kRows, kPrefetch>(arrays.From(offset), coefficients, rows.stride, length);
+      NormalizeTiles<kActivation, kRows, kTiling>(arrays.From(offset), coefficients, stride, length);
     });
   });
+  if (job.stream_y) StreamFence();
 }
 
 template <typename T>
@@ -215,7 +217,7 @@ void NormalizeItem(const ForwardJob& job, int64_t item) {
   using P = Param<T>;
   const Problem& problem = job.problem;
   const Plan& plan = job.plan;
-  const auto normalize_tiled = [&](auto prefetch) { NormalizeTiledItem<decltype(prefetch)::value, T>(job, item); };
+  const auto normalize_tiled = [&](auto tiling) { NormalizeTiledItem<decltype(tiling)::value, T>(job, item); };
   if (WithTiling<T>(job.tiling, plan, normalize_tiled)) return;
   uint8_t* mask = job.arrays.mask;
   const bool buffered = mask && IsMaskBuffered(problem, plan);

@@ -157,9 +157,16 @@ TFOPS_INLINE void ForEachRun(const Problem& problem, const Plan& plan, int64_t i
   if (plan.HasTail(chunk)) body(RowRun(plan, plan.rows, 0, plan.tail));
 }
 
-// Channels-last data in the cache are gone through by tiles: what takes time there is to load coefficients, three to
-// five vectors of them for one or two of data, and the rows of a tile share theirs. Memory wants to be read in its
-// order. Folded rows are cut into parts of whole tiles, for what is read at once is to lie close together.
+// Channels-last data are gone through by tiles, whose rows share coefficients: in the cache, to load three to five
+// vectors of these for one or two of data is what takes time. Folded rows are cut into parts of whole tiles, for what
+// is read at once is to lie close together.
+//
+// Memory wants to be read in its order. So where data come from far, either rows that follow one another are fetched in
+// it, while those before them go through their tiles, out of which no core would guess it; or the rows of a tile lie a
+// part of the chunk apart, and memory is read and written in as many streams, each of them straight ahead.
+template <Tiling kTiling>
+using TilingConstant = std::integral_constant<Tiling, kTiling>;
+
 constexpr int kTileRows = 4;
 // Vectors of a row, whose coefficients stay in registers. Conversions need some of these too.
 template <typename T>
@@ -175,20 +182,21 @@ TFOPS_INLINE int64_t PartsOfRow(const Plan& plan) {
   return parts;
 }
 
-// Calls body(prefetch), a true or false constant, if a job's rows are to go through tiles: with true, the next rows are
-// fetched in the order of memory meanwhile, which no core would guess from the tiles'. Returns whether it did. Rows are
-// not fetched if they are so short that it is nearly the tiles' order, or so long that the first cache does not hold
-// some of them.
+// Calls body with a TilingConstant other than kNone, if a job's rows are to go through tiles. Returns whether it did.
+// Rows are not fetched ahead if they are so short that it is nearly the tiles' order, or so long that the first cache
+// does not hold some of them; and those of tiles do not lie apart unless they are whole cache lines, which may be
+// written past the cache.
 template <typename T, typename Body>
 TFOPS_INLINE bool WithTiling(Tiling tiling, const Plan& plan, Body body) {
-  constexpr int64_t kMinBytes = 512, kMaxBytes = 4096;
+  constexpr int64_t kLineBytes = 64, kMinBytes = 512, kMaxBytes = 4096;
   const int64_t bytes = plan.columns / PartsOfRow<T>(plan) * static_cast<int64_t>(sizeof(T));
-  const bool can_prefetch = kMinBytes <= bytes && bytes <= kMaxBytes;
-  if (tiling == Tiling::kNone || (tiling == Tiling::kPrefetchedOrNone && !can_prefetch)) return false;
-  if (tiling != Tiling::kPlain && can_prefetch) {
-    body(std::true_type());
+  if (tiling == Tiling::kNone || (tiling == Tiling::kApart && bytes % kLineBytes != 0)) return false;
+  if (tiling == Tiling::kApart) {
+    body(TilingConstant<Tiling::kApart>());
+  } else if (tiling == Tiling::kPrefetched && kMinBytes <= bytes && bytes <= kMaxBytes) {
+    body(TilingConstant<Tiling::kPrefetched>());
   } else {
-    body(std::false_type());
+    body(TilingConstant<Tiling::kPlain>());
   }
   return true;
 }
@@ -215,16 +223,20 @@ TFOPS_INLINE TileRows TileRowsOfItem(const Plan& plan, int64_t item) {
   return rows;
 }
 
-// Calls body(count, offset, length) for kTileRows rows at a time, and then for one at a time, `count` being a constant
-// and `offset` the first's from the item's first element.
-template <typename Body>
+// Calls body(count, offset, stride, length) for kTileRows rows at a time, and then for one at a time, `count` being a
+// constant, `offset` the first's from the item's first element, and `stride` the elements from one to the next.
+template <Tiling kTiling, typename Body>
 TFOPS_INLINE void ForEachTileRows(const TileRows& rows, Body body) {
-  int64_t r = 0;
-  for (; r + kTileRows <= rows.count; r += kTileRows) {
-    body(std::integral_constant<int, kTileRows>(), r * rows.stride, rows.first.length);
+  const int64_t steps = rows.count / kTileRows;
+  const int64_t step = kTiling == Tiling::kApart ? 1 : kTileRows;
+  const int64_t apart = kTiling == Tiling::kApart ? steps : 1;
+  for (int64_t i = 0; i < steps; ++i) {
+    body(std::integral_constant<int, kTileRows>(), i * step * rows.stride, apart * rows.stride, rows.first.length);
   }
-  for (; r < rows.count; ++r) body(std::integral_constant<int, 1>(), r * rows.stride, rows.first.length);
-  if (rows.tail > 0) body(std::integral_constant<int, 1>(), rows.count * rows.stride, rows.tail);
+  for (int64_t r = steps * kTileRows; r < rows.count; ++r) {
+    body(std::integral_constant<int, 1>(), r * rows.stride, rows.stride, rows.first.length);
+  }
+  if (rows.tail > 0) body(std::integral_constant<int, 1>(), rows.count * rows.stride, rows.stride, rows.tail);
 }
 
 // The elements of a run that Stream is to write, by blocks: none, or its whole cache lines. Lines that a cache must
