@@ -16,7 +16,7 @@ import pytest
 from fresh_process import run_python
 
 import tfops_kernels
-from tfops_kernels import _kernels
+from tfops_kernels import _arrays, _kernels
 
 
 def _identity(array):
@@ -75,11 +75,12 @@ def _outputs(request, monkeypatch):
 
     def aligned(_, shape, dtype, like):
         kind = like.dtype if dtype == like.dtype.name else np.dtype(dtype)
-        raw = np.empty(math.prod(shape) * kind.itemsize + 64, np.uint8)
-        return raw[-raw.ctypes.data % 64 :][: math.prod(shape) * kind.itemsize].view(kind).reshape(shape)
+        size = math.prod(shape) * kind.itemsize
+        raw = np.empty(size + 64, np.uint8)
+        return raw[-raw.ctypes.data % 64 :][:size].view(kind).reshape(shape)
 
     if request.param == "aligned":
-        monkeypatch.setattr(type(tfops_kernels._arrays.library_of(np.empty(0))), "empty", aligned)
+        monkeypatch.setattr(_arrays._NumPy, "empty", aligned)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
@@ -125,9 +126,15 @@ def test_in_place_larger_than_the_cache(row, axis, dtype, residual):
     want_dx = tfops_kernels.backward(dy, x, *vectors, **settings, **more).x
 
     problem = _kernels.Problem(
-        **{"shape": x.shape, "axis": axis, "dtype": getattr(_kernels.DataType, dtype), "activation": "leaky_relu"},
-        **{"has_residual": residual, "training": False, "unbiased": True, "exponential_avg_factor": 1.0},
+        shape=x.shape,
+        axis=axis,
+        dtype=getattr(_kernels.DataType, dtype),
+        activation="leaky_relu",
+        has_residual=residual,
+        training=False,
         epsilon=1e-3,
+        exponential_avg_factor=1.0,
+        unbiased=True,
     )
     sums = [np.empty_like(scale) for _ in range(4)]
 

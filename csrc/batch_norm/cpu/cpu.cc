@@ -126,7 +126,7 @@ Tiling ChooseTiling(const Problem& problem, const Plan& plan, const uint8_t* mas
                     const std::vector<const void*>& streamed) {
   if (!plan.channels_last || (mask && problem.channels % 8 != 0)) return Tiling::kNone;
   if (!streamed.empty()) {
-    const auto begins_line = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; };
+    const auto begins_line = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kLineBytes == 0; };
     return std::all_of(streamed.begin(), streamed.end(), begins_line) ? Tiling::kApart : Tiling::kNone;
   }
   if (!OutgrowsCache(problem, 2 * arrays)) return Tiling::kPlain;

@@ -11,6 +11,7 @@ namespace tfops::cpu {
 
 // Vector code works on blocks of 16 elements: one AVX-512 register of float32, two bytes of mask.
 inline constexpr int64_t kBlock = 16;
+inline constexpr int64_t kLineBytes = 64;     // of a cache line
 inline constexpr int64_t kMaxColumns = 4096;  // of an item, channels-last
 inline constexpr int64_t kRunsAtOnce = 4;     // channels-first: rows of a channel that are summed together
 inline constexpr int64_t kRowUnit = 8;        // channels-last: rows that are; chunks have whole units, but for the last

@@ -188,7 +188,7 @@ TFOPS_INLINE int64_t PartsOfRow(const Plan& plan) {
 // written past the cache.
 template <typename T, typename Body>
 TFOPS_INLINE bool WithTiling(Tiling tiling, const Plan& plan, Body body) {
-  constexpr int64_t kLineBytes = 64, kMinBytes = 512, kMaxBytes = 4096;
+  constexpr int64_t kMinBytes = 512, kMaxBytes = 4096;
   const int64_t bytes = plan.columns / PartsOfRow<T>(plan) * static_cast<int64_t>(sizeof(T));
   if (tiling == Tiling::kNone || (tiling == Tiling::kApart && bytes % kLineBytes != 0)) return false;
   if (tiling == Tiling::kApart) {
@@ -250,7 +250,6 @@ struct StreamedLines {
 
 template <typename T>
 TFOPS_INLINE StreamedLines LinesToStream(const T* p, int64_t length) {
-  constexpr int64_t kLineBytes = 64;
   constexpr int64_t kMinBytes = 1024;
   constexpr int64_t kBlockBytes = kBlock * sizeof(T);
   const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % kLineBytes);
