@@ -6,6 +6,7 @@ Bitwise so with themselves, from run to run, for any number of threads, and whet
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from pathlib import Path
@@ -69,18 +70,21 @@ LARGE = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(params=["aligned", "unaligned"])
+@pytest.fixture(params=[(0,), (16,), (0, 16), (16, 0)], ids=["aligned", "unaligned", "first", "second"])
 def _outputs(request, monkeypatch):
-    """Large outputs begin with a cache line, as TensorFlow's do, or elsewhere, as NumPy's."""
+    """Where large outputs begin in a cache line, by turns: at its first byte, as TensorFlow's do, or elsewhere, as
+    NumPy's may, and y or dx as dresidual or not."""
+    past = itertools.cycle(request.param)
 
-    def aligned(_, shape, dtype, like):
+    def empty(_, shape, dtype, like):
         kind = like.dtype if dtype == like.dtype.name else np.dtype(dtype)
         size = math.prod(shape) * kind.itemsize
-        raw = np.empty(size + 64, np.uint8)
-        return raw[-raw.ctypes.data % 64 :][:size].view(kind).reshape(shape)
+        if shape != like.shape:
+            return np.empty(shape, kind)
+        raw = np.empty(size + 128, np.uint8)
+        return raw[-raw.ctypes.data % 64 + next(past) :][:size].view(kind).reshape(shape)
 
-    if request.param == "aligned":
-        monkeypatch.setattr(_arrays._NumPy, "empty", aligned)
+    monkeypatch.setattr(_arrays._NumPy, "empty", empty)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])

@@ -320,7 +320,7 @@ TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T> arrays, const C& coeffi
   if (arrays.stream_dresidual) {
     const StreamedLines others = LinesToStream(arrays.dresidual, arrays.length);
     if (!arrays.stream_dx) lines = others;
-    arrays.stream_dresidual = others.begin == lines.begin;
+    arrays.stream_dresidual = others == lines;
   }
   int64_t i = 0;
   if (!lines.IsEmpty()) {

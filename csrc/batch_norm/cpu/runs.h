@@ -246,6 +246,7 @@ struct StreamedLines {
   int64_t end = 0;
 
   TFOPS_INLINE bool IsEmpty() const { return begin == end; }
+  TFOPS_INLINE bool operator==(const StreamedLines& other) const { return begin == other.begin && end == other.end; }
 };
 
 template <typename T>
