@@ -289,6 +289,17 @@ def test_levels(level):
     if chosen.strip() != level:
         pytest.skip(f"this machine has no {level}")
     phases = str(Path(__file__).with_name("test_kernels_phases.py"))
-    selected = ("-k", "not levels and not by_simt")
+    selected = ("-k", "not levels and not streams and not by_simt")
     tests = run("-m", "pytest", "-q", *selected, "-p", "no:cacheprovider", __file__, phases)
+    assert tests.returncode == 0, tests.stdout
+
+
+@pytest.mark.parametrize("streams", ["few", "many"])
+def test_streams(streams):
+    """Past the cache memory is read and written in few streams or in many, as suits the core: both do everywhere."""
+    tests = run_python(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__),
+        *("-k", "larger_than_the_cache and not unaligned and not 131 and not 2056"),
+        TFOPS_CPU_STREAMS=streams,
+    )
     assert tests.returncode == 0, tests.stdout

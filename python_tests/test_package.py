@@ -187,9 +187,10 @@ def test_info_command():
 def test_cpu_level_can_be_forced():
     info = "import tfops_kernels; print(tfops_kernels.build_info()['cpu_instruction_set'])"
     assert run_python("-c", info, TFOPS_CPU="x86-64-v2").stdout.strip() in ("x86-64-v2", "generic")
-    run = run_python(
-        "-c",
-        "import numpy as np, tfops_kernels as k; k.forward(np.eye(2), np.ones(2), np.ones(2))",
-        TFOPS_CPU="sse9",
-    )
-    assert "TFOPS_CPU is 'sse9', but this machine and build have: " in run.stderr
+
+
+@pytest.mark.parametrize("variable", ["TFOPS_CPU", "TFOPS_CPU_STREAMS"])
+def test_unknown_cpu_choice(variable):
+    call = "import numpy as np, tfops_kernels as k; k.forward(np.eye(2), np.ones(2), np.ones(2))"
+    run = run_python("-c", call, **{variable: "sse9"})
+    assert f"{variable} is 'sse9', but this machine and build have: " in run.stderr
