@@ -114,18 +114,13 @@ def test_larger_than_the_cache(row, axis, dtype, residual):
             np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), want.view(f"u{got.itemsize}"))
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
-@LARGE
-def test_in_place_larger_than_the_cache(row, axis, dtype, residual):
-    """An output in an input's place is not written past the cache: bit for bit what it is elsewhere."""
-    x, dy, r = _larger_than_the_cache(row, dtype)
-    x, dy, r = np.concatenate([x, x]), np.concatenate([dy, dy]), np.concatenate([r, r])
+def _check_in_place(x, dy, residual, axis, dtype):
+    """y and dx in the place of x and dy are bit for bit what they are elsewhere."""
     rng = np.random.default_rng(1)
     param = np.float64 if dtype == "float64" else np.float32
-    scale, offset, mean, variance = vectors = rng.uniform(0.5, 2, (4, row[0])).astype(param)
+    scale, offset, mean, variance = vectors = rng.uniform(0.5, 2, (4, x.shape[axis])).astype(param)
     settings = {"axis": axis, "activation": "leaky_relu", "training": False, "threads": 2}
-    more = {"residual": r} if residual else {}
+    more = {} if residual is None else {"residual": residual}
     want_y = tfops_kernels.forward(x, *vectors, **settings, **more).y
     want_dx = tfops_kernels.backward(dy, x, *vectors, **settings, **more).x
 
@@ -134,7 +129,7 @@ def test_in_place_larger_than_the_cache(row, axis, dtype, residual):
         axis=axis,
         dtype=getattr(_kernels.DataType, dtype),
         activation="leaky_relu",
-        has_residual=residual,
+        has_residual=residual is not None,
         training=False,
         epsilon=1e-3,
         exponential_avg_factor=1.0,
@@ -154,6 +149,25 @@ def test_in_place_larger_than_the_cache(row, axis, dtype, residual):
     _kernels.cpu_forward(problem, place(_kernels.ForwardArrays(), **given, variance=variance, y=x), 2)
     for got, want in ((x, want_y), (dy, want_dx)):
         np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), want.view(f"u{got.itemsize}"))
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@LARGE
+def test_in_place_larger_than_the_cache(row, axis, dtype, residual):
+    """What is written in an input's place does not go past the cache."""
+    x, dy, r = (np.concatenate([array, array]) for array in _larger_than_the_cache(row, dtype))
+    _check_in_place(x, dy, r if residual else None, axis, dtype)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize("plane", [(3, 3), (7, 7), (5, 9), (14, 14), (11, 23), (27, 27)], ids=str)
+def test_planes_in_place(plane, dtype, residual):
+    """The last vector of a plane overlaps the one before, and has to be read before that is written."""
+    kind = kernel_cases.numpy_dtype(dtype)
+    x, dy, r = np.random.default_rng(0).standard_normal((3, 6, 5, *plane)).astype(kind)
+    _check_in_place(x, dy, r if residual else None, 1, dtype)
 
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)

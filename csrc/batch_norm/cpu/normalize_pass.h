@@ -104,7 +104,7 @@ class MaskWriter {
 // part.
 template <typename T>
 TFOPS_INLINE bool OverlapsItsEnd(int64_t length) {
-  constexpr int64_t kMaxBytes = 512;  // to read the end of longer runs first is bad for prefetching
+  constexpr int64_t kMaxBytes = 2048;  // the end of longer runs is too small a part of them
   constexpr int kL = kLanes<Param<T>>;
   return length > kL && length % kL != 0 && length * static_cast<int64_t>(sizeof(T)) <= kMaxBytes;
 }
@@ -138,9 +138,26 @@ TFOPS_INLINE int64_t NormalizeBlocks(const NormalizeArrays<T> arrays, const C co
   return i;
 }
 
+// To a run's end, the last vector overlapping the one before. So it is loaded before that is written, perhaps to the
+// same place.
+template <Activation kActivation, typename T, typename C>
+TFOPS_INLINE void NormalizeOverlapping(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t begin,
+                                       int64_t end, MaskWriter* mask) {
+  constexpr int kL = kLanes<Param<T>>;
+  const int64_t last = end - kL;
+  const auto inputs = LoadInputs<false>(arrays, last, kL);
+  int64_t i = NormalizeBlocks<kActivation, false>(arrays, coefficients, begin, end, mask);
+  for (; i < last; i += kL) {
+    mask->PutFirst(NormalizeVector<false, kActivation>(arrays, coefficients, i, kL, false), kL);
+  }
+  const uint32_t bits = NormalizeLoaded<false, kActivation>(arrays, inputs, coefficients, last, kL, false);
+  mask->PutFirst(bits >> (i - last), end - i);
+}
+
 template <Activation kActivation, typename T, typename C>
 TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t length) {
   constexpr int kL = kLanes<Param<T>>;
+  constexpr int64_t kFewBytes = 256;  // more are read in the order of memory, for prefetching loses its thread else
   MaskWriter mask(kIsPiecewiseLinear<kActivation> ? arrays.bits : nullptr);
   const StreamedLines lines = arrays.stream ? LinesToStream(arrays.y, length) : StreamedLines{};
   if (!lines.IsEmpty()) {
@@ -150,16 +167,11 @@ TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T>& arrays, const C& coeffi
   } else if (!OverlapsItsEnd<T>(length)) {
     const int64_t i = NormalizeBlocks<kActivation, false>(arrays, coefficients, 0, length, &mask);
     NormalizeSome<kActivation>(arrays, coefficients, i, length, &mask);
+  } else if (length * static_cast<int64_t>(sizeof(T)) <= kFewBytes) {
+    NormalizeOverlapping<kActivation>(arrays, coefficients, 0, length, &mask);
   } else {
-    // The last vector overlaps the one before, and so is loaded before that is written, perhaps to the same place.
-    const int64_t last = length - kL;
-    const auto inputs = LoadInputs<false>(arrays, last, kL);
-    int64_t i = NormalizeBlocks<kActivation, false>(arrays, coefficients, 0, length, &mask);
-    for (; i < last; i += kL) {
-      mask.PutFirst(NormalizeVector<false, kActivation>(arrays, coefficients, i, kL, false), kL);
-    }
-    const uint32_t bits = NormalizeLoaded<false, kActivation>(arrays, inputs, coefficients, last, kL, false);
-    mask.PutFirst(bits >> (i - last), length - i);
+    const int64_t i = NormalizeBlocks<kActivation, false>(arrays, coefficients, 0, length - kL, &mask);
+    NormalizeOverlapping<kActivation>(arrays, coefficients, i, length, &mask);
   }
   mask.Finish();
 }
