@@ -73,7 +73,7 @@ LARGE = pytest.mark.parametrize(
 @pytest.fixture(params=[(0,), (16,), (0, 16), (16, 0)], ids=["aligned", "unaligned", "first", "second"])
 def _outputs(request, monkeypatch):
     """Where large outputs begin in a cache line, by turns: at its first byte, as TensorFlow's do, or elsewhere, as
-    NumPy's may, and y or dx as dresidual or not."""
+    NumPy's may. Two by turns: dx and dresidual begin differently."""
     past = itertools.cycle(request.param)
 
     def empty(_, shape, dtype, like):

@@ -52,7 +52,7 @@ std::vector<Level> Levels() {
 }
 
 // Whether a core that reads and writes a dozen streams, each of them straight ahead, keeps up what it does in two or
-// three. Intel's do better then (measured on Sapphire Rapids); AMD's take up to 2.7 times as long (Zen 5).
+// three. Intel's do better then (a Xeon with AVX-512); AMD's take up to 2.7 times as long (Zen 5).
 bool FollowsManyStreams() {
 #ifdef __x86_64__
   __builtin_cpu_init();
