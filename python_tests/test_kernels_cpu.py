@@ -170,6 +170,50 @@ def test_planes_in_place(plane, dtype, residual):
     _check_in_place(x, dy, r if residual else None, 1, dtype)
 
 
+@pytest.mark.parametrize("taker", ["dx", "dresidual"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize("plane", [(3, 3), (7, 7), (5, 9), (11, 23)], ids=str)
+def test_training_gradients_of_planes_in_place(plane, dtype, activation, taker):
+    """dx or dresidual in the place of dy, with a mask or without: of the last vector too, all is read in time."""
+    kind = kernel_cases.numpy_dtype(dtype)
+    param = np.float64 if dtype == "float64" else np.float32
+    rng = np.random.default_rng(0)
+    x, dy, residual = rng.standard_normal((3, 6, 5, *plane)).astype(kind)
+    scale, offset = rng.uniform(0.5, 2, (2, 5)).astype(param)
+    settings = {"axis": 1, "activation": activation, "threads": 2}
+    forward = tfops_kernels.forward(x, scale, offset, residual=residual, **settings)
+    saved = {"mean": forward.saved_mean, "spread": forward.saved_inv_std, "mask": forward.mask}
+    kept = True if activation == "relu" else residual
+    want = tfops_kernels.backward(
+        dy, x, scale, offset, saved["mean"], saved["spread"], residual=kept, mask=forward.mask, **settings
+    )
+
+    problem = _kernels.Problem(
+        shape=x.shape,
+        axis=1,
+        dtype=getattr(_kernels.DataType, dtype),
+        activation=activation,
+        has_residual=True,
+        training=True,
+        epsilon=1e-3,
+        exponential_avg_factor=1.0,
+        unbiased=True,
+    )
+    arrays = _kernels.BackwardArrays()
+    elsewhere = np.empty_like(dy)
+    outputs = {"dscale": np.empty_like(scale), "doffset": np.empty_like(scale), "dx": elsewhere, "dresidual": elsewhere}
+    given = {"x": x, "dy": dy, "scale": scale, "offset": offset, **saved}
+    if activation == "silu":
+        given["residual"] = residual
+    for name, array in (given | outputs | {taker: dy}).items():
+        setattr(arrays, name, 0 if array is None else array.ctypes.data)
+    _kernels.cpu_backward(problem, arrays, 2)
+    dx, dresidual = (dy, elsewhere) if taker == "dx" else (elsewhere, dy)
+    for got, wanted in ((dx, want.x), (dresidual, want.residual)):
+        np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), wanted.view(f"u{got.itemsize}"))
+
+
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @LARGE
 @pytest.mark.usefixtures("_outputs")

@@ -280,16 +280,22 @@ void FinishGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
 // ---------------------------------------------------------------------------------------------------------------------
 // dx = dz * slope + (x - mean) * tilt + shift
 
-template <bool kPartial, Activation kActivation, typename T, typename C>
-TFOPS_INLINE void GradientNormalizeVector(const GradientArrays<T>& arrays, const C& coefficients, bool training,
-                                          int64_t i, int64_t n, bool stream) {
-  using P = Param<T>;
-  const Gradient<P> g = GradientOfVector<kPartial, kActivation>(arrays, coefficients, i, n);
-  Vec<P> dx = g.dz * coefficients.Slope(i);
+// Writes dx, and dresidual, of lanes i and on from what has been read of them.
+template <bool kPartial, typename T, typename C>
+TFOPS_INLINE void WriteGradient(const GradientArrays<T>& arrays, const Gradient<Param<T>>& g, const C& coefficients,
+                                bool training, int64_t i, int64_t n, bool stream) {
+  Vec<Param<T>> dx = g.dz * coefficients.Slope(i);
   if (training) dx += g.xc * coefficients.Tilt(i) + coefficients.Shift(i);
   // dresidual first: it may be dy itself, but so may dx, and both have been read.
   if (arrays.dresidual) StoreLanes<kPartial>(arrays.dresidual + i, g.dz, n, stream && arrays.stream_dresidual);
   StoreLanes<kPartial>(arrays.dx + i, dx, n, stream && arrays.stream_dx);
+}
+
+template <bool kPartial, Activation kActivation, typename T, typename C>
+TFOPS_INLINE void GradientNormalizeVector(const GradientArrays<T>& arrays, const C& coefficients, bool training,
+                                          int64_t i, int64_t n, bool stream) {
+  const auto g = GradientOfVector<kPartial, kActivation>(arrays, coefficients, i, n);
+  WriteGradient<kPartial>(arrays, g, coefficients, training, i, n, stream);
 }
 
 // The parts of a run, as in NormalizeRun.
@@ -313,6 +319,17 @@ TFOPS_INLINE int64_t GradientNormalizeVectors(const GradientArrays<T> arrays, co
   return i;
 }
 
+// As NormalizeOverlapping.
+template <Activation kActivation, typename T, typename C>
+TFOPS_INLINE void GradientNormalizeOverlapping(const GradientArrays<T>& arrays, const C& coefficients, bool training,
+                                               int64_t begin) {
+  constexpr int kL = kLanes<Param<T>>;
+  const int64_t last = arrays.length - kL;
+  const auto g = GradientOfVector<false, kActivation>(arrays, coefficients, last, kL);
+  GradientNormalizeVectors<kActivation, false>(arrays, coefficients, training, begin, arrays.length);
+  WriteGradient<false>(arrays, g, coefficients, training, last, kL, false);
+}
+
 template <Activation kActivation, typename T, typename C>
 TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T> arrays, const C& coefficients, bool training) {
   StreamedLines lines;
@@ -322,14 +339,21 @@ TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T> arrays, const C& coeffi
     if (!arrays.stream_dx) lines = others;
     arrays.stream_dresidual = others == lines;
   }
-  int64_t i = 0;
+  const int64_t length = arrays.length;
   if (!lines.IsEmpty()) {
     GradientNormalizeSome<kActivation>(arrays, coefficients, training, 0, lines.begin);
-    i = GradientNormalizeVectors<kActivation, true>(arrays, coefficients, training, lines.begin, lines.end);
+    GradientNormalizeVectors<kActivation, true>(arrays, coefficients, training, lines.begin, lines.end);
+    GradientNormalizeSome<kActivation>(arrays, coefficients, training, lines.end, length);
+  } else if (!OverlapsItsEnd<T>(length)) {
+    const int64_t i = GradientNormalizeVectors<kActivation, false>(arrays, coefficients, training, 0, length);
+    GradientNormalizeSome<kActivation>(arrays, coefficients, training, i, length);
+  } else if (IsReadAtOnce<T>(length)) {
+    GradientNormalizeOverlapping<kActivation>(arrays, coefficients, training, 0);
   } else {
-    i = GradientNormalizeVectors<kActivation, false>(arrays, coefficients, training, 0, arrays.length);
+    const int64_t last = length - kLanes<Param<T>>;
+    const int64_t i = GradientNormalizeVectors<kActivation, false>(arrays, coefficients, training, 0, last);
+    GradientNormalizeOverlapping<kActivation>(arrays, coefficients, training, i);
   }
-  GradientNormalizeSome<kActivation>(arrays, coefficients, training, i, arrays.length);
 }
 
 // As NormalizeTiles.
@@ -386,15 +410,18 @@ void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
   const bool training = job.problem.training;
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    ForEachRun(job.problem, job.plan, item, [&](const Run& run) {
+    if (!job.plan.channels_last) {
+      return ForEachSegment(job.problem, job.plan, item, [&](const Run& run) {
+        const uint8_t* bits = MaskInPlace(job.problem, job.plan, run, job.arrays.mask);
+        const auto coefficients = ChannelCoefficients<P>(job.coefficients, run.column);
+        GradientNormalizeRun<kActivation>(ArraysOfRun<T>(job, run, bits), coefficients, training);
+      });
+    }
+    ForEachRow(job.plan, item, [&](const Run& run) {
       uint8_t buffer[kRunMaskBytes];
       const uint8_t* bits = MaskOfRun(job.problem, job.plan, run, job.arrays.mask, buffer);
-      const GradientArrays<T> arrays = ArraysOfRun<T>(job, run, bits);
-      if (job.plan.channels_last) {
-        GradientNormalizeRun<kActivation>(arrays, ColumnCoefficients<P>(job.coefficients, run.column), training);
-      } else {
-        GradientNormalizeRun<kActivation>(arrays, ChannelCoefficients<P>(job.coefficients, run.column), training);
-      }
+      const ColumnCoefficients<P> coefficients(job.coefficients, run.column);
+      GradientNormalizeRun<kActivation>(ArraysOfRun<T>(job, run, bits), coefficients, training);
     });
   });
   if (job.stream_dx || job.stream_dresidual) StreamFence();

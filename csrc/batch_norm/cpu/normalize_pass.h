@@ -99,16 +99,6 @@ class MaskWriter {
   int64_t count_ = 0;  // of pending bits
 };
 
-// Whether the end of a run is written by a vector that overlaps the one before. One written in part would do too, but
-// what reads on from there, if it reads where that writes, waits for it: 8 ns, which in a plane of 7x7 is the larger
-// part.
-template <typename T>
-TFOPS_INLINE bool OverlapsItsEnd(int64_t length) {
-  constexpr int64_t kMaxBytes = 2048;  // the end of longer runs is too small a part of them
-  constexpr int kL = kLanes<Param<T>>;
-  return length > kL && length % kL != 0 && length * static_cast<int64_t>(sizeof(T)) <= kMaxBytes;
-}
-
 // The parts of a run: vectors written in part, or whole blocks. What these change are locals of their own, which so
 // stay in registers.
 template <Activation kActivation, typename T, typename C>
@@ -156,8 +146,6 @@ TFOPS_INLINE void NormalizeOverlapping(const NormalizeArrays<T>& arrays, const C
 
 template <Activation kActivation, typename T, typename C>
 TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t length) {
-  constexpr int kL = kLanes<Param<T>>;
-  constexpr int64_t kFewBytes = 256;  // more are read in the order of memory, for prefetching loses its thread else
   MaskWriter mask(kIsPiecewiseLinear<kActivation> ? arrays.bits : nullptr);
   const StreamedLines lines = arrays.stream ? LinesToStream(arrays.y, length) : StreamedLines{};
   if (!lines.IsEmpty()) {
@@ -167,10 +155,11 @@ TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T>& arrays, const C& coeffi
   } else if (!OverlapsItsEnd<T>(length)) {
     const int64_t i = NormalizeBlocks<kActivation, false>(arrays, coefficients, 0, length, &mask);
     NormalizeSome<kActivation>(arrays, coefficients, i, length, &mask);
-  } else if (length * static_cast<int64_t>(sizeof(T)) <= kFewBytes) {
+  } else if (IsReadAtOnce<T>(length)) {
     NormalizeOverlapping<kActivation>(arrays, coefficients, 0, length, &mask);
   } else {
-    const int64_t i = NormalizeBlocks<kActivation, false>(arrays, coefficients, 0, length - kL, &mask);
+    const int64_t last = length - kLanes<Param<T>>;
+    const int64_t i = NormalizeBlocks<kActivation, false>(arrays, coefficients, 0, last, &mask);
     NormalizeOverlapping<kActivation>(arrays, coefficients, i, length, &mask);
   }
   mask.Finish();
@@ -235,15 +224,17 @@ void NormalizeItem(const ForwardJob& job, int64_t item) {
   const bool buffered = mask && IsMaskBuffered(problem, plan);
   WithActivation(problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    ForEachRun(problem, plan, item, [&](const Run& run) {
+    if (!plan.channels_last) {
+      return ForEachSegment(problem, plan, item, [&](const Run& run) {
+        const NormalizeArrays<T> arrays = ArraysOfRun<T>(job, run, MaskInPlace(problem, plan, run, mask));
+        NormalizeRun<kActivation>(arrays, ChannelCoefficients<P>(job.coefficients, run.column), run.length);
+      });
+    }
+    ForEachRow(plan, item, [&](const Run& run) {
       uint8_t buffer[kRunMaskBytes];
       uint8_t* bits = buffered ? buffer : MaskInPlace(problem, plan, run, mask);
       const NormalizeArrays<T> arrays = ArraysOfRun<T>(job, run, bits);
-      if (plan.channels_last) {
-        NormalizeRun<kActivation>(arrays, ColumnCoefficients<P>(job.coefficients, run.column), run.length);
-      } else {
-        NormalizeRun<kActivation>(arrays, ChannelCoefficients<P>(job.coefficients, run.column), run.length);
-      }
+      NormalizeRun<kActivation>(arrays, ColumnCoefficients<P>(job.coefficients, run.column), run.length);
       if (buffered) ScatterMask(problem, plan, run, buffer, mask);
     });
   });

@@ -137,24 +137,37 @@ TFOPS_INLINE void ForEachRuns(const Problem& problem, const Plan& plan, int64_t 
   }
 }
 
-// Every run of an item.
+// Every run of an item, channels-last: rows, and the tail.
 template <typename Body>
-TFOPS_INLINE void ForEachRun(const Problem& problem, const Plan& plan, int64_t item, Body body) {
+TFOPS_INLINE void ForEachRow(const Plan& plan, int64_t item, Body body) {
   const int64_t chunk = plan.Chunk(item);
   const int64_t column_begin = plan.ColumnBegin(item);
   const int64_t column_end = plan.ColumnEnd(item);
-  const int64_t row_begin = plan.RowBegin(chunk);
   const int64_t row_end = plan.RowEnd(chunk);
-  if (!plan.channels_last) {
-    ForEachGroup(plan, item, [&](int64_t group_begin, int64_t group_end) {
-      for (int64_t r = row_begin; r < row_end; ++r) {
-        for (int64_t c = group_begin; c < group_end; ++c) body(SegmentRun(problem, plan, r, c));
-      }
-    });
-    return;
-  }
-  for (int64_t r = row_begin; r < row_end; ++r) body(RowRun(plan, r, column_begin, column_end));
+  for (int64_t r = plan.RowBegin(chunk); r < row_end; ++r) body(RowRun(plan, r, column_begin, column_end));
   if (plan.HasTail(chunk)) body(RowRun(plan, plan.rows, 0, plan.tail));
+}
+
+// Every run of an item, channels-first: segments of planes, those of a group of channels row by row.
+template <typename Body>
+TFOPS_INLINE void ForEachSegment(const Problem& problem, const Plan& plan, int64_t item, Body body) {
+  const int64_t row_begin = plan.RowBegin(plan.Chunk(item));
+  const int64_t row_end = plan.RowEnd(plan.Chunk(item));
+  ForEachGroup(plan, item, [&](int64_t group_begin, int64_t group_end) {
+    for (int64_t r = row_begin; r < row_end; ++r) {
+      for (int64_t c = group_begin; c < group_end; ++c) body(SegmentRun(problem, plan, r, c));
+    }
+  });
+}
+
+// Every run of an item, of either layout.
+template <typename Body>
+TFOPS_INLINE void ForEachRun(const Problem& problem, const Plan& plan, int64_t item, Body body) {
+  if (plan.channels_last) {
+    ForEachRow(plan, item, body);
+  } else {
+    ForEachSegment(problem, plan, item, body);
+  }
 }
 
 // Channels-last data are gone through by tiles, whose rows share coefficients: in the cache, to load three to five
@@ -260,6 +273,24 @@ TFOPS_INLINE StreamedLines LinesToStream(const T* p, int64_t length) {
   constexpr int64_t kUnit = kBlockBytes < kLineBytes ? kLineBytes / sizeof(T) : kBlock;
   const int64_t begin = (kLineBytes - past) % kLineBytes / sizeof(T);
   return {begin, begin + (length - begin) / kUnit * kUnit};
+}
+
+// Whether the end of a run is written by a vector that overlaps the one before. One written in part would do too, but
+// what reads on from there, if it reads where that writes, waits for it: 8 ns, which in a plane of 7x7 is the larger
+// part.
+template <typename T>
+TFOPS_INLINE bool OverlapsItsEnd(int64_t length) {
+  constexpr int64_t kMaxBytes = 2048;  // the end of longer runs is too small a part of them
+  constexpr int kL = kLanes<Param<T>>;
+  return length > kL && length % kL != 0 && length * static_cast<int64_t>(sizeof(T)) <= kMaxBytes;
+}
+
+// Whether such an end is read before anything is written. Of longer runs it is read when all but what it overlaps is:
+// in the order of memory, without which prefetching loses its thread.
+template <typename T>
+TFOPS_INLINE bool IsReadAtOnce(int64_t length) {
+  constexpr int64_t kMaxBytes = 256;
+  return length * static_cast<int64_t>(sizeof(T)) <= kMaxBytes;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
