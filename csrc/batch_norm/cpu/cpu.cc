@@ -174,6 +174,7 @@ ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, A
   if (job.stream_y) streamed.push_back(arrays.y);
   const int count = (in_place ? 1 : 2) + (problem.has_residual ? 1 : 0);
   job.tiling = ChooseTiling(problem, job.plan, arrays.mask, count, streamed);
+  job.fetch_ahead = job.plan.channels_last && OutgrowsCache(problem, count);
   if (problem.training) job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset}) {
     *piece = TakeColumns(problem, job.plan, arena);
@@ -197,6 +198,7 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
   if (!is_converted || problem.activation == Activation::kNone) {
     job.tiling = ChooseTiling(problem, job.plan, arrays.mask, count, streamed);
   }
+  job.fetch_ahead = job.plan.channels_last && OutgrowsCache(problem, count);
   job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset,
                        &job.coefficients.tilt, &job.coefficients.shift}) {

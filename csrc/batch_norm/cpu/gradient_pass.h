@@ -25,12 +25,20 @@ struct GradientArrays {
   T* dresidual;
   bool stream_dx;
   bool stream_dresidual;
+  bool fetch_ahead;
 
   // Those of `count` elements from i on. With bits, i is a multiple of 8.
   TFOPS_INLINE GradientArrays From(int64_t i, int64_t count) const {
-    return {dy + i,          x + i,          Advance(residual, i),  Advance(bits, i / 8),
-            count,           Advance(dx, i), Advance(dresidual, i), stream_dx,
-            stream_dresidual};
+    return {dy + i,
+            x + i,
+            Advance(residual, i),
+            Advance(bits, i / 8),
+            count,
+            Advance(dx, i),
+            Advance(dresidual, i),
+            stream_dx,
+            stream_dresidual,
+            fetch_ahead};
   }
 };
 
@@ -45,7 +53,17 @@ TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardJob& job, const Run& ru
           Advance(static_cast<T*>(arrays.dx), run.offset),
           Advance(static_cast<T*>(arrays.dresidual), run.offset),
           job.stream_dx,
-          job.stream_dresidual};
+          job.stream_dresidual,
+          job.fetch_ahead};
+}
+
+// Whole vectors are read from i on.
+template <typename T>
+TFOPS_INLINE void FetchAhead(const GradientArrays<T>& arrays, int64_t i) {
+  if (!arrays.fetch_ahead) return;
+  FetchAhead(arrays.dy + i);
+  FetchAhead(arrays.x + i);
+  if (arrays.residual) FetchAhead(arrays.residual + i);
 }
 
 template <typename P>
@@ -84,6 +102,7 @@ TFOPS_INLINE void AddRows(const GradientArrays<T>* rows, const ColumnCoefficient
   ForEachVector<P>(columns, [&](auto partial, int64_t j, int64_t n) {
     Vec<P> first{}, second{};
     for (int r = 0; r < kRows; ++r) {
+      if constexpr (kActivation != Activation::kNone) FetchAhead(rows[r], j);  // else cores see it coming
       const Gradient<P> g = GradientOfVector<decltype(partial)::value, kActivation>(rows[r], coefficients, j, n);
       first += g.dz;
       second += g.dz * g.xc;
@@ -314,6 +333,7 @@ TFOPS_INLINE int64_t GradientNormalizeVectors(const GradientArrays<T> arrays, co
   constexpr int kL = kLanes<Param<T>>;
   int64_t i = begin;
   for (; i + kL <= end; i += kL) {
+    FetchAhead(arrays, i);
     GradientNormalizeVector<false, kActivation>(arrays, coefficients, training, i, kL, kStream);
   }
   return i;

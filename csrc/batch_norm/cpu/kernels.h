@@ -27,11 +27,13 @@ struct Coefficients {
 // How a job goes through its rows by tiles, if it does. runs.h says what these are, and chooses where rows do not suit.
 enum class Tiling { kNone, kPlain, kPrefetched, kApart };
 
-// stream: the output goes past the cache, which is too small for it and what was read.
+// stream: the output goes past the cache, which is too small for it and what was read. fetch_ahead: inputs come from
+// memory, in its order.
 struct ForwardJob {
   Problem problem;
   Plan plan;
   bool stream_y = false;
+  bool fetch_ahead = false;
   Tiling tiling = Tiling::kNone;
   ForwardArrays arrays;
   Partials partials;
@@ -43,6 +45,7 @@ struct BackwardJob {
   Plan plan;
   bool stream_dx = false;
   bool stream_dresidual = false;
+  bool fetch_ahead = false;
   Tiling tiling = Tiling::kNone;
   BackwardArrays arrays;
   Partials partials;

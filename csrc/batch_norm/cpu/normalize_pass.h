@@ -17,18 +17,31 @@ struct NormalizeArrays {
   T* y;
   uint8_t* bits;
   bool stream;
+  bool fetch_ahead;
 
   // Those of elements i and on. With bits, i is a multiple of 8.
   TFOPS_INLINE NormalizeArrays From(int64_t i) const {
-    return {x + i, Advance(residual, i), y + i, Advance(bits, i / 8), stream};
+    return {x + i, Advance(residual, i), y + i, Advance(bits, i / 8), stream, fetch_ahead};
   }
 };
 
 template <typename T>
 TFOPS_INLINE NormalizeArrays<T> ArraysOfRun(const ForwardJob& job, const Run& run, uint8_t* bits) {
   const ForwardArrays& arrays = job.arrays;
-  return {static_cast<const T*>(arrays.x) + run.offset, Advance(static_cast<const T*>(arrays.residual), run.offset),
-          static_cast<T*>(arrays.y) + run.offset, bits, job.stream_y};
+  return {static_cast<const T*>(arrays.x) + run.offset,
+          Advance(static_cast<const T*>(arrays.residual), run.offset),
+          static_cast<T*>(arrays.y) + run.offset,
+          bits,
+          job.stream_y,
+          job.fetch_ahead};
+}
+
+// Whole vectors are read from i on.
+template <typename T>
+TFOPS_INLINE void FetchAhead(const NormalizeArrays<T>& arrays, int64_t i) {
+  if (!arrays.fetch_ahead) return;
+  FetchAhead(arrays.x + i);
+  if (arrays.residual) FetchAhead(arrays.residual + i);
 }
 
 // What a vector of results is computed from.
@@ -120,6 +133,7 @@ TFOPS_INLINE int64_t NormalizeBlocks(const NormalizeArrays<T> arrays, const C co
   for (; i + kBlock <= end; i += kBlock) {
     uint32_t bits = 0;
     for (int j = 0; j < kBlock; j += kL) {
+      FetchAhead(arrays, i + j);
       bits |= NormalizeVector<false, kActivation>(arrays, coefficients, i + j, kL, kStream) << j;
     }
     writer.template PutBlock<!kStream>(bits);
