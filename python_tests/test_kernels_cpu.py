@@ -111,7 +111,32 @@ def test_larger_than_the_cache(row, axis, dtype, residual):
     for part in (slice(None), slice(rows // 2)):
         for got, wanted in zip(run(part), zip(*parts, strict=True), strict=True):
             want = np.concatenate(wanted)[part]
-            np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), want.view(f"u{got.itemsize}"))
+            _assert_same_bits(got, want)
+
+
+def _problem(x, axis, dtype, activation, has_residual, training):
+    return _kernels.Problem(
+        shape=x.shape,
+        axis=axis,
+        dtype=getattr(_kernels.DataType, dtype),
+        activation=activation,
+        has_residual=has_residual,
+        training=training,
+        epsilon=1e-3,
+        exponential_avg_factor=1.0,
+        unbiased=True,
+    )
+
+
+def _place(arrays, **places):
+    """The arrays of a call, where the caller wants them: the callers of tfops_kernels cannot choose."""
+    for name, array in places.items():
+        setattr(arrays, name, array.ctypes.data)
+    return arrays
+
+
+def _assert_same_bits(got, want):
+    np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), want.view(f"u{want.itemsize}"))
 
 
 def _check_in_place(x, dy, residual, axis, dtype):
@@ -124,31 +149,15 @@ def _check_in_place(x, dy, residual, axis, dtype):
     want_y = tfops_kernels.forward(x, *vectors, **settings, **more).y
     want_dx = tfops_kernels.backward(dy, x, *vectors, **settings, **more).x
 
-    problem = _kernels.Problem(
-        shape=x.shape,
-        axis=axis,
-        dtype=getattr(_kernels.DataType, dtype),
-        activation="leaky_relu",
-        has_residual=residual is not None,
-        training=False,
-        epsilon=1e-3,
-        exponential_avg_factor=1.0,
-        unbiased=True,
-    )
+    problem = _problem(x, axis, dtype, "leaky_relu", has_residual=residual is not None, training=False)
     sums = [np.empty_like(scale) for _ in range(4)]
-
-    def place(arrays, **places):
-        for name, array in places.items():
-            setattr(arrays, name, array.ctypes.data)
-        return arrays
-
     given = {"x": x, "scale": scale, "offset": offset, "mean": mean} | more
     outputs = dict(zip(("dscale", "doffset", "dmean_in", "dvariance_in"), sums, strict=True))
-    backward = place(_kernels.BackwardArrays(), **given, spread=variance, dy=dy, dx=dy, **outputs)
+    backward = _place(_kernels.BackwardArrays(), **given, spread=variance, dy=dy, dx=dy, **outputs)
     _kernels.cpu_backward(problem, backward, 2)
-    _kernels.cpu_forward(problem, place(_kernels.ForwardArrays(), **given, variance=variance, y=x), 2)
-    for got, want in ((x, want_y), (dy, want_dx)):
-        np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), want.view(f"u{got.itemsize}"))
+    _kernels.cpu_forward(problem, _place(_kernels.ForwardArrays(), **given, variance=variance, y=x), 2)
+    _assert_same_bits(x, want_y)
+    _assert_same_bits(dy, want_dx)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
@@ -183,35 +192,19 @@ def test_training_gradients_of_planes_in_place(plane, dtype, activation, taker):
     scale, offset = rng.uniform(0.5, 2, (2, 5)).astype(param)
     settings = {"axis": 1, "activation": activation, "threads": 2}
     forward = tfops_kernels.forward(x, scale, offset, residual=residual, **settings)
-    saved = {"mean": forward.saved_mean, "spread": forward.saved_inv_std, "mask": forward.mask}
-    kept = True if activation == "relu" else residual
+    statistics = {"mean": forward.saved_mean, "spread": forward.saved_inv_std}
+    given = {"mask": forward.mask} if activation == "relu" else {"residual": residual}
     want = tfops_kernels.backward(
-        dy, x, scale, offset, saved["mean"], saved["spread"], residual=kept, mask=forward.mask, **settings
+        *(dy, x, scale, offset, *statistics.values()), **{"residual": True, **given}, **settings
     )
 
-    problem = _kernels.Problem(
-        shape=x.shape,
-        axis=1,
-        dtype=getattr(_kernels.DataType, dtype),
-        activation=activation,
-        has_residual=True,
-        training=True,
-        epsilon=1e-3,
-        exponential_avg_factor=1.0,
-        unbiased=True,
-    )
-    arrays = _kernels.BackwardArrays()
-    elsewhere = np.empty_like(dy)
-    outputs = {"dscale": np.empty_like(scale), "doffset": np.empty_like(scale), "dx": elsewhere, "dresidual": elsewhere}
-    given = {"x": x, "dy": dy, "scale": scale, "offset": offset, **saved}
-    if activation == "silu":
-        given["residual"] = residual
-    for name, array in (given | outputs | {taker: dy}).items():
-        setattr(arrays, name, 0 if array is None else array.ctypes.data)
-    _kernels.cpu_backward(problem, arrays, 2)
-    dx, dresidual = (dy, elsewhere) if taker == "dx" else (elsewhere, dy)
-    for got, wanted in ((dx, want.x), (dresidual, want.residual)):
-        np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), wanted.view(f"u{got.itemsize}"))
+    outputs = {name: np.empty_like(scale) for name in ("dscale", "doffset")}
+    dx, dresidual = (dy, np.empty_like(dy)) if taker == "dx" else (np.empty_like(dy), dy)
+    inputs = {"dy": dy, "x": x, "scale": scale, "offset": offset, **statistics, **given}
+    arrays = _place(_kernels.BackwardArrays(), **inputs, **outputs, dx=dx, dresidual=dresidual)
+    _kernels.cpu_backward(_problem(x, 1, dtype, activation, has_residual=True, training=True), arrays, 2)
+    _assert_same_bits(dx, want.x)
+    _assert_same_bits(dresidual, want.residual)
 
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)

@@ -57,7 +57,7 @@ TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardJob& job, const Run& ru
           job.fetch_ahead};
 }
 
-// Whole vectors are read from i on.
+// For a pass that is about to read the vector at i, and will go on from there.
 template <typename T>
 TFOPS_INLINE void FetchAhead(const GradientArrays<T>& arrays, int64_t i) {
   if (!arrays.fetch_ahead) return;

@@ -249,7 +249,7 @@ TFOPS_INLINE void Prefetch(const T* p) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
 }
 
-// Brings nearer what is read when some thousand cycles' work is done. A core guesses as much by itself, but not past
+// Brings nearer what is read when some thousand cycles have passed. A core guesses as much by itself, but not past
 // the end of a page; and of what it sees coming, the more instructions a vector takes, the less.
 template <typename T>
 TFOPS_INLINE void FetchAhead(const T* p) {
