@@ -163,6 +163,39 @@ Tiling ChooseTiling(const Problem& problem, const Plan& plan, const uint8_t* mas
   return OutgrowsCache(problem, 2 * arrays) ? Tiling::kPrefetched : Tiling::kPlain;
 }
 
+// How many elements ahead passes fetch what memory has. A core guesses by itself what comes, but not past the end of a
+// page; and of what it sees coming, the more instructions a vector takes, the less.
+//
+// In the order of memory: what is read when some thousand cycles have passed.
+int64_t NearAhead(const Problem& problem) { return (3 << 10) / ElementBytes(problem.dtype); }
+
+// Channels-first, items of whole channels: the same place of the next image, where they jump to.
+int64_t NextImage(const Problem& problem, const Plan& plan) {
+  return plan.segments_per_plane == 1 ? problem.channels * problem.inner : NearAhead(problem);
+}
+
+void SetFetchDistances(ForwardJob* job) {
+  const Problem& problem = job->problem;
+  const bool is_straight = !job->plan.channels_last && !problem.training;  // nothing that a core would not guess
+  const bool is_near = problem.training && job->plan.IsWhole();            // x is, since its moments were taken
+  if (!is_straight && !is_near) job->x_ahead = NearAhead(problem);
+  if (!is_straight && problem.has_residual) {
+    job->residual_ahead = is_near ? NextImage(problem, job->plan) : NearAhead(problem);
+  }
+}
+
+void SetFetchDistances(BackwardJob* job) {
+  constexpr int64_t kMostStepBytes = 8 << 10;  // longer steps hide the jumps between them
+  const Problem& problem = job->problem;
+  const Plan& plan = job->plan;
+  const bool is_whole = !plan.channels_last && plan.IsWhole();
+  if (!is_whole) job->dx_ahead = NearAhead(problem);
+  if (plan.channels_last && problem.activation != Activation::kNone) job->sums_ahead = NearAhead(problem);
+  if (is_whole && plan.column_block * problem.inner * ElementBytes(problem.dtype) <= kMostStepBytes) {
+    job->sums_ahead = NextImage(problem, plan);
+  }
+}
+
 ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, Arena* arena) {
   ForwardJob job;
   job.problem = Simplified(problem);
@@ -174,7 +207,7 @@ ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, A
   if (job.stream_y) streamed.push_back(arrays.y);
   const int count = (in_place ? 1 : 2) + (problem.has_residual ? 1 : 0);
   job.tiling = ChooseTiling(problem, job.plan, arrays.mask, count, streamed);
-  job.fetch_ahead = job.plan.channels_last && OutgrowsCache(problem, count);
+  if (OutgrowsCache(problem, count)) SetFetchDistances(&job);
   if (problem.training) job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset}) {
     *piece = TakeColumns(problem, job.plan, arena);
@@ -198,7 +231,7 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
   if (!is_converted || problem.activation == Activation::kNone) {
     job.tiling = ChooseTiling(problem, job.plan, arrays.mask, count, streamed);
   }
-  job.fetch_ahead = job.plan.channels_last && OutgrowsCache(problem, count);
+  if (OutgrowsCache(problem, count)) SetFetchDistances(&job);
   job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset,
                        &job.coefficients.tilt, &job.coefficients.shift}) {

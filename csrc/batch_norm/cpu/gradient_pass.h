@@ -25,7 +25,7 @@ struct GradientArrays {
   T* dresidual;
   bool stream_dx;
   bool stream_dresidual;
-  bool fetch_ahead;
+  int64_t ahead;
 
   // Those of `count` elements from i on. With bits, i is a multiple of 8.
   TFOPS_INLINE GradientArrays From(int64_t i, int64_t count) const {
@@ -38,12 +38,12 @@ struct GradientArrays {
             Advance(dresidual, i),
             stream_dx,
             stream_dresidual,
-            fetch_ahead};
+            ahead};
   }
 };
 
 template <typename T>
-TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardJob& job, const Run& run, const uint8_t* bits) {
+TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardJob& job, const Run& run, const uint8_t* bits, int64_t ahead) {
   const BackwardArrays& arrays = job.arrays;
   return {static_cast<const T*>(arrays.dy) + run.offset,
           static_cast<const T*>(arrays.x) + run.offset,
@@ -54,16 +54,16 @@ TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardJob& job, const Run& ru
           Advance(static_cast<T*>(arrays.dresidual), run.offset),
           job.stream_dx,
           job.stream_dresidual,
-          job.fetch_ahead};
+          ahead};
 }
 
 // For a pass that is about to read the vector at i, and will go on from there.
 template <typename T>
 TFOPS_INLINE void FetchAhead(const GradientArrays<T>& arrays, int64_t i) {
-  if (!arrays.fetch_ahead) return;
-  FetchAhead(arrays.dy + i);
-  FetchAhead(arrays.x + i);
-  if (arrays.residual) FetchAhead(arrays.residual + i);
+  if (arrays.ahead == 0) return;
+  FetchAhead(arrays.dy + i, arrays.ahead);
+  FetchAhead(arrays.x + i, arrays.ahead);
+  if (arrays.residual) FetchAhead(arrays.residual + i, arrays.ahead);
 }
 
 template <typename P>
@@ -102,7 +102,7 @@ TFOPS_INLINE void AddRows(const GradientArrays<T>* rows, const ColumnCoefficient
   ForEachVector<P>(columns, [&](auto partial, int64_t j, int64_t n) {
     Vec<P> first{}, second{};
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kActivation != Activation::kNone) FetchAhead(rows[r], j);  // else cores see it coming
+      if constexpr (kActivation != Activation::kNone) FetchAhead(rows[r], j);
       const Gradient<P> g = GradientOfVector<decltype(partial)::value, kActivation>(rows[r], coefficients, j, n);
       first += g.dz;
       second += g.dz * g.xc;
@@ -139,7 +139,8 @@ void ColumnGradientMoments(const BackwardJob& job, int64_t item) {
         GradientArrays<T> rows[kRows];
         for (int k = 0; k < kRows; ++k) {
           const Run run = RowRun(plan, r + i + k * apart, c, c + n);
-          rows[k] = ArraysOfRun<T>(job, run, MaskOfRun(job.problem, plan, run, job.arrays.mask, buffers[k]));
+          const uint8_t* bits = MaskOfRun(job.problem, plan, run, job.arrays.mask, buffers[k]);
+          rows[k] = ArraysOfRun<T>(job, run, bits, job.sums_ahead);
         }
         AddRows<kActivation, kRows>(rows, coefficients, n, sums, products);
       }
@@ -185,6 +186,7 @@ class GradientChain {
       const int64_t additions = AdditionsOf<kRuns, P>(end - begin);
       if (additions_ + additions > kChainRows) Flush();
       ForEachVectorInTurn<kRuns, P>(begin, end, [&](auto partial, int v, int r, int64_t i, int64_t lanes) {
+        FetchAhead(runs[r], i);
         const auto g = GradientOfVector<decltype(partial)::value, kActivation>(runs[r], coefficients, i, lanes);
         first_[v] += g.dz;
         second_[v] += g.dz * g.xc;
@@ -226,7 +228,8 @@ void PlaneGradientMoments(const BackwardJob& job, int64_t item) {
         constexpr int kRuns = std::extent_v<std::remove_reference_t<decltype(runs)>>;
         GradientArrays<T> arrays[kRuns];
         for (int k = 0; k < kRuns; ++k) {
-          arrays[k] = ArraysOfRun<T>(job, runs[k], MaskInPlace(job.problem, plan, runs[k], job.arrays.mask));
+          const uint8_t* bits = MaskInPlace(job.problem, plan, runs[k], job.arrays.mask);
+          arrays[k] = ArraysOfRun<T>(job, runs[k], bits, job.sums_ahead);
         }
         chains[c - begin].Add(arrays, ChannelCoefficients<Param<T>>(job.coefficients, c));
       });
@@ -410,7 +413,7 @@ void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
   const bool training = job.problem.training;
   const TileRows rows = TileRowsOfItem<T>(job.plan, item);
   const uint8_t* bits = MaskInPlace(job.problem, job.plan, rows.first, job.arrays.mask);
-  const GradientArrays<T> arrays = ArraysOfRun<T>(job, rows.first, bits);
+  const GradientArrays<T> arrays = ArraysOfRun<T>(job, rows.first, bits, job.dx_ahead);
   const ColumnCoefficients<Param<T>> coefficients(job.coefficients, rows.first.column);
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
@@ -434,14 +437,14 @@ void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
       return ForEachSegment(job.problem, job.plan, item, [&](const Run& run) {
         const uint8_t* bits = MaskInPlace(job.problem, job.plan, run, job.arrays.mask);
         const auto coefficients = ChannelCoefficients<P>(job.coefficients, run.column);
-        GradientNormalizeRun<kActivation>(ArraysOfRun<T>(job, run, bits), coefficients, training);
+        GradientNormalizeRun<kActivation>(ArraysOfRun<T>(job, run, bits, job.dx_ahead), coefficients, training);
       });
     }
     ForEachRow(job.plan, item, [&](const Run& run) {
       uint8_t buffer[kRunMaskBytes];
       const uint8_t* bits = MaskOfRun(job.problem, job.plan, run, job.arrays.mask, buffer);
       const ColumnCoefficients<P> coefficients(job.coefficients, run.column);
-      GradientNormalizeRun<kActivation>(ArraysOfRun<T>(job, run, bits), coefficients, training);
+      GradientNormalizeRun<kActivation>(ArraysOfRun<T>(job, run, bits, job.dx_ahead), coefficients, training);
     });
   });
   if (job.stream_dx || job.stream_dresidual) StreamFence();

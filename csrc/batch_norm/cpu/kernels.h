@@ -27,13 +27,14 @@ struct Coefficients {
 // How a job goes through its rows by tiles, if it does. runs.h says what these are, and chooses where rows do not suit.
 enum class Tiling { kNone, kPlain, kPrefetched, kApart };
 
-// stream: the output goes past the cache, which is too small for it and what was read. fetch_ahead: inputs come from
-// memory, in its order.
+// stream: the output goes past the cache, which is too small for it and what was read. ahead: that input, or a pass's
+// inputs, are fetched from memory so many elements before they are read; 0 if they are not.
 struct ForwardJob {
   Problem problem;
   Plan plan;
   bool stream_y = false;
-  bool fetch_ahead = false;
+  int64_t x_ahead = 0;  // in the pass that writes y, as the next
+  int64_t residual_ahead = 0;
   Tiling tiling = Tiling::kNone;
   ForwardArrays arrays;
   Partials partials;
@@ -45,7 +46,8 @@ struct BackwardJob {
   Plan plan;
   bool stream_dx = false;
   bool stream_dresidual = false;
-  bool fetch_ahead = false;
+  int64_t sums_ahead = 0;
+  int64_t dx_ahead = 0;
   Tiling tiling = Tiling::kNone;
   BackwardArrays arrays;
   Partials partials;

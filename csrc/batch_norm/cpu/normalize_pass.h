@@ -17,11 +17,12 @@ struct NormalizeArrays {
   T* y;
   uint8_t* bits;
   bool stream;
-  bool fetch_ahead;
+  int64_t x_ahead;
+  int64_t residual_ahead;
 
   // Those of elements i and on. With bits, i is a multiple of 8.
   TFOPS_INLINE NormalizeArrays From(int64_t i) const {
-    return {x + i, Advance(residual, i), y + i, Advance(bits, i / 8), stream, fetch_ahead};
+    return {x + i, Advance(residual, i), y + i, Advance(bits, i / 8), stream, x_ahead, residual_ahead};
   }
 };
 
@@ -33,15 +34,15 @@ TFOPS_INLINE NormalizeArrays<T> ArraysOfRun(const ForwardJob& job, const Run& ru
           static_cast<T*>(arrays.y) + run.offset,
           bits,
           job.stream_y,
-          job.fetch_ahead};
+          job.x_ahead,
+          job.residual_ahead};
 }
 
 // For a pass that is about to read the vector at i, and will go on from there.
 template <typename T>
 TFOPS_INLINE void FetchAhead(const NormalizeArrays<T>& arrays, int64_t i) {
-  if (!arrays.fetch_ahead) return;
-  FetchAhead(arrays.x + i);
-  if (arrays.residual) FetchAhead(arrays.residual + i);
+  FetchAhead(arrays.x + i, arrays.x_ahead);
+  FetchAhead(Advance(arrays.residual, i), arrays.residual_ahead);
 }
 
 // What a vector of results is computed from.

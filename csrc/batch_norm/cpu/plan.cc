@@ -29,9 +29,10 @@ constexpr int64_t kMaxChannelBytes = 4 << 20;
 constexpr int64_t kMinWholeChannels = 16;  // so that threads have enough items
 // Such items go through memory in steps, from image to image: each lands on pages that the core has no address of yet
 // and nothing has been prefetched from. If less than kStepBytes lie there, it takes less time to read everything twice
-// in its order, if the third level has it (kCacheBytes: what that usually has), or if a residual is to be read in steps
-// too.
+// in its order, if the third level has it (kCacheBytes: what that usually has); or less than kStepBytesOfTwo, if a
+// residual is to be read in steps too.
 constexpr int64_t kStepBytes = 10 << 10;
+constexpr int64_t kStepBytesOfTwo = 5 << 10;
 constexpr int64_t kCacheBytes = 32 << 20;
 // In its order: groups of channels of so many bytes; and elements of a channel that are worth the end of its sums.
 constexpr int64_t kGroupBytes = 64 << 10;
@@ -66,7 +67,7 @@ bool AreItemsWhole(const Problem& problem, bool backward, int64_t channel_bytes,
   const int64_t tensors = (backward ? 3 : 2) + (problem.has_residual ? 1 : 0);
   const bool are_cached = tensors * problem.Elements() * ElementBytes(problem.dtype) <= kCacheBytes;
   const bool reads_residual = problem.has_residual && !backward;
-  return !are_cached && !reads_residual;
+  return !are_cached && (!reads_residual || step_bytes >= kStepBytesOfTwo);
 }
 
 void PlanChannelsFirst(const Problem& problem, bool backward, int64_t wanted, Plan* plan) {

@@ -249,12 +249,10 @@ TFOPS_INLINE void Prefetch(const T* p) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
 }
 
-// Brings nearer what is read when some thousand cycles have passed. A core guesses as much by itself, but not past
-// the end of a page; and of what it sees coming, the more instructions a vector takes, the less.
+// Brings nearer what lies so many elements on, unless `ahead` is 0.
 template <typename T>
-TFOPS_INLINE void FetchAhead(const T* p) {
-  constexpr int64_t kBytes = 3 << 10;
-  Prefetch<1>(p + kBytes / static_cast<int64_t>(sizeof(T)));
+TFOPS_INLINE void FetchAhead(const T* p, int64_t ahead) {
+  if (ahead != 0) Prefetch<1>(p + ahead);
 }
 
 TFOPS_INLINE void StreamFence() {
