@@ -297,7 +297,7 @@ TFOPS_INLINE bool IsReadAtOnce(int64_t length) {
 // Masks. Rows of bits begin at whole bytes, and so do runs, but for one case: folded rows of C % 8 != 0 channels. Their
 // bits pass through a buffer, where they lie side by side as the elements do.
 
-constexpr int64_t kRunMaskBytes = kMaxColumns / 8;
+constexpr int64_t kRunMaskBytes = kMaxColumns / 8 + 8;  // words reach beyond the end
 
 TFOPS_INLINE bool IsMaskBuffered(const Problem& problem, const Plan& plan) {
   return plan.fold > 1 && problem.channels % 8 != 0;
@@ -315,42 +315,75 @@ TFOPS_INLINE Byte* MaskInPlace(const Problem& problem, const Plan& plan, const R
   return mask ? mask + MaskOffset(problem, plan, run) : nullptr;
 }
 
-// From the buffer to the rows of `run`.
+// So many bits pass at a time: a word less what they may be shifted by.
+constexpr int64_t kBitsAtOnce = 56;
+
+// Calls body(bit, i, n) for the bits of a run's rows, at most kBitsAtOnce of them at a time: n bits that are the
+// buffer's from `bit` on, and begin at byte i of the rows.
+template <typename Body>
+TFOPS_INLINE void ForEachBits(const Problem& problem, const Run& run, Body body) {
+  const int64_t row_bytes = (problem.channels + 7) / 8;
+  for (int64_t begin = 0, row = 0; begin < run.length; begin += problem.channels, row += row_bytes) {
+    for (int64_t c = 0; c < problem.channels; c += kBitsAtOnce) {
+      body(begin + c, row + c / 8, Min(kBitsAtOnce, problem.channels - c));
+    }
+  }
+}
+
+// Bytes of the rows of a run.
+TFOPS_INLINE int64_t RowBytes(const Problem& problem, const Run& run) {
+  return run.length / problem.channels * ((problem.channels + 7) / 8);
+}
+
+// The bytes from i on, as many as a word has and there are.
+TFOPS_INLINE uint64_t LoadWord(const uint8_t* bytes, int64_t i, int64_t count) {
+  uint64_t word = 0;
+  if (i + 8 <= count) {
+    std::memcpy(&word, bytes + i, 8);
+  } else {
+    for (int64_t k = i; k < count; ++k) word |= uint64_t{bytes[k]} << (k - i) * 8;
+  }
+  return word;
+}
+
+TFOPS_INLINE void StoreWord(uint64_t word, uint8_t* bytes, int64_t i, int64_t count) {
+  if (i + 8 <= count) {
+    std::memcpy(bytes + i, &word, 8);
+  } else {
+    for (int64_t k = i; k < count; ++k) bytes[k] = static_cast<uint8_t>(word >> (k - i) * 8);
+  }
+}
+
+// From the buffer to the rows of `run`. What a word writes beyond its bits, the next ones write again.
 TFOPS_INLINE void ScatterMask(const Problem& problem, const Plan& plan, const Run& run, const uint8_t* buffer,
                               uint8_t* mask) {
-  const int64_t row_bytes = (problem.channels + 7) / 8;
-  const int64_t bytes = (run.length + 7) / 8;
-  const uint8_t last = static_cast<uint8_t>(0xFF >> (row_bytes * 8 - problem.channels));
-  uint8_t* out = mask + run.row * plan.fold * row_bytes;
-  for (int64_t bit = 0; bit < run.length; bit += problem.channels) {
-    for (int64_t i = 0; i < row_bytes; ++i) {
-      const int64_t from = bit / 8 + i;
-      const uint32_t two = buffer[from] | (from + 1 < bytes ? buffer[from + 1] << 8 : 0);
-      out[i] = static_cast<uint8_t>(two >> (bit % 8));
-    }
-    out[row_bytes - 1] &= last;
-    out += row_bytes;
-  }
+  const int64_t bytes = RowBytes(problem, run);
+  uint8_t* rows = mask + run.row * plan.fold * ((problem.channels + 7) / 8);
+  ForEachBits(problem, run, [&](int64_t bit, int64_t i, int64_t n) {
+    uint64_t word;
+    std::memcpy(&word, buffer + bit / 8, sizeof(word));
+    StoreWord(word >> bit % 8 & ((uint64_t{1} << n) - 1), rows, i, bytes);
+  });
 }
 
 // The reverse. Bits past a row's end, which should be zero, would else be those of the next.
 TFOPS_INLINE void GatherMask(const Problem& problem, const Plan& plan, const Run& run, const uint8_t* mask,
                              uint8_t* buffer) {
-  const int64_t row_bytes = (problem.channels + 7) / 8;
-  const int64_t bytes = (run.length + 7) / 8;
-  const uint8_t last = static_cast<uint8_t>(0xFF >> (row_bytes * 8 - problem.channels));
-  std::memset(buffer, 0, static_cast<size_t>(bytes));
-  const uint8_t* in = mask + run.row * plan.fold * row_bytes;
-  for (int64_t bit = 0; bit < run.length; bit += problem.channels) {
-    for (int64_t i = 0; i < row_bytes; ++i) {
-      const int64_t to = bit / 8 + i;
-      const uint32_t byte = i + 1 < row_bytes ? in[i] : in[i] & last;
-      const uint32_t two = byte << (bit % 8);
-      buffer[to] |= static_cast<uint8_t>(two);
-      if (to + 1 < bytes) buffer[to + 1] |= static_cast<uint8_t>(two >> 8);
+  const int64_t bytes = RowBytes(problem, run);
+  const uint8_t* rows = mask + run.row * plan.fold * ((problem.channels + 7) / 8);
+  uint64_t pending = 0;  // so many bits, for the buffer from `buffer` on
+  int64_t count = 0;
+  ForEachBits(problem, run, [&](int64_t, int64_t i, int64_t n) {
+    if (count + n >= 64) {
+      std::memcpy(buffer, &pending, sizeof(pending));
+      buffer += count / 8;
+      pending >>= count / 8 * 8;
+      count %= 8;
     }
-    in += row_bytes;
-  }
+    pending |= (LoadWord(rows, i, bytes) & ((uint64_t{1} << n) - 1)) << count;
+    count += n;
+  });
+  std::memcpy(buffer, &pending, sizeof(pending));
 }
 
 // The bits of a run as the gradient reads them: in place, or gathered into the buffer. Null without a mask.
