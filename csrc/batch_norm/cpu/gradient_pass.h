@@ -102,7 +102,7 @@ TFOPS_INLINE void AddRows(const GradientArrays<T>* rows, const ColumnCoefficient
   ForEachVector<P>(columns, [&](auto partial, int64_t j, int64_t n) {
     Vec<P> first{}, second{};
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kActivation != Activation::kNone) FetchAhead(rows[r], j);
+      if constexpr (kActivation != Activation::kNone) FetchAhead(rows[r], j);  // else cores see it coming
       const Gradient<P> g = GradientOfVector<decltype(partial)::value, kActivation>(rows[r], coefficients, j, n);
       first += g.dz;
       second += g.dz * g.xc;
