@@ -247,10 +247,10 @@ void NormalizeItem(const ForwardJob& job, int64_t item) {
     }
     ForEachRow(plan, item, [&](const Run& run) {
       uint8_t buffer[kRunMaskBytes];
-      uint8_t* bits = buffered ? buffer : MaskInPlace(problem, plan, run, mask);
-      const NormalizeArrays<T> arrays = ArraysOfRun<T>(job, run, bits);
+      uint8_t* rows = MaskInPlace(problem, plan, run, mask);
+      const NormalizeArrays<T> arrays = ArraysOfRun<T>(job, run, buffered ? buffer : rows);
       NormalizeRun<kActivation>(arrays, ColumnCoefficients<P>(job.coefficients, run.column), run.length);
-      if (buffered) ScatterMask(problem, plan, run, buffer, mask);
+      if (buffered) ScatterMask(problem, run, buffer, rows);
     });
   });
   if (job.stream_y) StreamFence();

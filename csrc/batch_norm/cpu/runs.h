@@ -303,13 +303,15 @@ TFOPS_INLINE bool IsMaskBuffered(const Problem& problem, const Plan& plan) {
   return plan.fold > 1 && problem.channels % 8 != 0;
 }
 
+// Of one row of channels, not folded.
+TFOPS_INLINE int64_t MaskRowBytes(const Problem& problem) { return (problem.channels + 7) / 8; }
+
 TFOPS_INLINE int64_t MaskOffset(const Problem& problem, const Plan& plan, const Run& run) {
-  if (plan.fold > 1) return run.offset / 8;
-  if (plan.channels_last) return run.row * ((problem.channels + 7) / 8) + run.column / 8;
+  if (plan.channels_last) return run.row * plan.fold * MaskRowBytes(problem) + run.column / 8;
   return run.offset / problem.inner * ((problem.inner + 7) / 8) + run.offset % problem.inner / 8;
 }
 
-// Where the bits of a run lie in the mask, unless buffered. Null without a mask. Byte: uint8_t or const uint8_t.
+// Where the bits of a run begin in the mask. Null without a mask. Byte: uint8_t or const uint8_t.
 template <typename Byte>
 TFOPS_INLINE Byte* MaskInPlace(const Problem& problem, const Plan& plan, const Run& run, Byte* mask) {
   return mask ? mask + MaskOffset(problem, plan, run) : nullptr;
@@ -322,7 +324,7 @@ constexpr int64_t kBitsAtOnce = 56;
 // buffer's from `bit` on, and begin at byte i of the rows.
 template <typename Body>
 TFOPS_INLINE void ForEachBits(const Problem& problem, const Run& run, Body body) {
-  const int64_t row_bytes = (problem.channels + 7) / 8;
+  const int64_t row_bytes = MaskRowBytes(problem);
   for (int64_t begin = 0, row = 0; begin < run.length; begin += problem.channels, row += row_bytes) {
     for (int64_t c = 0; c < problem.channels; c += kBitsAtOnce) {
       body(begin + c, row + c / 8, Min(kBitsAtOnce, problem.channels - c));
@@ -330,9 +332,9 @@ TFOPS_INLINE void ForEachBits(const Problem& problem, const Run& run, Body body)
   }
 }
 
-// Bytes of the rows of a run.
-TFOPS_INLINE int64_t RowBytes(const Problem& problem, const Run& run) {
-  return run.length / problem.channels * ((problem.channels + 7) / 8);
+// Of all rows of a run.
+TFOPS_INLINE int64_t MaskRunBytes(const Problem& problem, const Run& run) {
+  return run.length / problem.channels * MaskRowBytes(problem);
 }
 
 // The bytes from i on, as many as a word has and there are.
@@ -355,10 +357,8 @@ TFOPS_INLINE void StoreWord(uint64_t word, uint8_t* bytes, int64_t i, int64_t co
 }
 
 // From the buffer to the rows of `run`. What a word writes beyond its bits, the next ones write again.
-TFOPS_INLINE void ScatterMask(const Problem& problem, const Plan& plan, const Run& run, const uint8_t* buffer,
-                              uint8_t* mask) {
-  const int64_t bytes = RowBytes(problem, run);
-  uint8_t* rows = mask + run.row * plan.fold * ((problem.channels + 7) / 8);
+TFOPS_INLINE void ScatterMask(const Problem& problem, const Run& run, const uint8_t* buffer, uint8_t* rows) {
+  const int64_t bytes = MaskRunBytes(problem, run);
   ForEachBits(problem, run, [&](int64_t bit, int64_t i, int64_t n) {
     uint64_t word;
     std::memcpy(&word, buffer + bit / 8, sizeof(word));
@@ -367,10 +367,8 @@ TFOPS_INLINE void ScatterMask(const Problem& problem, const Plan& plan, const Ru
 }
 
 // The reverse. Bits past a row's end, which should be zero, would else be those of the next.
-TFOPS_INLINE void GatherMask(const Problem& problem, const Plan& plan, const Run& run, const uint8_t* mask,
-                             uint8_t* buffer) {
-  const int64_t bytes = RowBytes(problem, run);
-  const uint8_t* rows = mask + run.row * plan.fold * ((problem.channels + 7) / 8);
+TFOPS_INLINE void GatherMask(const Problem& problem, const Run& run, const uint8_t* rows, uint8_t* buffer) {
+  const int64_t bytes = MaskRunBytes(problem, run);
   uint64_t pending = 0;  // so many bits, for the buffer from `buffer` on
   int64_t count = 0;
   ForEachBits(problem, run, [&](int64_t, int64_t i, int64_t n) {
@@ -389,8 +387,9 @@ TFOPS_INLINE void GatherMask(const Problem& problem, const Plan& plan, const Run
 // The bits of a run as the gradient reads them: in place, or gathered into the buffer. Null without a mask.
 TFOPS_INLINE const uint8_t* MaskOfRun(const Problem& problem, const Plan& plan, const Run& run, const uint8_t* mask,
                                       uint8_t* buffer) {
-  if (!mask || !IsMaskBuffered(problem, plan)) return MaskInPlace(problem, plan, run, mask);
-  GatherMask(problem, plan, run, mask, buffer);
+  const uint8_t* rows = MaskInPlace(problem, plan, run, mask);
+  if (!rows || !IsMaskBuffered(problem, plan)) return rows;
+  GatherMask(problem, run, rows, buffer);
   return buffer;
 }
 
