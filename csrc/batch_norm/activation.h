@@ -23,6 +23,13 @@ struct Exponential<float> {
   static TFOPS_INLINE float Of(float z) { return expf(z); }
 };
 
+// z, or the bound that it is beyond. NaN comes out as NaN.
+template <typename F>
+struct Bound {
+  static TFOPS_INLINE F Below(F z, F low) { return z < low ? low : z; }
+  static TFOPS_INLINE F Above(F z, F high) { return z > high ? high : z; }
+};
+
 template <typename F>
 TFOPS_INLINE F Sigmoid(F z) {
   return 1 / (1 + Exponential<F>::Of(-z));
@@ -32,12 +39,8 @@ TFOPS_INLINE F Sigmoid(F z) {
 template <Activation kActivation, typename F>
 TFOPS_INLINE F Activate(F z) {
   const F zero = F{};
-  if constexpr (kActivation == Activation::kRelu) return z < zero ? zero : z;
-  if constexpr (kActivation == Activation::kRelu6) {
-    const F six = zero + 6;
-    const F floored = z < zero ? zero : z;
-    return floored > six ? six : floored;
-  }
+  if constexpr (kActivation == Activation::kRelu) return Bound<F>::Below(z, zero);
+  if constexpr (kActivation == Activation::kRelu6) return Bound<F>::Above(Bound<F>::Below(z, zero), zero + 6);
   if constexpr (kActivation == Activation::kLeakyRelu) return z < zero ? z * kLeakyReluSlope : z;
   if constexpr (kActivation == Activation::kSilu) return z * Sigmoid(z);
   return z;

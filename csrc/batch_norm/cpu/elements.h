@@ -5,6 +5,7 @@
 
 #include "csrc/batch_norm/cpu/kernels.h"
 #include "csrc/batch_norm/cpu/simd.h"
+#include "csrc/batch_norm/cpu/vector_activation.h"
 
 namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
@@ -30,10 +31,25 @@ TFOPS_INLINE void WithActivation(Activation activation, Body body) {
   }
 }
 
+// Calls body with a bool as a constant.
+template <typename Body>
+TFOPS_INLINE auto WithConstant(bool value, Body body) {
+  return value ? body(std::true_type()) : body(std::false_type());
+}
+
 // For an array that may be absent.
 template <typename T>
 TFOPS_INLINE T* Advance(T* p, int64_t n) {
   return p ? p + n : nullptr;
+}
+
+// p, of which it is known whether it is null: what asks for it in a loop, compilers then leave out. In the cache, to
+// ask for each of a few arrays at each vector takes as long as to compute it.
+template <bool kIsThere, typename T>
+TFOPS_INLINE T* Known(T* p) {
+  if constexpr (!kIsThere) return nullptr;
+  if (!p) __builtin_unreachable();
+  return p;
 }
 
 // The coefficients of a vector of elements, wherever it lies: those of one channel in all lanes, or loaded.

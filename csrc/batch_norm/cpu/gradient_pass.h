@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "csrc/batch_norm/cpu/elements.h"
+#include "csrc/batch_norm/cpu/gradient_arrays.h"
 #include "csrc/batch_norm/cpu/moments_pass.h"
 #include "csrc/batch_norm/cpu/runs.h"
 #include "csrc/batch_norm/moments.h"
@@ -13,91 +14,12 @@
 namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
 
-// The arrays of one run. residual, bits, dresidual and, where only sums are wanted, dx may be null.
-template <typename T>
-struct GradientArrays {
-  const T* dy;
-  const T* x;
-  const T* residual;
-  const uint8_t* bits;
-  int64_t length;
-  T* dx;
-  T* dresidual;
-  bool stream_dx;
-  bool stream_dresidual;
-  int64_t ahead;
-
-  // Those of `count` elements from i on. With bits, i is a multiple of 8.
-  TFOPS_INLINE GradientArrays From(int64_t i, int64_t count) const {
-    return {dy + i,
-            x + i,
-            Advance(residual, i),
-            Advance(bits, i / 8),
-            count,
-            Advance(dx, i),
-            Advance(dresidual, i),
-            stream_dx,
-            stream_dresidual,
-            ahead};
-  }
-};
-
-template <typename T>
-TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardJob& job, const Run& run, const uint8_t* bits, int64_t ahead) {
-  const BackwardArrays& arrays = job.arrays;
-  return {static_cast<const T*>(arrays.dy) + run.offset,
-          static_cast<const T*>(arrays.x) + run.offset,
-          Advance(static_cast<const T*>(arrays.residual), run.offset),
-          bits,
-          run.length,
-          Advance(static_cast<T*>(arrays.dx), run.offset),
-          Advance(static_cast<T*>(arrays.dresidual), run.offset),
-          job.stream_dx,
-          job.stream_dresidual,
-          ahead};
-}
-
-// For a pass that is about to read the vector at i, and will go on from there.
-template <typename T>
-TFOPS_INLINE void FetchAhead(const GradientArrays<T>& arrays, int64_t i) {
-  if (arrays.ahead == 0) return;
-  FetchAhead(arrays.dy + i, arrays.ahead);
-  FetchAhead(arrays.x + i, arrays.ahead);
-  if (arrays.residual) FetchAhead(arrays.residual + i, arrays.ahead);
-}
-
-template <typename P>
-struct Gradient {
-  Vec<P> dz;
-  Vec<P> xc;
-};
-
-// Lanes i to i + lanes of a run, or the first n of them (and zero dz) if kPartial.
-template <bool kPartial, Activation kActivation, typename T, typename C>
-TFOPS_INLINE Gradient<Param<T>> GradientOfVector(const GradientArrays<T>& arrays, const C& coefficients, int64_t i,
-                                                 int64_t n) {
-  using P = Param<T>;
-  const Vec<P> dy = LoadLanes<kPartial>(arrays.dy + i, n);
-  const Vec<P> xc = LoadLanes<kPartial>(arrays.x + i, n) - coefficients.Mean(i);
-  if constexpr (kActivation == Activation::kNone) return {dy, xc};
-  if constexpr (kIsPiecewiseLinear<kActivation>) {
-    if (arrays.bits) {
-      const IntVec<P> on = MaskFromBits<P>(LoadMaskBits<P>(arrays.bits, i, n));
-      return {on ? dy : OffGradient<kActivation>(dy), xc};
-    }
-  }
-  Vec<P> z = Affine<Vec<P>>(xc, coefficients.Slope(i), coefficients.Offset(i));
-  if (arrays.residual) z += LoadLanes<kPartial>(arrays.residual + i, n);
-  return {ActivationGradient<kActivation>(dy, z), xc};
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Gradient moments, channels-last: as in ColumnChain.
 
-// Adds kRows rows to the sums of each of `columns` columns.
 template <Activation kActivation, int kRows, typename T>
-TFOPS_INLINE void AddRows(const GradientArrays<T>* rows, const ColumnCoefficients<Param<T>>& coefficients,
-                          int64_t columns, Param<T>* sum_dz, Param<T>* sum_dz_xc) {
+TFOPS_INLINE void AddRowsOf(const GradientArrays<T> (&rows)[kRows], const ColumnCoefficients<Param<T>>& coefficients,
+                            int64_t columns, Param<T>* sum_dz, Param<T>* sum_dz_xc) {
   using P = Param<T>;
   ForEachVector<P>(columns, [&](auto partial, int64_t j, int64_t n) {
     Vec<P> first{}, second{};
@@ -110,6 +32,14 @@ TFOPS_INLINE void AddRows(const GradientArrays<T>* rows, const ColumnCoefficient
     Store(sum_dz + j, Load(sum_dz + j) + first);
     Store(sum_dz_xc + j, Load(sum_dz_xc + j) + second);
   });
+}
+
+// Adds kRows rows to the sums of each of `columns` columns.
+template <Activation kActivation, int kRows, typename T>
+TFOPS_INLINE void AddRows(const GradientArrays<T> (&rows)[kRows], const ColumnCoefficients<Param<T>>& coefficients,
+                          int64_t columns, Param<T>* sum_dz, Param<T>* sum_dz_xc) {
+  WithKnown<kActivation>(
+      rows, [&](const auto& known) { AddRowsOf<kActivation, kRows>(known, coefficients, columns, sum_dz, sum_dz_xc); });
 }
 
 template <typename T>
@@ -185,11 +115,13 @@ class GradientChain {
       const int64_t end = Min(begin + kPiece, length);
       const int64_t additions = AdditionsOf<kRuns, P>(end - begin);
       if (additions_ + additions > kChainRows) Flush();
-      ForEachVectorInTurn<kRuns, P>(begin, end, [&](auto partial, int v, int r, int64_t i, int64_t lanes) {
-        FetchAhead(runs[r], i);
-        const auto g = GradientOfVector<decltype(partial)::value, kActivation>(runs[r], coefficients, i, lanes);
-        first_[v] += g.dz;
-        second_[v] += g.dz * g.xc;
+      WithKnown<kActivation>(runs, [&](const auto& known) {
+        ForEachVectorInTurn<kRuns, P>(begin, end, [&](auto partial, int v, int r, int64_t i, int64_t lanes) {
+          FetchAhead(known[r], i);
+          const auto g = GradientOfVector<decltype(partial)::value, kActivation>(known[r], coefficients, i, lanes);
+          first_[v] += g.dz;
+          second_[v] += g.dz * g.xc;
+        });
       });
       additions_ += additions;
     }
@@ -313,10 +245,10 @@ TFOPS_INLINE void WriteGradient(const GradientArrays<T>& arrays, const Gradient<
   StoreLanes<kPartial>(arrays.dx + i, dx, n, stream && arrays.stream_dx);
 }
 
-template <bool kPartial, Activation kActivation, typename T, typename C>
+template <bool kPartial, Activation kActivation, bool kInPlace = !kPartial, typename T, typename C>
 TFOPS_INLINE void GradientNormalizeVector(const GradientArrays<T>& arrays, const C& coefficients, bool training,
                                           int64_t i, int64_t n, bool stream) {
-  const auto g = GradientOfVector<kPartial, kActivation>(arrays, coefficients, i, n);
+  const auto g = GradientOfVector<kPartial, kActivation, kInPlace>(arrays, coefficients, i, n);
   WriteGradient<kPartial>(arrays, g, coefficients, training, i, n, stream);
 }
 
@@ -331,15 +263,25 @@ TFOPS_INLINE void GradientNormalizeSome(const GradientArrays<T>& arrays, const C
 }
 
 template <Activation kActivation, bool kStream, typename T, typename C>
-TFOPS_INLINE int64_t GradientNormalizeVectors(const GradientArrays<T> arrays, const C coefficients, bool training,
-                                              int64_t begin, int64_t end) {
+TFOPS_INLINE int64_t GradientNormalizeVectorsOf(const GradientArrays<T> arrays, const C coefficients, bool training,
+                                                int64_t begin, int64_t end) {
   constexpr int kL = kLanes<Param<T>>;
   int64_t i = begin;
   for (; i + kL <= end; i += kL) {
     FetchAhead(arrays, i);
-    GradientNormalizeVector<false, kActivation>(arrays, coefficients, training, i, kL, kStream);
+    GradientNormalizeVector<false, kActivation, !kStream>(arrays, coefficients, training, i, kL, kStream);
   }
   return i;
+}
+
+// Returns where they end. Unless they are streamed, `begin` is a multiple of the lanes.
+template <Activation kActivation, bool kStream, typename T, typename C>
+TFOPS_INLINE int64_t GradientNormalizeVectors(const GradientArrays<T>& arrays, const C& coefficients, bool training,
+                                              int64_t begin, int64_t end) {
+  if (kStream) return GradientNormalizeVectorsOf<kActivation, kStream>(arrays, coefficients, training, begin, end);
+  return WithKnown<kActivation>(arrays, training, [&](const GradientArrays<T>& known, bool is_training) {
+    return GradientNormalizeVectorsOf<kActivation, kStream>(known, coefficients, is_training, begin, end);
+  });
 }
 
 // As NormalizeOverlapping.
@@ -348,7 +290,7 @@ TFOPS_INLINE void GradientNormalizeOverlapping(const GradientArrays<T>& arrays, 
                                                int64_t begin) {
   constexpr int kL = kLanes<Param<T>>;
   const int64_t last = arrays.length - kL;
-  const auto g = GradientOfVector<false, kActivation>(arrays, coefficients, last, kL);
+  const auto g = GradientOfVector<false, kActivation, /*kInPlace=*/false>(arrays, coefficients, last, kL);
   GradientNormalizeVectors<kActivation, false>(arrays, coefficients, training, begin, arrays.length);
   WriteGradient<false>(arrays, g, coefficients, training, last, kL, false);
 }
@@ -379,11 +321,10 @@ TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T> arrays, const C& coeffi
   }
 }
 
-// As NormalizeTiles.
 template <Activation kActivation, int kRows, Tiling kTiling, typename T>
-TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T> arrays,
-                                         const ColumnCoefficients<Param<T>> coefficients, bool training,
-                                         int64_t stride) {
+TFOPS_INLINE int64_t GradientNormalizeTilesOf(const GradientArrays<T> arrays,
+                                              const ColumnCoefficients<Param<T>> coefficients, bool training,
+                                              int64_t stride) {
   using P = Param<T>;
   constexpr int kL = kLanes<P>;
   int64_t i = 0;
@@ -402,6 +343,18 @@ TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T> arrays,
       }
     }
   }
+  return i;
+}
+
+// As NormalizeTiles.
+template <Activation kActivation, int kRows, Tiling kTiling, typename T>
+TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T>& arrays,
+                                         const ColumnCoefficients<Param<T>>& coefficients, bool training,
+                                         int64_t stride) {
+  const auto normalize = [&](const GradientArrays<T>& known, bool is_training) {
+    return GradientNormalizeTilesOf<kActivation, kRows, kTiling>(known, coefficients, is_training, stride);
+  };
+  const int64_t i = WithKnown<kActivation>(arrays, training, normalize);
   for (int r = 0; r < kRows && i < arrays.length; ++r) {
     const GradientArrays<T> rest = arrays.From(r * stride + i, arrays.length - i);
     GradientNormalizeRun<kActivation>(rest, coefficients.From(i), training);

@@ -24,7 +24,23 @@ struct NormalizeArrays {
   TFOPS_INLINE NormalizeArrays From(int64_t i) const {
     return {x + i, Advance(residual, i), y + i, Advance(bits, i / 8), stream, x_ahead, residual_ahead};
   }
+
+  TFOPS_INLINE bool IsFetchedAhead() const { return x_ahead != 0 || residual_ahead != 0; }
 };
+
+// Calls body with the same arrays, nothing of them fetched ahead, and where it is known which of them there are.
+template <Activation kActivation, typename T, typename Body>
+TFOPS_INLINE auto WithKnown(const NormalizeArrays<T>& arrays, Body body) {
+  return WithConstant(arrays.residual != nullptr, [&](auto has_residual) {
+    return WithConstant(kIsPiecewiseLinear<kActivation> && arrays.bits != nullptr, [&](auto has_bits) {
+      NormalizeArrays<T> known = arrays;
+      known.residual = Known<decltype(has_residual)::value>(arrays.residual);
+      known.bits = Known<decltype(has_bits)::value>(arrays.bits);
+      known.x_ahead = known.residual_ahead = 0;
+      return body(known);
+    });
+  });
+}
 
 template <typename T>
 TFOPS_INLINE NormalizeArrays<T> ArraysOfRun(const ForwardJob& job, const Run& run, uint8_t* bits) {
@@ -94,7 +110,6 @@ class MaskWriter {
   // kIsFirst: if PutFirst has not been called.
   template <bool kIsFirst>
   TFOPS_INLINE void PutBlock(uint32_t bits) {
-    if (!next_) return;
     if (!kIsFirst) {
       pending_ |= static_cast<uint64_t>(bits) << count_;
       bits = static_cast<uint32_t>(pending_);
@@ -124,10 +139,9 @@ TFOPS_INLINE void NormalizeSome(const NormalizeArrays<T>& arrays, const C& coeff
   }
 }
 
-// Returns where they end.
 template <Activation kActivation, bool kStream, typename T, typename C>
-TFOPS_INLINE int64_t NormalizeBlocks(const NormalizeArrays<T> arrays, const C coefficients, int64_t begin, int64_t end,
-                                     MaskWriter* mask) {
+TFOPS_INLINE int64_t NormalizeBlocksOf(const NormalizeArrays<T> arrays, const C coefficients, int64_t begin,
+                                       int64_t end, MaskWriter* mask) {
   constexpr int kL = kLanes<Param<T>>;
   MaskWriter writer = *mask;
   int64_t i = begin;
@@ -137,10 +151,22 @@ TFOPS_INLINE int64_t NormalizeBlocks(const NormalizeArrays<T> arrays, const C co
       FetchAhead(arrays, i + j);
       bits |= NormalizeVector<false, kActivation>(arrays, coefficients, i + j, kL, kStream) << j;
     }
-    writer.template PutBlock<!kStream>(bits);
+    if (kIsPiecewiseLinear<kActivation> && arrays.bits) writer.template PutBlock<!kStream>(bits);
   }
   *mask = writer;
   return i;
+}
+
+// Returns where they end.
+template <Activation kActivation, bool kStream, typename T, typename C>
+TFOPS_INLINE int64_t NormalizeBlocks(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t begin,
+                                     int64_t end, MaskWriter* mask) {
+  if (kStream || arrays.IsFetchedAhead()) {
+    return NormalizeBlocksOf<kActivation, kStream>(arrays, coefficients, begin, end, mask);
+  }
+  return WithKnown<kActivation>(arrays, [&](const NormalizeArrays<T>& known) {
+    return NormalizeBlocksOf<kActivation, kStream>(known, coefficients, begin, end, mask);
+  });
 }
 
 // To a run's end, the last vector overlapping the one before. So it is loaded before that is written, perhaps to the
@@ -180,10 +206,9 @@ TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T>& arrays, const C& coeffi
   mask.Finish();
 }
 
-// kRows rows, `stride` elements from one to the next: these are the first's arrays.
 template <Activation kActivation, int kRows, Tiling kTiling, typename T>
-TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T> arrays, const ColumnCoefficients<Param<T>> coefficients,
-                                 int64_t stride, int64_t length) {
+TFOPS_INLINE int64_t NormalizeTilesOf(const NormalizeArrays<T> arrays, const ColumnCoefficients<Param<T>> coefficients,
+                                      int64_t stride, int64_t length) {
   using P = Param<T>;
   constexpr int kL = kLanes<P>;
   int64_t i = 0;
@@ -207,6 +232,16 @@ TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T> arrays, const ColumnCo
       }
     }
   }
+  return i;
+}
+
+// kRows rows, `stride` elements from one to the next: these are the first's arrays.
+template <Activation kActivation, int kRows, Tiling kTiling, typename T>
+TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T>& arrays, const ColumnCoefficients<Param<T>>& coefficients,
+                                 int64_t stride, int64_t length) {
+  const int64_t i = WithKnown<kActivation>(arrays, [&](const NormalizeArrays<T>& known) {
+    return NormalizeTilesOf<kActivation, kRows, kTiling>(known, coefficients, stride, length);
+  });
   for (int r = 0; r < kRows && i < length; ++r) {
     NormalizeRun<kActivation>(arrays.From(r * stride + i), coefficients.From(i), length - i);
   }

@@ -12,7 +12,6 @@
 #include <immintrin.h>
 #endif
 
-#include "csrc/batch_norm/activation.h"
 #include "csrc/batch_norm/cpu/plan.h"
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
@@ -21,6 +20,15 @@
 #define TFOPS_VECTOR_BYTES 32
 #else
 #define TFOPS_VECTOR_BYTES 16
+#endif
+
+// Intel's name for an operation on whole vectors.
+#if TFOPS_VECTOR_BYTES == 64
+#define TFOPS_X86_VECTOR(what, type) _mm512_##what##_##type
+#elif TFOPS_VECTOR_BYTES == 32
+#define TFOPS_X86_VECTOR(what, type) _mm256_##what##_##type
+#else
+#define TFOPS_X86_VECTOR(what, type) _mm_##what##_##type
 #endif
 
 namespace tfops::cpu::TFOPS_CPU_LEVEL {
@@ -118,6 +126,32 @@ struct StoredOf<double> {
 template <typename T>
 using Stored = typename StoredOf<T>::Type;
 
+// Words below 2^16 from halfwords, and back. By itself GCC widens halves of a vector and joins them, and clears upper
+// halfwords that are zero.
+#if TFOPS_VECTOR_BYTES == 32
+
+TFOPS_INLINE WordVec WordsOf(HalfwordVec halfwords) { return (WordVec)_mm256_cvtepu16_epi32((__m128i)halfwords); }
+TFOPS_INLINE HalfwordVec HalfwordsOf(WordVec words) {
+  const __m256i both = (__m256i)words;
+  return (HalfwordVec)_mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+}
+
+#elif TFOPS_VECTOR_BYTES == 16 && defined(__SSE4_1__)
+
+TFOPS_INLINE WordVec WordsOf(HalfwordVec halfwords) {
+  return (WordVec)_mm_cvtepu16_epi32(_mm_cvtsi64_si128(BitCast<int64_t>(halfwords)));
+}
+TFOPS_INLINE HalfwordVec HalfwordsOf(WordVec words) {
+  return BitCast<HalfwordVec>(_mm_cvtsi128_si64(_mm_packus_epi32((__m128i)words, (__m128i)words)));
+}
+
+#else
+
+TFOPS_INLINE WordVec WordsOf(HalfwordVec halfwords) { return __builtin_convertvector(halfwords, WordVec); }
+TFOPS_INLINE HalfwordVec HalfwordsOf(WordVec words) { return __builtin_convertvector(words, HalfwordVec); }
+
+#endif
+
 #if TFOPS_VECTOR_BYTES == 64
 
 TFOPS_INLINE FloatVec HalfToFloat(HalfwordVec half) { return (FloatVec)_mm512_cvtph_ps((__m256i)half); }
@@ -136,7 +170,7 @@ TFOPS_INLINE HalfwordVec FloatToHalf(FloatVec v) {
 
 // Without instructions for it. Subnormal halves go through integers: TensorFlow's threads treat subnormal floats as 0.
 TFOPS_INLINE FloatVec HalfToFloat(HalfwordVec bits) {
-  const WordVec half = __builtin_convertvector(bits, WordVec);
+  const WordVec half = WordsOf(bits);
   const WordVec magnitude = half & 0x7FFF;
   const WordVec normal = (magnitude << 13) + ((127 - 15) << 23);
   const WordVec special = (magnitude << 13) | 0x7F800000;
@@ -156,7 +190,7 @@ TFOPS_INLINE HalfwordVec FloatToHalf(FloatVec v) {
   const WordVec infinite = WordVec{} + 0x7C00;
   const WordVec nan = ((word >> 13) & 0x3FF) | 0x7E00;
   const WordVec half = magnitude < 0x477FF000 ? finite : (magnitude > 0x7F800000 ? nan : infinite);
-  return __builtin_convertvector(half | ((word >> 16) & 0x8000), HalfwordVec);
+  return HalfwordsOf(half | ((word >> 16) & 0x8000));
 }
 
 #endif
@@ -183,15 +217,13 @@ TFOPS_INLINE HalfwordVec FloatToBFloat16(FloatVec v) {
 
 #else
 
-TFOPS_INLINE FloatVec BFloat16ToFloat(HalfwordVec bits) {
-  return BitCast<FloatVec>(__builtin_convertvector(bits, WordVec) << 16);
-}
+TFOPS_INLINE FloatVec BFloat16ToFloat(HalfwordVec bits) { return BitCast<FloatVec>(WordsOf(bits) << 16); }
 
 TFOPS_INLINE HalfwordVec FloatToBFloat16(FloatVec v) {
   const WordVec word = BitCast<WordVec>(v);
   const WordVec rounded = word + (0x7FFF + ((word >> 16) & 1));
   const WordVec quiet_nan = word | 0x400000;
-  return __builtin_convertvector((v == v ? rounded : quiet_nan) >> 16, HalfwordVec);
+  return HalfwordsOf((v == v ? rounded : quiet_nan) >> 16);
 }
 
 #endif
@@ -380,6 +412,9 @@ TFOPS_INLINE uint32_t BitsFromMask(IntVec<P> mask) {
 #if TFOPS_VECTOR_BYTES == 64
   if constexpr (sizeof(P) == 4) return _mm512_movepi32_mask((__m512i)mask);
   if constexpr (sizeof(P) == 8) return _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__x86_64__)
+  if constexpr (sizeof(P) == 4) return static_cast<uint32_t>(TFOPS_X86_VECTOR(movemask, ps)((FloatVec)mask));
+  if constexpr (sizeof(P) == 8) return static_cast<uint32_t>(TFOPS_X86_VECTOR(movemask, pd)((Vec<double>)mask));
 #else
   const IntVec<P> selected = mask & LaneBits<P>();
   uint32_t bits = 0;
@@ -388,9 +423,11 @@ TFOPS_INLINE uint32_t BitsFromMask(IntVec<P> mask) {
 #endif
 }
 
-// Bits i to i + n - 1 of a row of bits, n <= lanes. What follows them is undefined.
-template <typename P>
+// Bits i to i + n - 1 of a row of bits, n <= lanes. What follows them is undefined. kInPlace: n is all lanes, and i a
+// multiple of that or of 8.
+template <typename P, bool kInPlace>
 TFOPS_INLINE uint32_t LoadMaskBits(const uint8_t* row, int64_t i, int64_t n) {
+  if constexpr (kInPlace) return kLanes<P> > 8 ? LoadBits<uint16_t>(row + i / 8) : uint32_t{row[i / 8]} >> (i % 8);
   const int64_t first = i / 8, last = (i + n - 1) / 8;
   uint32_t bits = row[first];
   if (first < last) bits |= static_cast<uint32_t>(row[first + 1]) << 8;
@@ -400,50 +437,5 @@ TFOPS_INLINE uint32_t LoadMaskBits(const uint8_t* row, int64_t i, int64_t n) {
 
 }  // namespace
 }  // namespace tfops::cpu::TFOPS_CPU_LEVEL
-
-// ---------------------------------------------------------------------------------------------------------------------
-// exp of vectors, for activation.h.
-
-namespace tfops {
-
-// Cephes' expf: x = k ln 2 + r, |r| <= ln 2 / 2, and a polynomial for exp(r). Error < 2 ulp; inf above 88.73, 0 (or a
-// subnormal) below -87.33.
-template <>
-struct Exponential<cpu::TFOPS_CPU_LEVEL::FloatVec> {
-  using V = cpu::TFOPS_CPU_LEVEL::FloatVec;
-
-  static TFOPS_INLINE V Of(V x) {
-    using cpu::TFOPS_CPU_LEVEL::BitCast;
-    using Int = cpu::TFOPS_CPU_LEVEL::IntVec<float>;
-    constexpr float kRound = 0x1.8p23f;  // adding and subtracting it rounds to an integer
-    const V low = V{} - 88.0f;
-    const V high = V{} + 89.0f;
-    const V clamped = x < low ? low : (x > high ? high : x);
-    const V k = (clamped * 1.44269504088896341f + kRound) - kRound;
-    const V r = (clamped - k * 0.693359375f) - k * -2.12194440e-4f;
-    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    // 2^k as a product of two: k reaches 128 and -127. NaN comes through p.
-    const Int exponent = __builtin_convertvector(x == x ? k : V{}, Int);
-    const Int half = exponent >> 1;
-    return p * BitCast<V>((half + 127) << 23) * BitCast<V>((exponent - half + 127) << 23);
-  }
-};
-
-template <>
-struct Exponential<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
-  using V = cpu::TFOPS_CPU_LEVEL::Vec<double>;
-
-  static TFOPS_INLINE V Of(V x) {
-    for (int i = 0; i < cpu::TFOPS_CPU_LEVEL::kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
-    return x;
-  }
-};
-
-}  // namespace tfops
 
 #endif  // TFOPS_BATCH_NORM_CPU_SIMD_H_
