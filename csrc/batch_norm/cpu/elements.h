@@ -31,26 +31,25 @@ TFOPS_INLINE void WithActivation(Activation activation, Body body) {
   }
 }
 
-// Calls body with a bool as a constant.
-template <typename Body>
-TFOPS_INLINE auto WithConstant(bool value, Body body) {
-  return value ? body(std::true_type()) : body(std::false_type());
-}
-
 // For an array that may be absent.
 template <typename T>
 TFOPS_INLINE T* Advance(T* p, int64_t n) {
   return p ? p + n : nullptr;
 }
 
-// p, of which it is known whether it is null: what asks for it in a loop, compilers then leave out. In the cache, to
-// ask for each of a few arrays at each vector takes as long as to compute it.
-template <bool kIsThere, typename T>
-TFOPS_INLINE T* Known(T* p) {
-  if constexpr (!kIsThere) return nullptr;
-  if (!p) __builtin_unreachable();
-  return p;
-}
+// Which of the arrays that may be absent a job has, for its loops: in the cache, to ask for each of a few at each
+// vector takes as long as to compute it. What is known is of jobs in the cache: nothing is streamed, or fetched ahead.
+struct AnyArrays {
+  static constexpr bool kIsKnown = false;
+  static constexpr bool kHasResidual = false;
+  static constexpr bool kHasMask = false;
+};
+template <bool kResidual, bool kMask>
+struct KnownArrays {
+  static constexpr bool kIsKnown = true;
+  static constexpr bool kHasResidual = kResidual;
+  static constexpr bool kHasMask = kMask;
+};
 
 // The coefficients of a vector of elements, wherever it lies: those of one channel in all lanes, or loaded.
 template <typename P>

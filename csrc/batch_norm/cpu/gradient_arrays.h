@@ -9,8 +9,10 @@
 namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
 
-// The arrays of one run. residual, bits, dresidual and, where only sums are wanted, dx may be null.
-template <typename T>
+// The arrays of one run. residual, bits, dresidual and, where only sums are wanted, dx may be null; A is AnyArrays, or
+// says that there is no residual, and whether there are bits and dresidual: training has either both or neither, with
+// few exceptions.
+template <typename T, typename A = AnyArrays>
 struct GradientArrays {
   const T* dy;
   const T* x;
@@ -22,6 +24,12 @@ struct GradientArrays {
   bool stream_dx;
   bool stream_dresidual;
   int64_t ahead;
+
+  TFOPS_INLINE bool HasResidual() const { return !A::kIsKnown && residual != nullptr; }
+  TFOPS_INLINE bool HasBits() const { return A::kIsKnown ? A::kHasMask : bits != nullptr; }
+  TFOPS_INLINE bool HasDresidual() const { return A::kIsKnown ? A::kHasMask : dresidual != nullptr; }
+  TFOPS_INLINE bool IsDxStreamed() const { return !A::kIsKnown && stream_dx; }
+  TFOPS_INLINE bool IsDresidualStreamed() const { return !A::kIsKnown && stream_dresidual; }
 
   // Those of `count` elements from i on. With bits, i is a multiple of 8.
   TFOPS_INLINE GradientArrays From(int64_t i, int64_t count) const {
@@ -38,8 +46,9 @@ struct GradientArrays {
   }
 };
 
-template <typename T>
-TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardJob& job, const Run& run, const uint8_t* bits, int64_t ahead) {
+template <typename T, typename A>
+TFOPS_INLINE GradientArrays<T, A> ArraysOfRun(const BackwardJob& job, const Run& run, const uint8_t* bits,
+                                              int64_t ahead) {
   const BackwardArrays& arrays = job.arrays;
   return {static_cast<const T*>(arrays.dy) + run.offset,
           static_cast<const T*>(arrays.x) + run.offset,
@@ -53,45 +62,35 @@ TFOPS_INLINE GradientArrays<T> ArraysOfRun(const BackwardJob& job, const Run& ru
           ahead};
 }
 
-// The same, without residual, nothing of them fetched ahead, and where it is known whether there is a mask.
-template <bool kHasMask, typename T>
-TFOPS_INLINE GradientArrays<T> WithKnownMask(GradientArrays<T> arrays) {
-  arrays.residual = nullptr;
-  arrays.bits = Known<kHasMask>(arrays.bits);
-  arrays.ahead = 0;
-  return arrays;
-}
-
-// Calls body with the arrays of these runs, in which there are the same ones: as constants if, as mostly, they are as
-// above. For sums.
-template <Activation kActivation, int kRuns, typename T, typename Body>
-TFOPS_INLINE void WithKnown(const GradientArrays<T> (&runs)[kRuns], Body body) {
-  if (runs[0].ahead != 0 || runs[0].residual) return body(runs);
-  WithConstant(kIsPiecewiseLinear<kActivation> && runs[0].bits, [&](auto has_mask) {
-    GradientArrays<T> known[kRuns];
-    for (int r = 0; r < kRuns; ++r) known[r] = WithKnownMask<decltype(has_mask)::value>(runs[r]);
-    body(known);
-  });
-}
-
-// Likewise body(arrays, training), for dx, with a mask and dresidual or with neither.
-template <Activation kActivation, typename T, typename Body>
-TFOPS_INLINE auto WithKnown(const GradientArrays<T>& arrays, bool training, Body body) {
-  const bool has_mask = kIsPiecewiseLinear<kActivation> && arrays.bits;
-  if (!training || arrays.ahead != 0 || arrays.residual || has_mask != (arrays.dresidual != nullptr)) {
-    return body(arrays, training);
+// Calls body with what is known of the arrays that the job's sums read.
+template <Activation kActivation, typename Body>
+TFOPS_INLINE void WithArraysOfSums(const BackwardJob& job, Body body) {
+  if (job.sums_ahead != 0 || job.arrays.residual) return body(AnyArrays());
+  if constexpr (kIsPiecewiseLinear<kActivation>) {
+    if (job.arrays.mask) return body(KnownArrays<false, true>());
   }
-  return WithConstant(has_mask, [&](auto constant) {
-    GradientArrays<T> known = WithKnownMask<decltype(constant)::value>(arrays);
-    known.dresidual = Known<decltype(constant)::value>(arrays.dresidual);
-    return body(known, true);
-  });
+  body(KnownArrays<false, false>());
+}
+
+// Likewise of those that dx and dresidual are computed from and written to; as WithArraysOf in normalize_pass.h.
+template <Activation kActivation, Tiling kTiling = Tiling::kNone, typename Body>
+TFOPS_INLINE void WithArraysOfDx(const BackwardJob& job, Body body) {
+  if constexpr (kTiling == Tiling::kApart) return body(AnyArrays());
+  const bool has_mask = kIsPiecewiseLinear<kActivation> && job.arrays.mask;
+  const bool in_cache = job.dx_ahead == 0 && !job.stream_dx && !job.stream_dresidual;
+  if (!in_cache || !job.problem.training || job.arrays.residual || has_mask != (job.arrays.dresidual != nullptr)) {
+    return body(AnyArrays());
+  }
+  if constexpr (kIsPiecewiseLinear<kActivation>) {
+    if (has_mask) return body(KnownArrays<false, true>());
+  }
+  body(KnownArrays<false, false>());
 }
 
 // For a pass that is about to read the vector at i, and will go on from there.
-template <typename T>
-TFOPS_INLINE void FetchAhead(const GradientArrays<T>& arrays, int64_t i) {
-  if (arrays.ahead == 0) return;
+template <typename T, typename A>
+TFOPS_INLINE void FetchAhead(const GradientArrays<T, A>& arrays, int64_t i) {
+  if (A::kIsKnown || arrays.ahead == 0) return;
   FetchAhead(arrays.dy + i, arrays.ahead);
   FetchAhead(arrays.x + i, arrays.ahead);
   if (arrays.residual) FetchAhead(arrays.residual + i, arrays.ahead);
@@ -104,21 +103,21 @@ struct Gradient {
 };
 
 // Lanes i to i + lanes of a run, or the first n of them (and zero dz) if kPartial. kInPlace: see LoadMaskBits.
-template <bool kPartial, Activation kActivation, bool kInPlace = !kPartial, typename T, typename C>
-TFOPS_INLINE Gradient<Param<T>> GradientOfVector(const GradientArrays<T>& arrays, const C& coefficients, int64_t i,
+template <bool kPartial, Activation kActivation, bool kInPlace = !kPartial, typename T, typename A, typename C>
+TFOPS_INLINE Gradient<Param<T>> GradientOfVector(const GradientArrays<T, A>& arrays, const C& coefficients, int64_t i,
                                                  int64_t n) {
   using P = Param<T>;
   const Vec<P> dy = LoadLanes<kPartial>(arrays.dy + i, n);
   const Vec<P> xc = LoadLanes<kPartial>(arrays.x + i, n) - coefficients.Mean(i);
   if constexpr (kActivation == Activation::kNone) return {dy, xc};
   if constexpr (kIsPiecewiseLinear<kActivation>) {
-    if (arrays.bits) {
+    if (arrays.HasBits()) {
       const IntVec<P> on = MaskFromBits<P>(LoadMaskBits<P, kInPlace>(arrays.bits, i, n));
       return {on ? dy : OffGradient<kActivation>(dy), xc};
     }
   }
   Vec<P> z = Affine<Vec<P>>(xc, coefficients.Slope(i), coefficients.Offset(i));
-  if (arrays.residual) z += LoadLanes<kPartial>(arrays.residual + i, n);
+  if (arrays.HasResidual()) z += LoadLanes<kPartial>(arrays.residual + i, n);
   return {ActivationGradient<kActivation>(dy, z), xc};
 }
 

@@ -17,9 +17,10 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------------
 // Gradient moments, channels-last: as in ColumnChain.
 
-template <Activation kActivation, int kRows, typename T>
-TFOPS_INLINE void AddRowsOf(const GradientArrays<T> (&rows)[kRows], const ColumnCoefficients<Param<T>>& coefficients,
-                            int64_t columns, Param<T>* sum_dz, Param<T>* sum_dz_xc) {
+// Adds kRows rows to the sums of each of `columns` columns.
+template <Activation kActivation, int kRows, typename T, typename A>
+TFOPS_INLINE void AddRows(const GradientArrays<T, A> (&rows)[kRows], const ColumnCoefficients<Param<T>>& coefficients,
+                          int64_t columns, Param<T>* sum_dz, Param<T>* sum_dz_xc) {
   using P = Param<T>;
   ForEachVector<P>(columns, [&](auto partial, int64_t j, int64_t n) {
     Vec<P> first{}, second{};
@@ -32,14 +33,6 @@ TFOPS_INLINE void AddRowsOf(const GradientArrays<T> (&rows)[kRows], const Column
     Store(sum_dz + j, Load(sum_dz + j) + first);
     Store(sum_dz_xc + j, Load(sum_dz_xc + j) + second);
   });
-}
-
-// Adds kRows rows to the sums of each of `columns` columns.
-template <Activation kActivation, int kRows, typename T>
-TFOPS_INLINE void AddRows(const GradientArrays<T> (&rows)[kRows], const ColumnCoefficients<Param<T>>& coefficients,
-                          int64_t columns, Param<T>* sum_dz, Param<T>* sum_dz_xc) {
-  WithKnown<kActivation>(
-      rows, [&](const auto& known) { AddRowsOf<kActivation, kRows>(known, coefficients, columns, sum_dz, sum_dz_xc); });
 }
 
 template <typename T>
@@ -57,39 +50,42 @@ void ColumnGradientMoments(const BackwardJob& job, int64_t item) {
 
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    alignas(64) P sums[kMaxColumns];  // of a chain
-    alignas(64) P products[kMaxColumns];
-    uint8_t buffers[kRowsAtOnce][kRunMaskBytes];
-    // A chain: steps * kRows rows from row r on, which are `apart` rows apart within a step; columns c to c + n.
-    const auto add_chain = [&](auto rows_at_once, int64_t r, int64_t steps, int64_t apart, int64_t c, int64_t n) {
-      constexpr int kRows = decltype(rows_at_once)::value;
-      const ColumnCoefficients<P> coefficients(job.coefficients, c);
-      for (int64_t j = 0; j < n; ++j) sums[j] = products[j] = P(0);
-      for (int64_t i = 0; i < steps; ++i) {
-        GradientArrays<T> rows[kRows];
-        for (int k = 0; k < kRows; ++k) {
-          const Run run = RowRun(plan, r + i + k * apart, c, c + n);
-          const uint8_t* bits = MaskOfRun(job.problem, plan, run, job.arrays.mask, buffers[k]);
-          rows[k] = ArraysOfRun<T>(job, run, bits, job.sums_ahead);
+    WithArraysOfSums<kActivation>(job, [&](auto known) {
+      using A = decltype(known);
+      alignas(64) P sums[kMaxColumns];  // of a chain
+      alignas(64) P products[kMaxColumns];
+      uint8_t buffers[kRowsAtOnce][kRunMaskBytes];
+      // A chain: steps * kRows rows from row r on, which are `apart` rows apart within a step; columns c to c + n.
+      const auto add_chain = [&](auto rows_at_once, int64_t r, int64_t steps, int64_t apart, int64_t c, int64_t n) {
+        constexpr int kRows = decltype(rows_at_once)::value;
+        const ColumnCoefficients<P> coefficients(job.coefficients, c);
+        for (int64_t j = 0; j < n; ++j) sums[j] = products[j] = P(0);
+        for (int64_t i = 0; i < steps; ++i) {
+          GradientArrays<T, A> rows[kRows];
+          for (int k = 0; k < kRows; ++k) {
+            const Run run = RowRun(plan, r + i + k * apart, c, c + n);
+            const uint8_t* bits = MaskOfRun(job.problem, plan, run, job.arrays.mask, buffers[k]);
+            rows[k] = ArraysOfRun<T, A>(job, run, bits, job.sums_ahead);
+          }
+          AddRows<kActivation, kRows>(rows, coefficients, n, sums, products);
         }
-        AddRows<kActivation, kRows>(rows, coefficients, n, sums, products);
+        for (int64_t j = 0; j < n; ++j) {
+          sum_dz[c + j] += static_cast<double>(sums[j]);
+          sum_dz_xc[c + j] += static_cast<double>(products[j]);
+        }
+      };
+      const int64_t columns = column_end - column_begin;
+      const int64_t begin = plan.RowBegin(chunk);
+      const int64_t end = plan.RowEnd(chunk);
+      const int64_t apart = (end - begin) / kRowsAtOnce;
+      for (int64_t i = 0; i < apart; i += kSteps) {
+        add_chain(std::integral_constant<int, kRowsAtOnce>(), begin + i, Min(kSteps, apart - i), apart, column_begin,
+                  columns);
       }
-      for (int64_t j = 0; j < n; ++j) {
-        sum_dz[c + j] += static_cast<double>(sums[j]);
-        sum_dz_xc[c + j] += static_cast<double>(products[j]);
-      }
-    };
-    const int64_t columns = column_end - column_begin;
-    const int64_t begin = plan.RowBegin(chunk);
-    const int64_t end = plan.RowEnd(chunk);
-    const int64_t apart = (end - begin) / kRowsAtOnce;
-    for (int64_t i = 0; i < apart; i += kSteps) {
-      add_chain(std::integral_constant<int, kRowsAtOnce>(), begin + i, Min(kSteps, apart - i), apart, column_begin,
-                columns);
-    }
-    const int64_t rest = begin + apart * kRowsAtOnce;
-    if (rest < end) add_chain(std::integral_constant<int, 1>(), rest, end - rest, 0, column_begin, columns);
-    if (plan.HasTail(chunk)) add_chain(std::integral_constant<int, 1>(), plan.rows, 1, 0, 0, plan.tail);
+      const int64_t rest = begin + apart * kRowsAtOnce;
+      if (rest < end) add_chain(std::integral_constant<int, 1>(), rest, end - rest, 0, column_begin, columns);
+      if (plan.HasTail(chunk)) add_chain(std::integral_constant<int, 1>(), plan.rows, 1, 0, 0, plan.tail);
+    });
   });
 }
 
@@ -107,21 +103,19 @@ class GradientChain {
   }
 
   // Adds the elements of kRuns runs, all of one length.
-  template <int kRuns>
-  TFOPS_INLINE void Add(const GradientArrays<T> (&runs)[kRuns], const VectorCoefficients<P>& coefficients) {
+  template <typename A, int kRuns>
+  TFOPS_INLINE void Add(const GradientArrays<T, A> (&runs)[kRuns], const VectorCoefficients<P>& coefficients) {
     constexpr int64_t kPiece = kChainElements<kRuns, kChainRows, P>;
     const int64_t length = runs[0].length;
     for (int64_t begin = 0; begin < length; begin += kPiece) {
       const int64_t end = Min(begin + kPiece, length);
       const int64_t additions = AdditionsOf<kRuns, P>(end - begin);
       if (additions_ + additions > kChainRows) Flush();
-      WithKnown<kActivation>(runs, [&](const auto& known) {
-        ForEachVectorInTurn<kRuns, P>(begin, end, [&](auto partial, int v, int r, int64_t i, int64_t lanes) {
-          FetchAhead(known[r], i);
-          const auto g = GradientOfVector<decltype(partial)::value, kActivation>(known[r], coefficients, i, lanes);
-          first_[v] += g.dz;
-          second_[v] += g.dz * g.xc;
-        });
+      ForEachVectorInTurn<kRuns, P>(begin, end, [&](auto partial, int v, int r, int64_t i, int64_t lanes) {
+        FetchAhead(runs[r], i);
+        const auto g = GradientOfVector<decltype(partial)::value, kActivation>(runs[r], coefficients, i, lanes);
+        first_[v] += g.dz;
+        second_[v] += g.dz * g.xc;
       });
       additions_ += additions;
     }
@@ -153,24 +147,27 @@ void PlaneGradientMoments(const BackwardJob& job, int64_t item) {
   const int64_t chunk = plan.Chunk(item);
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    ForEachGroup(plan, item, [&](int64_t begin, int64_t end) {
-      GradientChain<kActivation, T> chains[kMaxGroup];
-      for (int64_t c = begin; c < end; ++c) chains[c - begin].Begin();
-      ForEachRuns(job.problem, plan, item, begin, end, [&](const auto& runs, int64_t c) {
-        constexpr int kRuns = std::extent_v<std::remove_reference_t<decltype(runs)>>;
-        GradientArrays<T> arrays[kRuns];
-        for (int k = 0; k < kRuns; ++k) {
-          const uint8_t* bits = MaskInPlace(job.problem, plan, runs[k], job.arrays.mask);
-          arrays[k] = ArraysOfRun<T>(job, runs[k], bits, job.sums_ahead);
+    WithArraysOfSums<kActivation>(job, [&](auto known) {
+      using A = decltype(known);
+      ForEachGroup(plan, item, [&](int64_t begin, int64_t end) {
+        GradientChain<kActivation, T> chains[kMaxGroup];
+        for (int64_t c = begin; c < end; ++c) chains[c - begin].Begin();
+        ForEachRuns(job.problem, plan, item, begin, end, [&](const auto& runs, int64_t c) {
+          constexpr int kRuns = std::extent_v<std::remove_reference_t<decltype(runs)>>;
+          GradientArrays<T, A> arrays[kRuns];
+          for (int k = 0; k < kRuns; ++k) {
+            const uint8_t* bits = MaskInPlace(job.problem, plan, runs[k], job.arrays.mask);
+            arrays[k] = ArraysOfRun<T, A>(job, runs[k], bits, job.sums_ahead);
+          }
+          chains[c - begin].Add(arrays, ChannelCoefficients<Param<T>>(job.coefficients, c));
+        });
+        for (int64_t c = begin; c < end; ++c) {
+          GradientChain<kActivation, T>& chain = chains[c - begin];
+          chain.Flush();
+          job.partials.first[chunk * plan.columns + c] = chain.sum_dz;
+          job.partials.second[chunk * plan.columns + c] = chain.sum_dz_xc;
         }
-        chains[c - begin].Add(arrays, ChannelCoefficients<Param<T>>(job.coefficients, c));
       });
-      for (int64_t c = begin; c < end; ++c) {
-        GradientChain<kActivation, T>& chain = chains[c - begin];
-        chain.Flush();
-        job.partials.first[chunk * plan.columns + c] = chain.sum_dz;
-        job.partials.second[chunk * plan.columns + c] = chain.sum_dz_xc;
-      }
     });
   });
 }
@@ -235,26 +232,27 @@ void FinishGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
 // dx = dz * slope + (x - mean) * tilt + shift
 
 // Writes dx, and dresidual, of lanes i and on from what has been read of them.
-template <bool kPartial, typename T, typename C>
-TFOPS_INLINE void WriteGradient(const GradientArrays<T>& arrays, const Gradient<Param<T>>& g, const C& coefficients,
+template <bool kPartial, typename T, typename A, typename C>
+TFOPS_INLINE void WriteGradient(const GradientArrays<T, A>& arrays, const Gradient<Param<T>>& g, const C& coefficients,
                                 bool training, int64_t i, int64_t n, bool stream) {
   Vec<Param<T>> dx = g.dz * coefficients.Slope(i);
   if (training) dx += g.xc * coefficients.Tilt(i) + coefficients.Shift(i);
   // dresidual first: it may be dy itself, but so may dx, and both have been read.
-  if (arrays.dresidual) StoreLanes<kPartial>(arrays.dresidual + i, g.dz, n, stream && arrays.stream_dresidual);
-  StoreLanes<kPartial>(arrays.dx + i, dx, n, stream && arrays.stream_dx);
+  if (arrays.HasDresidual())
+    StoreLanes<kPartial>(arrays.dresidual + i, g.dz, n, stream && arrays.IsDresidualStreamed());
+  StoreLanes<kPartial>(arrays.dx + i, dx, n, stream && arrays.IsDxStreamed());
 }
 
-template <bool kPartial, Activation kActivation, bool kInPlace = !kPartial, typename T, typename C>
-TFOPS_INLINE void GradientNormalizeVector(const GradientArrays<T>& arrays, const C& coefficients, bool training,
+template <bool kPartial, Activation kActivation, bool kInPlace = !kPartial, typename T, typename A, typename C>
+TFOPS_INLINE void GradientNormalizeVector(const GradientArrays<T, A>& arrays, const C& coefficients, bool training,
                                           int64_t i, int64_t n, bool stream) {
   const auto g = GradientOfVector<kPartial, kActivation, kInPlace>(arrays, coefficients, i, n);
   WriteGradient<kPartial>(arrays, g, coefficients, training, i, n, stream);
 }
 
 // The parts of a run, as in NormalizeRun.
-template <Activation kActivation, typename T, typename C>
-TFOPS_INLINE void GradientNormalizeSome(const GradientArrays<T>& arrays, const C& coefficients, bool training,
+template <Activation kActivation, typename T, typename A, typename C>
+TFOPS_INLINE void GradientNormalizeSome(const GradientArrays<T, A>& arrays, const C& coefficients, bool training,
                                         int64_t begin, int64_t end) {
   for (int64_t i = begin, n; i < end; i += n) {
     n = Min(kLanes<Param<T>>, end - i);
@@ -262,9 +260,10 @@ TFOPS_INLINE void GradientNormalizeSome(const GradientArrays<T>& arrays, const C
   }
 }
 
-template <Activation kActivation, bool kStream, typename T, typename C>
-TFOPS_INLINE int64_t GradientNormalizeVectorsOf(const GradientArrays<T> arrays, const C coefficients, bool training,
-                                                int64_t begin, int64_t end) {
+// Returns where they end. Unless they are streamed, `begin` is a multiple of the lanes.
+template <Activation kActivation, bool kStream, typename T, typename A, typename C>
+TFOPS_INLINE int64_t GradientNormalizeVectors(const GradientArrays<T, A> arrays, const C coefficients, bool training,
+                                              int64_t begin, int64_t end) {
   constexpr int kL = kLanes<Param<T>>;
   int64_t i = begin;
   for (; i + kL <= end; i += kL) {
@@ -274,19 +273,9 @@ TFOPS_INLINE int64_t GradientNormalizeVectorsOf(const GradientArrays<T> arrays, 
   return i;
 }
 
-// Returns where they end. Unless they are streamed, `begin` is a multiple of the lanes.
-template <Activation kActivation, bool kStream, typename T, typename C>
-TFOPS_INLINE int64_t GradientNormalizeVectors(const GradientArrays<T>& arrays, const C& coefficients, bool training,
-                                              int64_t begin, int64_t end) {
-  if (kStream) return GradientNormalizeVectorsOf<kActivation, kStream>(arrays, coefficients, training, begin, end);
-  return WithKnown<kActivation>(arrays, training, [&](const GradientArrays<T>& known, bool is_training) {
-    return GradientNormalizeVectorsOf<kActivation, kStream>(known, coefficients, is_training, begin, end);
-  });
-}
-
 // As NormalizeOverlapping.
-template <Activation kActivation, typename T, typename C>
-TFOPS_INLINE void GradientNormalizeOverlapping(const GradientArrays<T>& arrays, const C& coefficients, bool training,
+template <Activation kActivation, typename T, typename A, typename C>
+TFOPS_INLINE void GradientNormalizeOverlapping(const GradientArrays<T, A>& arrays, const C& coefficients, bool training,
                                                int64_t begin) {
   constexpr int kL = kLanes<Param<T>>;
   const int64_t last = arrays.length - kL;
@@ -295,13 +284,13 @@ TFOPS_INLINE void GradientNormalizeOverlapping(const GradientArrays<T>& arrays, 
   WriteGradient<false>(arrays, g, coefficients, training, last, kL, false);
 }
 
-template <Activation kActivation, typename T, typename C>
-TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T> arrays, const C& coefficients, bool training) {
+template <Activation kActivation, typename T, typename A, typename C>
+TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T, A> arrays, const C& coefficients, bool training) {
   StreamedLines lines;
-  if (arrays.stream_dx) lines = LinesToStream(arrays.dx, arrays.length);
-  if (arrays.stream_dresidual) {
+  if (arrays.IsDxStreamed()) lines = LinesToStream(arrays.dx, arrays.length);
+  if (arrays.IsDresidualStreamed()) {
     const StreamedLines others = LinesToStream(arrays.dresidual, arrays.length);
-    if (!arrays.stream_dx) lines = others;
+    if (!arrays.IsDxStreamed()) lines = others;
     arrays.stream_dresidual = others == lines;
   }
   const int64_t length = arrays.length;
@@ -321,10 +310,11 @@ TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T> arrays, const C& coeffi
   }
 }
 
-template <Activation kActivation, int kRows, Tiling kTiling, typename T>
-TFOPS_INLINE int64_t GradientNormalizeTilesOf(const GradientArrays<T> arrays,
-                                              const ColumnCoefficients<Param<T>> coefficients, bool training,
-                                              int64_t stride) {
+// As NormalizeTiles.
+template <Activation kActivation, int kRows, Tiling kTiling, typename T, typename A>
+TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T, A> arrays,
+                                         const ColumnCoefficients<Param<T>> coefficients, bool training,
+                                         int64_t stride) {
   using P = Param<T>;
   constexpr int kL = kLanes<P>;
   int64_t i = 0;
@@ -343,36 +333,28 @@ TFOPS_INLINE int64_t GradientNormalizeTilesOf(const GradientArrays<T> arrays,
       }
     }
   }
-  return i;
-}
-
-// As NormalizeTiles.
-template <Activation kActivation, int kRows, Tiling kTiling, typename T>
-TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T>& arrays,
-                                         const ColumnCoefficients<Param<T>>& coefficients, bool training,
-                                         int64_t stride) {
-  const auto normalize = [&](const GradientArrays<T>& known, bool is_training) {
-    return GradientNormalizeTilesOf<kActivation, kRows, kTiling>(known, coefficients, is_training, stride);
-  };
-  const int64_t i = WithKnown<kActivation>(arrays, training, normalize);
   for (int r = 0; r < kRows && i < arrays.length; ++r) {
-    const GradientArrays<T> rest = arrays.From(r * stride + i, arrays.length - i);
+    const GradientArrays<T, A> rest = arrays.From(r * stride + i, arrays.length - i);
     GradientNormalizeRun<kActivation>(rest, coefficients.From(i), training);
   }
 }
 
 template <Tiling kTiling, typename T>
 void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
-  const bool training = job.problem.training;
   const TileRows rows = TileRowsOfItem<T>(job.plan, item);
   const uint8_t* bits = MaskInPlace(job.problem, job.plan, rows.first, job.arrays.mask);
-  const GradientArrays<T> arrays = ArraysOfRun<T>(job, rows.first, bits, job.dx_ahead);
   const ColumnCoefficients<Param<T>> coefficients(job.coefficients, rows.first.column);
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    ForEachTileRows<kTiling>(rows, [&](auto count, int64_t offset, int64_t stride, int64_t length) {
-      constexpr int kRows = decltype(count)::value;
-      GradientNormalizeTiles<kActivation, kRows, kTiling>(arrays.From(offset, length), coefficients, training, stride);
+    WithArraysOfDx<kActivation, kTiling>(job, [&](auto known) {
+      using A = decltype(known);
+      const bool training = A::kIsKnown || job.problem.training;
+      const auto arrays = ArraysOfRun<T, A>(job, rows.first, bits, job.dx_ahead);
+      ForEachTileRows<kTiling>(rows, [&](auto count, int64_t offset, int64_t stride, int64_t length) {
+        constexpr int kRows = decltype(count)::value;
+        GradientNormalizeTiles<kActivation, kRows, kTiling>(arrays.From(offset, length), coefficients, training,
+                                                            stride);
+      });
     });
   });
   if (job.stream_dx || job.stream_dresidual) StreamFence();
@@ -383,21 +365,24 @@ void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
   using P = Param<T>;
   const auto normalize_tiled = [&](auto tiling) { GradientNormalizeTiledItem<decltype(tiling)::value, T>(job, item); };
   if (WithTiling<T>(job.tiling, job.plan, normalize_tiled)) return;
-  const bool training = job.problem.training;
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    if (!job.plan.channels_last) {
-      return ForEachSegment(job.problem, job.plan, item, [&](const Run& run) {
-        const uint8_t* bits = MaskInPlace(job.problem, job.plan, run, job.arrays.mask);
-        const auto coefficients = ChannelCoefficients<P>(job.coefficients, run.column);
-        GradientNormalizeRun<kActivation>(ArraysOfRun<T>(job, run, bits, job.dx_ahead), coefficients, training);
+    WithArraysOfDx<kActivation>(job, [&](auto known) {
+      using A = decltype(known);
+      const bool training = A::kIsKnown || job.problem.training;
+      if (!job.plan.channels_last) {
+        return ForEachSegment(job.problem, job.plan, item, [&](const Run& run) {
+          const uint8_t* bits = MaskInPlace(job.problem, job.plan, run, job.arrays.mask);
+          const auto coefficients = ChannelCoefficients<P>(job.coefficients, run.column);
+          GradientNormalizeRun<kActivation>(ArraysOfRun<T, A>(job, run, bits, job.dx_ahead), coefficients, training);
+        });
+      }
+      ForEachRow(job.plan, item, [&](const Run& run) {
+        uint8_t buffer[kRunMaskBytes];
+        const uint8_t* bits = MaskOfRun(job.problem, job.plan, run, job.arrays.mask, buffer);
+        const ColumnCoefficients<P> coefficients(job.coefficients, run.column);
+        GradientNormalizeRun<kActivation>(ArraysOfRun<T, A>(job, run, bits, job.dx_ahead), coefficients, training);
       });
-    }
-    ForEachRow(job.plan, item, [&](const Run& run) {
-      uint8_t buffer[kRunMaskBytes];
-      const uint8_t* bits = MaskOfRun(job.problem, job.plan, run, job.arrays.mask, buffer);
-      const ColumnCoefficients<P> coefficients(job.coefficients, run.column);
-      GradientNormalizeRun<kActivation>(ArraysOfRun<T>(job, run, bits, job.dx_ahead), coefficients, training);
     });
   });
   if (job.stream_dx || job.stream_dresidual) StreamFence();

@@ -207,7 +207,7 @@ void KeptGradientNormalizeItem(const BackwardJob& job, const Kept& kept, int64_t
         Run stretch = run;
         stretch.offset += first;
         stretch.length = length;
-        const GradientArrays<T> arrays = ArraysOfRun<T>(job, stretch, nullptr, job.dx_ahead);
+        const auto arrays = ArraysOfRun<T, AnyArrays>(job, stretch, nullptr, job.dx_ahead);
         if (job.plan.channels_last) {
           const ColumnCoefficients<P> coefficients(job.coefficients, run.column + first);
           GradientNormalizeRun<kActivation>(arrays, coefficients, is_kept);

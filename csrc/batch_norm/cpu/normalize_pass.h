@@ -9,8 +9,8 @@
 namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
 
-// The arrays of one run. residual and bits may be null.
-template <typename T>
+// The arrays of one run. residual and bits may be null; A is AnyArrays, or says which are not.
+template <typename T, typename A = AnyArrays>
 struct NormalizeArrays {
   const T* x;
   const T* residual;
@@ -20,30 +20,18 @@ struct NormalizeArrays {
   int64_t x_ahead;
   int64_t residual_ahead;
 
+  TFOPS_INLINE bool HasResidual() const { return A::kIsKnown ? A::kHasResidual : residual != nullptr; }
+  TFOPS_INLINE bool HasBits() const { return A::kIsKnown ? A::kHasMask : bits != nullptr; }
+  TFOPS_INLINE bool IsStreamed() const { return !A::kIsKnown && stream; }
+
   // Those of elements i and on. With bits, i is a multiple of 8.
   TFOPS_INLINE NormalizeArrays From(int64_t i) const {
     return {x + i, Advance(residual, i), y + i, Advance(bits, i / 8), stream, x_ahead, residual_ahead};
   }
-
-  TFOPS_INLINE bool IsFetchedAhead() const { return x_ahead != 0 || residual_ahead != 0; }
 };
 
-// Calls body with the same arrays, nothing of them fetched ahead, and where it is known which of them there are.
-template <Activation kActivation, typename T, typename Body>
-TFOPS_INLINE auto WithKnown(const NormalizeArrays<T>& arrays, Body body) {
-  return WithConstant(arrays.residual != nullptr, [&](auto has_residual) {
-    return WithConstant(kIsPiecewiseLinear<kActivation> && arrays.bits != nullptr, [&](auto has_bits) {
-      NormalizeArrays<T> known = arrays;
-      known.residual = Known<decltype(has_residual)::value>(arrays.residual);
-      known.bits = Known<decltype(has_bits)::value>(arrays.bits);
-      known.x_ahead = known.residual_ahead = 0;
-      return body(known);
-    });
-  });
-}
-
-template <typename T>
-TFOPS_INLINE NormalizeArrays<T> ArraysOfRun(const ForwardJob& job, const Run& run, uint8_t* bits) {
+template <typename T, typename A>
+TFOPS_INLINE NormalizeArrays<T, A> ArraysOfRun(const ForwardJob& job, const Run& run, uint8_t* bits) {
   const ForwardArrays& arrays = job.arrays;
   return {static_cast<const T*>(arrays.x) + run.offset,
           Advance(static_cast<const T*>(arrays.residual), run.offset),
@@ -54,9 +42,26 @@ TFOPS_INLINE NormalizeArrays<T> ArraysOfRun(const ForwardJob& job, const Run& ru
           job.residual_ahead};
 }
 
+// Calls body with what is known of the job's arrays, and in tiles that lie apart, which are for memory, with nothing.
+template <Activation kActivation, Tiling kTiling = Tiling::kNone, typename Body>
+TFOPS_INLINE void WithArraysOf(const ForwardJob& job, Body body) {
+  if constexpr (kTiling == Tiling::kApart) return body(AnyArrays());
+  const bool has_residual = job.arrays.residual != nullptr;
+  const bool has_mask = kIsPiecewiseLinear<kActivation> && job.arrays.mask != nullptr;
+  const bool in_cache = !job.stream_y && job.x_ahead == 0 && job.residual_ahead == 0;
+  if (in_cache && !has_mask) {
+    return has_residual ? body(KnownArrays<true, false>()) : body(KnownArrays<false, false>());
+  }
+  if constexpr (kIsPiecewiseLinear<kActivation>) {
+    if (in_cache && has_residual) return body(KnownArrays<true, true>());
+  }
+  body(AnyArrays());
+}
+
 // For a pass that is about to read the vector at i, and will go on from there.
-template <typename T>
-TFOPS_INLINE void FetchAhead(const NormalizeArrays<T>& arrays, int64_t i) {
+template <typename T, typename A>
+TFOPS_INLINE void FetchAhead(const NormalizeArrays<T, A>& arrays, int64_t i) {
+  if constexpr (A::kIsKnown) return;
   FetchAhead(arrays.x + i, arrays.x_ahead);
   FetchAhead(Advance(arrays.residual, i), arrays.residual_ahead);
 }
@@ -69,28 +74,28 @@ struct NormalizeInputs {
 };
 
 // Lanes i to i + lanes of a run, or the first n of them if kPartial.
-template <bool kPartial, typename T>
-TFOPS_INLINE NormalizeInputs<Param<T>> LoadInputs(const NormalizeArrays<T>& arrays, int64_t i, int64_t n) {
+template <bool kPartial, typename T, typename A>
+TFOPS_INLINE NormalizeInputs<Param<T>> LoadInputs(const NormalizeArrays<T, A>& arrays, int64_t i, int64_t n) {
   const Vec<Param<T>> x = LoadLanes<kPartial>(arrays.x + i, n);
-  return {x, arrays.residual ? LoadLanes<kPartial>(arrays.residual + i, n) : Vec<Param<T>>{}};
+  return {x, arrays.HasResidual() ? LoadLanes<kPartial>(arrays.residual + i, n) : Vec<Param<T>>{}};
 }
 
 // Writes the results of these. Returns their bits.
-template <bool kPartial, Activation kActivation, typename T, typename C>
-TFOPS_INLINE uint32_t NormalizeLoaded(const NormalizeArrays<T>& arrays, const NormalizeInputs<Param<T>>& inputs,
+template <bool kPartial, Activation kActivation, typename T, typename A, typename C>
+TFOPS_INLINE uint32_t NormalizeLoaded(const NormalizeArrays<T, A>& arrays, const NormalizeInputs<Param<T>>& inputs,
                                       const C& coefficients, int64_t i, int64_t n, bool stream) {
   using P = Param<T>;
   Vec<P> z = Affine<Vec<P>>(inputs.x - coefficients.Mean(i), coefficients.Slope(i), coefficients.Offset(i));
-  if (arrays.residual) z += inputs.residual;
+  if (arrays.HasResidual()) z += inputs.residual;
   StoreLanes<kPartial>(arrays.y + i, Activate<kActivation>(z), n, stream);
   if constexpr (kIsPiecewiseLinear<kActivation>) {
-    if (arrays.bits) return BitsFromMask<P>(IsOn<kActivation>(z));
+    if (arrays.HasBits()) return BitsFromMask<P>(IsOn<kActivation>(z));
   }
   return 0;
 }
 
-template <bool kPartial, Activation kActivation, typename T, typename C>
-TFOPS_INLINE uint32_t NormalizeVector(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t i, int64_t n,
+template <bool kPartial, Activation kActivation, typename T, typename A, typename C>
+TFOPS_INLINE uint32_t NormalizeVector(const NormalizeArrays<T, A>& arrays, const C& coefficients, int64_t i, int64_t n,
                                       bool stream) {
   const auto inputs = LoadInputs<kPartial>(arrays, i, n);
   return NormalizeLoaded<kPartial, kActivation>(arrays, inputs, coefficients, i, n, stream);
@@ -130,8 +135,8 @@ class MaskWriter {
 
 // The parts of a run: vectors written in part, or whole blocks. What these change are locals of their own, which so
 // stay in registers.
-template <Activation kActivation, typename T, typename C>
-TFOPS_INLINE void NormalizeSome(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t begin, int64_t end,
+template <Activation kActivation, typename T, typename A, typename C>
+TFOPS_INLINE void NormalizeSome(const NormalizeArrays<T, A>& arrays, const C& coefficients, int64_t begin, int64_t end,
                                 MaskWriter* mask) {
   for (int64_t i = begin, n; i < end; i += n) {
     n = Min(kLanes<Param<T>>, end - i);
@@ -139,9 +144,10 @@ TFOPS_INLINE void NormalizeSome(const NormalizeArrays<T>& arrays, const C& coeff
   }
 }
 
-template <Activation kActivation, bool kStream, typename T, typename C>
-TFOPS_INLINE int64_t NormalizeBlocksOf(const NormalizeArrays<T> arrays, const C coefficients, int64_t begin,
-                                       int64_t end, MaskWriter* mask) {
+// Returns where they end.
+template <Activation kActivation, bool kStream, typename T, typename A, typename C>
+TFOPS_INLINE int64_t NormalizeBlocks(const NormalizeArrays<T, A> arrays, const C coefficients, int64_t begin,
+                                     int64_t end, MaskWriter* mask) {
   constexpr int kL = kLanes<Param<T>>;
   MaskWriter writer = *mask;
   int64_t i = begin;
@@ -151,28 +157,16 @@ TFOPS_INLINE int64_t NormalizeBlocksOf(const NormalizeArrays<T> arrays, const C 
       FetchAhead(arrays, i + j);
       bits |= NormalizeVector<false, kActivation>(arrays, coefficients, i + j, kL, kStream) << j;
     }
-    if (kIsPiecewiseLinear<kActivation> && arrays.bits) writer.template PutBlock<!kStream>(bits);
+    if (kIsPiecewiseLinear<kActivation> && arrays.HasBits()) writer.template PutBlock<!kStream>(bits);
   }
   *mask = writer;
   return i;
 }
 
-// Returns where they end.
-template <Activation kActivation, bool kStream, typename T, typename C>
-TFOPS_INLINE int64_t NormalizeBlocks(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t begin,
-                                     int64_t end, MaskWriter* mask) {
-  if (kStream || arrays.IsFetchedAhead()) {
-    return NormalizeBlocksOf<kActivation, kStream>(arrays, coefficients, begin, end, mask);
-  }
-  return WithKnown<kActivation>(arrays, [&](const NormalizeArrays<T>& known) {
-    return NormalizeBlocksOf<kActivation, kStream>(known, coefficients, begin, end, mask);
-  });
-}
-
 // To a run's end, the last vector overlapping the one before. So it is loaded before that is written, perhaps to the
 // same place.
-template <Activation kActivation, typename T, typename C>
-TFOPS_INLINE void NormalizeOverlapping(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t begin,
+template <Activation kActivation, typename T, typename A, typename C>
+TFOPS_INLINE void NormalizeOverlapping(const NormalizeArrays<T, A>& arrays, const C& coefficients, int64_t begin,
                                        int64_t end, MaskWriter* mask) {
   constexpr int kL = kLanes<Param<T>>;
   const int64_t last = end - kL;
@@ -185,10 +179,10 @@ TFOPS_INLINE void NormalizeOverlapping(const NormalizeArrays<T>& arrays, const C
   mask->PutFirst(bits >> (i - last), end - i);
 }
 
-template <Activation kActivation, typename T, typename C>
-TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T>& arrays, const C& coefficients, int64_t length) {
-  MaskWriter mask(kIsPiecewiseLinear<kActivation> ? arrays.bits : nullptr);
-  const StreamedLines lines = arrays.stream ? LinesToStream(arrays.y, length) : StreamedLines{};
+template <Activation kActivation, typename T, typename A, typename C>
+TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T, A>& arrays, const C& coefficients, int64_t length) {
+  MaskWriter mask(kIsPiecewiseLinear<kActivation> && arrays.HasBits() ? arrays.bits : nullptr);
+  const StreamedLines lines = arrays.IsStreamed() ? LinesToStream(arrays.y, length) : StreamedLines{};
   if (!lines.IsEmpty()) {
     NormalizeSome<kActivation>(arrays, coefficients, 0, lines.begin, &mask);
     NormalizeBlocks<kActivation, true>(arrays, coefficients, lines.begin, lines.end, &mask);
@@ -206,9 +200,10 @@ TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T>& arrays, const C& coeffi
   mask.Finish();
 }
 
-template <Activation kActivation, int kRows, Tiling kTiling, typename T>
-TFOPS_INLINE int64_t NormalizeTilesOf(const NormalizeArrays<T> arrays, const ColumnCoefficients<Param<T>> coefficients,
-                                      int64_t stride, int64_t length) {
+// kRows rows, `stride` elements from one to the next: these are the first's arrays.
+template <Activation kActivation, int kRows, Tiling kTiling, typename T, typename A>
+TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T, A> arrays, const ColumnCoefficients<Param<T>> coefficients,
+                                 int64_t stride, int64_t length) {
   using P = Param<T>;
   constexpr int kL = kLanes<P>;
   int64_t i = 0;
@@ -220,28 +215,18 @@ TFOPS_INLINE int64_t NormalizeTilesOf(const NormalizeArrays<T> arrays, const Col
       if constexpr (kTiling == Tiling::kPrefetched) {
         const int64_t next = kRows * (stride + i) + r * kTileColumns<T>;
         Prefetch<kTileColumns<T>>(arrays.x + next);
-        if (arrays.residual) Prefetch<kTileColumns<T>>(arrays.residual + next);
+        if (arrays.HasResidual()) Prefetch<kTileColumns<T>>(arrays.residual + next);
       }
-      const bool stream = kTiling == Tiling::kApart && arrays.stream;
+      const bool stream = kTiling == Tiling::kApart && arrays.IsStreamed();
       uint64_t bits = 0;
       for (int v = 0; v < kTileVectors<T>; ++v) {
         bits |= uint64_t{NormalizeVector<false, kActivation>(arrays, loaded[v], at + v * kL, kL, stream)} << v * kL;
       }
-      if (kIsPiecewiseLinear<kActivation> && arrays.bits) {
+      if (kIsPiecewiseLinear<kActivation> && arrays.HasBits()) {
         std::memcpy(arrays.bits + at / 8, &bits, kTileColumns<T> / 8);
       }
     }
   }
-  return i;
-}
-
-// kRows rows, `stride` elements from one to the next: these are the first's arrays.
-template <Activation kActivation, int kRows, Tiling kTiling, typename T>
-TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T>& arrays, const ColumnCoefficients<Param<T>>& coefficients,
-                                 int64_t stride, int64_t length) {
-  const int64_t i = WithKnown<kActivation>(arrays, [&](const NormalizeArrays<T>& known) {
-    return NormalizeTilesOf<kActivation, kRows, kTiling>(known, coefficients, stride, length);
-  });
   for (int r = 0; r < kRows && i < length; ++r) {
     NormalizeRun<kActivation>(arrays.From(r * stride + i), coefficients.From(i), length - i);
   }
@@ -250,14 +235,16 @@ TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T>& arrays, const ColumnC
 template <Tiling kTiling, typename T>
 void NormalizeTiledItem(const ForwardJob& job, int64_t item) {
   const TileRows rows = TileRowsOfItem<T>(job.plan, item);
-  const NormalizeArrays<T> arrays =
-      ArraysOfRun<T>(job, rows.first, MaskInPlace(job.problem, job.plan, rows.first, job.arrays.mask));
+  uint8_t* bits = MaskInPlace(job.problem, job.plan, rows.first, job.arrays.mask);
   const ColumnCoefficients<Param<T>> coefficients(job.coefficients, rows.first.column);
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    ForEachTileRows<kTiling>(rows, [&](auto count, int64_t offset, int64_t stride, int64_t length) {
-      constexpr int kRows = decltype(count)::value;
-      NormalizeTiles<kActivation, kRows, kTiling>(arrays.From(offset), coefficients, stride, length);
+    WithArraysOf<kActivation, kTiling>(job, [&](auto known) {
+      const auto arrays = ArraysOfRun<T, decltype(known)>(job, rows.first, bits);
+      ForEachTileRows<kTiling>(rows, [&](auto count, int64_t offset, int64_t stride, int64_t length) {
+        constexpr int kRows = decltype(count)::value;
+        NormalizeTiles<kActivation, kRows, kTiling>(arrays.From(offset), coefficients, stride, length);
+      });
     });
   });
   if (job.stream_y) StreamFence();
@@ -274,18 +261,21 @@ void NormalizeItem(const ForwardJob& job, int64_t item) {
   const bool buffered = mask && IsMaskBuffered(problem, plan);
   WithActivation(problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    if (!plan.channels_last) {
-      return ForEachSegment(problem, plan, item, [&](const Run& run) {
-        const NormalizeArrays<T> arrays = ArraysOfRun<T>(job, run, MaskInPlace(problem, plan, run, mask));
-        NormalizeRun<kActivation>(arrays, ChannelCoefficients<P>(job.coefficients, run.column), run.length);
+    WithArraysOf<kActivation>(job, [&](auto known) {
+      using A = decltype(known);
+      if (!plan.channels_last) {
+        return ForEachSegment(problem, plan, item, [&](const Run& run) {
+          const auto arrays = ArraysOfRun<T, A>(job, run, MaskInPlace(problem, plan, run, mask));
+          NormalizeRun<kActivation>(arrays, ChannelCoefficients<P>(job.coefficients, run.column), run.length);
+        });
+      }
+      ForEachRow(plan, item, [&](const Run& run) {
+        uint8_t buffer[kRunMaskBytes];
+        uint8_t* rows = MaskInPlace(problem, plan, run, mask);
+        const auto arrays = ArraysOfRun<T, A>(job, run, buffered ? buffer : rows);
+        NormalizeRun<kActivation>(arrays, ColumnCoefficients<P>(job.coefficients, run.column), run.length);
+        if (buffered) ScatterMask(problem, run, buffer, rows);
       });
-    }
-    ForEachRow(plan, item, [&](const Run& run) {
-      uint8_t buffer[kRunMaskBytes];
-      uint8_t* rows = MaskInPlace(problem, plan, run, mask);
-      const NormalizeArrays<T> arrays = ArraysOfRun<T>(job, run, buffered ? buffer : rows);
-      NormalizeRun<kActivation>(arrays, ColumnCoefficients<P>(job.coefficients, run.column), run.length);
-      if (buffered) ScatterMask(problem, run, buffer, rows);
     });
   });
   if (job.stream_y) StreamFence();

@@ -95,12 +95,18 @@ TFOPS_INLINE Vec<P> Splat(P value) {
   return Vec<P>{} + value;
 }
 
+// The first n lanes, as a comparison has them.
+template <typename P>
+TFOPS_INLINE IntVec<P> FirstLanes(int64_t n) {
+  IntVec<P> lane;
+  for (int i = 0; i < kLanes<P>; ++i) lane[i] = i;
+  return lane < static_cast<typename IntOf<P>::Type>(n);
+}
+
 // Zeros in lanes from n on.
 template <typename P>
 TFOPS_INLINE Vec<P> KeepFirst(Vec<P> v, int64_t n) {
-  IntVec<P> lane;
-  for (int i = 0; i < kLanes<P>; ++i) lane[i] = i;
-  return lane < static_cast<typename IntOf<P>::Type>(n) ? v : Vec<P>{};
+  return FirstLanes<P>(n) ? v : Vec<P>{};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -293,7 +299,17 @@ TFOPS_INLINE void StreamFence() {
 #endif
 }
 
-// The first n <= lanes elements, and zeros.
+// The first n <= 4 halfwords, and zeros.
+TFOPS_INLINE uint64_t LoadHalfwords(const void* p, int64_t n) {
+  if (n == 4) return LoadBits<uint64_t>(p);
+  const int64_t pair = n & 2;
+  uint64_t bits = pair ? LoadBits<uint32_t>(p) : 0;
+  if (n & 1) bits |= uint64_t{LoadBits<uint16_t>(static_cast<const uint16_t*>(p) + pair)} << 16 * pair;
+  return bits;
+}
+
+// The first n <= lanes elements, and zeros. Not by way of a buffer where that can be: a vector read from what has just
+// been written in parts waits for it.
 template <typename T>
 TFOPS_INLINE Vec<Param<T>> LoadFirst(const T* p, int64_t n) {
 #if TFOPS_VECTOR_BYTES == 64
@@ -303,7 +319,18 @@ TFOPS_INLINE Vec<Param<T>> LoadFirst(const T* p, int64_t n) {
   }
   if constexpr (sizeof(T) == 4) return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
   if constexpr (sizeof(T) == 8) return (Vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+#elif TFOPS_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 2) {
+    const uint64_t low = LoadHalfwords(p, n < 4 ? n : 4);
+    const uint64_t high = n > 4 ? LoadHalfwords(p + 4, n - 4) : 0;
+    return Decode<T>(BitCast<Stored<T>>(_mm_set_epi64x(static_cast<int64_t>(high), static_cast<int64_t>(low))));
+  }
+  if constexpr (sizeof(T) == 4) return (Vec<float>)_mm256_maskload_ps(p, (__m256i)FirstLanes<float>(n));
+  if constexpr (sizeof(T) == 8) return (Vec<double>)_mm256_maskload_pd(p, (__m256i)FirstLanes<double>(n));
 #else
+#ifdef __x86_64__
+  if constexpr (sizeof(T) == 2) return Decode<T>(BitCast<Stored<T>>(LoadHalfwords(p, n)));
+#endif
   T buffer[kLanes<Param<T>>] = {};
   std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
   return Load(buffer);
