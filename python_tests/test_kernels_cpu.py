@@ -207,6 +207,37 @@ def test_training_gradients_of_planes_in_place(plane, dtype, activation, taker):
     _assert_same_bits(dresidual, want.residual)
 
 
+@pytest.mark.parametrize("activation", ["", "relu"], ids=["no mask", "mask"])
+@pytest.mark.parametrize("wanted", [True, False], ids=["wanted", "not wanted"])
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), [((6, 7, 9, 24), -1), ((6, 24, 7, 9), 1), ((50, 131), -1)], ids=str)
+def test_dresidual_is_written_if_it_is_wanted(shape, axis, dtype, wanted, activation):
+    """And dx, in training, is the same whether it is, and whether the residual was only added."""
+    kind = kernel_cases.numpy_dtype(dtype)
+    param = np.float64 if dtype == "float64" else np.float32
+    rng = np.random.default_rng(0)
+    x, dy, residual = rng.standard_normal((3, *shape)).astype(kind)
+    scale, offset = rng.uniform(0.5, 2, (2, shape[axis])).astype(param)
+    settings = {"axis": axis, "activation": activation, "threads": 2}
+    forward = tfops_kernels.forward(x, scale, offset, residual=residual, **settings)
+    on = forward.y.astype(np.float64) > 0 if activation else np.ones(shape, bool)
+    want_dresidual = np.where(on, dy, np.zeros_like(dy))
+    statistics = {"mean": forward.saved_mean, "spread": forward.saved_inv_std}
+    want = tfops_kernels.backward(want_dresidual, x, scale, offset, *statistics.values(), axis=axis, threads=2)
+
+    dx, dresidual = np.empty_like(dy), np.full_like(dy, 7)
+    vectors = {name: np.empty_like(scale) for name in ("dscale", "doffset")}
+    places = {"dy": dy, "x": x, "scale": scale, "offset": offset, **statistics, **vectors, "dx": dx}
+    if activation:
+        places["mask"] = forward.mask
+    if wanted:
+        places["dresidual"] = dresidual
+    arrays = _place(_kernels.BackwardArrays(), **places)
+    _kernels.cpu_backward(_problem(x, axis, dtype, activation, has_residual=True, training=True), arrays, 2)
+    _assert_same_bits(dx, want.x)
+    _assert_same_bits(dresidual, want_dresidual if wanted else np.full_like(dy, 7))
+
+
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @LARGE
 @pytest.mark.usefixtures("_outputs")

@@ -12,7 +12,7 @@ namespace {
 // The arrays of one run. residual, bits, dresidual and, where only sums are wanted, dx may be null; A is AnyArrays, or
 // says that there is no residual, and whether there are bits and dresidual: training has either both or neither, with
 // few exceptions.
-template <typename T, typename A = AnyArrays>
+template <typename T, typename A>
 struct GradientArrays {
   const T* dy;
   const T* x;

@@ -235,11 +235,14 @@ void FinishGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
 template <bool kPartial, typename T, typename A, typename C>
 TFOPS_INLINE void WriteGradient(const GradientArrays<T, A>& arrays, const Gradient<Param<T>>& g, const C& coefficients,
                                 bool training, int64_t i, int64_t n, bool stream) {
-  Vec<Param<T>> dx = g.dz * coefficients.Slope(i);
-  if (training) dx += g.xc * coefficients.Tilt(i) + coefficients.Shift(i);
+  using V = Vec<Param<T>>;
+  // Each sum beside its product: all loops are to have the same roundings, and compilers fuse what no branch separates.
+  const V rest = training ? g.xc * coefficients.Tilt(i) + coefficients.Shift(i) : V{};
+  const V dx = g.dz * coefficients.Slope(i) + rest;
   // dresidual first: it may be dy itself, but so may dx, and both have been read.
-  if (arrays.HasDresidual())
+  if (arrays.HasDresidual()) {
     StoreLanes<kPartial>(arrays.dresidual + i, g.dz, n, stream && arrays.IsDresidualStreamed());
+  }
   StoreLanes<kPartial>(arrays.dx + i, dx, n, stream && arrays.IsDxStreamed());
 }
 

@@ -10,7 +10,7 @@ namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
 
 // The arrays of one run. residual and bits may be null; A is AnyArrays, or says which are not.
-template <typename T, typename A = AnyArrays>
+template <typename T, typename A>
 struct NormalizeArrays {
   const T* x;
   const T* residual;
