@@ -62,14 +62,20 @@ TFOPS_INLINE GradientArrays<T, A> ArraysOfRun(const BackwardJob& job, const Run&
           ahead};
 }
 
-// Calls body with what is known of the arrays that the job's sums read.
+// Calls body with whether there is a mask, as a constant.
 template <Activation kActivation, typename Body>
-TFOPS_INLINE void WithArraysOfSums(const BackwardJob& job, Body body) {
-  if (job.sums_ahead != 0 || job.arrays.residual) return body(AnyArrays());
+TFOPS_INLINE void WithMaskOf(const BackwardJob& job, Body body) {
   if constexpr (kIsPiecewiseLinear<kActivation>) {
     if (job.arrays.mask) return body(KnownArrays<false, true>());
   }
   body(KnownArrays<false, false>());
+}
+
+// Calls body with what is known of the arrays that the job's sums read.
+template <Activation kActivation, typename Body>
+TFOPS_INLINE void WithArraysOfSums(const BackwardJob& job, Body body) {
+  if (job.sums_ahead != 0 || job.arrays.residual) return body(AnyArrays());
+  WithMaskOf<kActivation>(job, body);
 }
 
 // Likewise of those that dx and dresidual are computed from and written to; as WithArraysOf in normalize_pass.h.
@@ -81,10 +87,7 @@ TFOPS_INLINE void WithArraysOfDx(const BackwardJob& job, Body body) {
   if (!in_cache || !job.problem.training || job.arrays.residual || has_mask != (job.arrays.dresidual != nullptr)) {
     return body(AnyArrays());
   }
-  if constexpr (kIsPiecewiseLinear<kActivation>) {
-    if (has_mask) return body(KnownArrays<false, true>());
-  }
-  body(KnownArrays<false, false>());
+  WithMaskOf<kActivation>(job, body);
 }
 
 // For a pass that is about to read the vector at i, and will go on from there.

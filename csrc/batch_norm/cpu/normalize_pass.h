@@ -101,8 +101,8 @@ TFOPS_INLINE uint32_t NormalizeVector(const NormalizeArrays<T, A>& arrays, const
   return NormalizeLoaded<kPartial, kActivation>(arrays, inputs, coefficients, i, n, stream);
 }
 
-// Writes the bits of a run as they come: some, whole blocks of them, and some again. Without an array for them,
-// nothing.
+// Writes the bits of a run as they come: some, whole blocks of them, and some again. Without an array for them there
+// are no blocks, and nothing is written.
 class MaskWriter {
  public:
   explicit MaskWriter(uint8_t* bits) : next_(bits) {}
