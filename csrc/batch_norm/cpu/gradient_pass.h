@@ -231,14 +231,18 @@ void FinishGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
 // ---------------------------------------------------------------------------------------------------------------------
 // dx = dz * slope + (x - mean) * tilt + shift
 
+template <typename P, typename C>
+TFOPS_INLINE Vec<P> DxOf(const Gradient<P>& g, const C& coefficients, bool training, int64_t i) {
+  // Each sum beside its product: all loops are to have the same roundings, and compilers fuse what no branch separates.
+  const Vec<P> rest = training ? g.xc * coefficients.Tilt(i) + coefficients.Shift(i) : Vec<P>{};
+  return g.dz * coefficients.Slope(i) + rest;
+}
+
 // Writes dx, and dresidual, of lanes i and on from what has been read of them.
 template <bool kPartial, typename T, typename A, typename C>
 TFOPS_INLINE void WriteGradient(const GradientArrays<T, A>& arrays, const Gradient<Param<T>>& g, const C& coefficients,
                                 bool training, int64_t i, int64_t n, bool stream) {
-  using V = Vec<Param<T>>;
-  // Each sum beside its product: all loops are to have the same roundings, and compilers fuse what no branch separates.
-  const V rest = training ? g.xc * coefficients.Tilt(i) + coefficients.Shift(i) : V{};
-  const V dx = g.dz * coefficients.Slope(i) + rest;
+  const Vec<Param<T>> dx = DxOf(g, coefficients, training, i);
   // dresidual first: it may be dy itself, but so may dx, and both have been read.
   if (arrays.HasDresidual()) {
     StoreLanes<kPartial>(arrays.dresidual + i, g.dz, n, stream && arrays.IsDresidualStreamed());
@@ -276,6 +280,44 @@ TFOPS_INLINE int64_t GradientNormalizeVectors(const GradientArrays<T, A> arrays,
   return i;
 }
 
+// A cache line's worth of dx at a time, and then as much of dresidual. Were they written in turns vector by vector,
+// lines would leave for memory half full as soon as what is read next lies at the same place of its page as they do.
+template <Activation kActivation, typename T, typename A, typename C>
+TFOPS_INLINE int64_t GradientNormalizeLines(const GradientArrays<T, A> arrays, const C coefficients, bool training,
+                                            int64_t begin, int64_t end) {
+  constexpr int kL = kLanes<Param<T>>;
+  constexpr int kVectors = static_cast<int>(kLineElements<T> / kL);
+  int64_t i = begin;
+  for (; i + kVectors * kL <= end; i += kVectors * kL) {
+    FetchAhead(arrays, i);
+    Gradient<Param<T>> g[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      g[v] = GradientOfVector<false, kActivation, /*kInPlace=*/false>(arrays, coefficients, i + v * kL, kL);
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const auto dx = DxOf(g[v], coefficients, training, i + v * kL);
+      StoreLanes<false>(arrays.dx + i + v * kL, dx, kL, arrays.IsDxStreamed());
+    }
+    for (int v = 0; v < kVectors && arrays.HasDresidual(); ++v) {
+      StoreLanes<false>(arrays.dresidual + i + v * kL, g[v].dz, kL, arrays.IsDresidualStreamed());
+    }
+  }
+  return i;
+}
+
+template <Activation kActivation, typename T, typename A, typename C>
+TFOPS_INLINE void GradientNormalizeStreamed(const GradientArrays<T, A>& arrays, const C& coefficients, bool training,
+                                            StreamedLines lines) {
+  constexpr int64_t kVectors = kLineElements<T> / kLanes<Param<T>>;
+  int64_t i = lines.begin;
+  if constexpr (kVectors > 1) {
+    if (kVectors > 2 || arrays.HasDresidual()) {
+      i = GradientNormalizeLines<kActivation>(arrays, coefficients, training, i, lines.end);
+    }
+  }
+  GradientNormalizeVectors<kActivation, true>(arrays, coefficients, training, i, lines.end);
+}
+
 // As NormalizeOverlapping.
 template <Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE void GradientNormalizeOverlapping(const GradientArrays<T, A>& arrays, const C& coefficients, bool training,
@@ -299,7 +341,7 @@ TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T, A> arrays, const C& coe
   const int64_t length = arrays.length;
   if (!lines.IsEmpty()) {
     GradientNormalizeSome<kActivation>(arrays, coefficients, training, 0, lines.begin);
-    GradientNormalizeVectors<kActivation, true>(arrays, coefficients, training, lines.begin, lines.end);
+    GradientNormalizeStreamed<kActivation>(arrays, coefficients, training, lines);
     GradientNormalizeSome<kActivation>(arrays, coefficients, training, lines.end, length);
   } else if (!OverlapsItsEnd<T>(length)) {
     const int64_t i = GradientNormalizeVectors<kActivation, false>(arrays, coefficients, training, 0, length);
@@ -313,8 +355,18 @@ TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T, A> arrays, const C& coe
   }
 }
 
+// As NormalizeRest, of arrays that have the length.
+template <Activation kActivation, typename T, typename A>
+__attribute__((noinline)) void GradientNormalizeRest(const GradientArrays<T, A> arrays,
+                                                     const ColumnCoefficients<Param<T>> coefficients, bool training,
+                                                     int64_t rows, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    GradientNormalizeRun<kActivation>(arrays.From(r * stride, arrays.length), coefficients, training);
+  }
+}
+
 // As NormalizeTiles.
-template <Activation kActivation, int kRows, Tiling kTiling, typename T, typename A>
+template <Activation kActivation, Tiling kTiling, typename T, typename A>
 TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T, A> arrays,
                                          const ColumnCoefficients<Param<T>> coefficients, bool training,
                                          int64_t stride) {
@@ -324,9 +376,9 @@ TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T, A> arrays,
   for (; i + kTileColumns<T> <= arrays.length; i += kTileColumns<T>) {
     VectorCoefficients<P> loaded[kTileVectors<T>];
     for (int v = 0; v < kTileVectors<T>; ++v) loaded[v] = coefficients.template Loaded</*kAll=*/true>(i + v * kL);
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kTileRows; ++r) {
       if constexpr (kTiling == Tiling::kPrefetched) {
-        const int64_t next = kRows * (stride + i) + r * kTileColumns<T>;
+        const int64_t next = kTileRows * (stride + i) + r * kTileColumns<T>;
         Prefetch<kTileColumns<T>>(arrays.dy + next);
         Prefetch<kTileColumns<T>>(arrays.x + next);
       }
@@ -336,9 +388,9 @@ TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T, A> arrays,
       }
     }
   }
-  for (int r = 0; r < kRows && i < arrays.length; ++r) {
-    const GradientArrays<T, A> rest = arrays.From(r * stride + i, arrays.length - i);
-    GradientNormalizeRun<kActivation>(rest, coefficients.From(i), training);
+  if (i < arrays.length) {
+    const auto rest = arrays.From(i, arrays.length - i);
+    GradientNormalizeRest<kActivation>(rest, coefficients.From(i), training, kTileRows, stride);
   }
 }
 
@@ -353,10 +405,13 @@ void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
       using A = decltype(known);
       const bool training = A::kIsKnown || job.problem.training;
       const auto arrays = ArraysOfRun<T, A>(job, rows.first, bits, job.dx_ahead);
-      ForEachTileRows<kTiling>(rows, [&](auto count, int64_t offset, int64_t stride, int64_t length) {
-        constexpr int kRows = decltype(count)::value;
-        GradientNormalizeTiles<kActivation, kRows, kTiling>(arrays.From(offset, length), coefficients, training,
-                                                            stride);
+      const auto normalize_tiles = [&](int64_t offset, int64_t stride) {
+        const auto first = arrays.From(offset, rows.first.length);
+        GradientNormalizeTiles<kActivation, kTiling>(first, coefficients, training, stride);
+      };
+      ForEachTileRows<kTiling>(rows, normalize_tiles, [&](int64_t offset, int64_t count, int64_t length) {
+        const auto rest = arrays.From(offset, length);
+        GradientNormalizeRest<kActivation>(rest, coefficients, training, count, rows.stride);
       });
     });
   });

@@ -200,8 +200,17 @@ TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T, A>& arrays, const C& coe
   mask.Finish();
 }
 
-// kRows rows, `stride` elements from one to the next: these are the first's arrays.
-template <Activation kActivation, int kRows, Tiling kTiling, typename T, typename A>
+// What tiles leave over: `length` elements of each of so many rows. Out of line, for all tilings have some, and little
+// of it.
+template <Activation kActivation, typename T, typename A>
+__attribute__((noinline)) void NormalizeRest(const NormalizeArrays<T, A> arrays,
+                                             const ColumnCoefficients<Param<T>> coefficients, int64_t rows,
+                                             int64_t stride, int64_t length) {
+  for (int64_t r = 0; r < rows; ++r) NormalizeRun<kActivation>(arrays.From(r * stride), coefficients, length);
+}
+
+// kTileRows rows, `stride` elements from one to the next: these are the first's arrays.
+template <Activation kActivation, Tiling kTiling, typename T, typename A>
 TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T, A> arrays, const ColumnCoefficients<Param<T>> coefficients,
                                  int64_t stride, int64_t length) {
   using P = Param<T>;
@@ -210,10 +219,10 @@ TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T, A> arrays, const Colum
   for (; i + kTileColumns<T> <= length; i += kTileColumns<T>) {
     VectorCoefficients<P> loaded[kTileVectors<T>];
     for (int v = 0; v < kTileVectors<T>; ++v) loaded[v] = coefficients.template Loaded</*kAll=*/false>(i + v * kL);
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kTileRows; ++r) {
       const int64_t at = r * stride + i;
       if constexpr (kTiling == Tiling::kPrefetched) {
-        const int64_t next = kRows * (stride + i) + r * kTileColumns<T>;
+        const int64_t next = kTileRows * (stride + i) + r * kTileColumns<T>;
         Prefetch<kTileColumns<T>>(arrays.x + next);
         if (arrays.HasResidual()) Prefetch<kTileColumns<T>>(arrays.residual + next);
       }
@@ -227,8 +236,8 @@ TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T, A> arrays, const Colum
       }
     }
   }
-  for (int r = 0; r < kRows && i < length; ++r) {
-    NormalizeRun<kActivation>(arrays.From(r * stride + i), coefficients.From(i), length - i);
+  if (i < length) {
+    NormalizeRest<kActivation>(arrays.From(i), coefficients.From(i), kTileRows, stride, length - i);
   }
 }
 
@@ -241,9 +250,11 @@ void NormalizeTiledItem(const ForwardJob& job, int64_t item) {
     constexpr Activation kActivation = decltype(activation)::value;
     WithArraysOf<kActivation, kTiling>(job, [&](auto known) {
       const auto arrays = ArraysOfRun<T, decltype(known)>(job, rows.first, bits);
-      ForEachTileRows<kTiling>(rows, [&](auto count, int64_t offset, int64_t stride, int64_t length) {
-        constexpr int kRows = decltype(count)::value;
-        NormalizeTiles<kActivation, kRows, kTiling>(arrays.From(offset), coefficients, stride, length);
+      const auto normalize_tiles = [&](int64_t offset, int64_t stride) {
+        NormalizeTiles<kActivation, kTiling>(arrays.From(offset), coefficients, stride, rows.first.length);
+      };
+      ForEachTileRows<kTiling>(rows, normalize_tiles, [&](int64_t offset, int64_t count, int64_t length) {
+        NormalizeRest<kActivation>(arrays.From(offset), coefficients, count, rows.stride, length);
       });
     });
   });

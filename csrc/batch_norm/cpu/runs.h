@@ -236,20 +236,17 @@ TFOPS_INLINE TileRows TileRowsOfItem(const Plan& plan, int64_t item) {
   return rows;
 }
 
-// Calls body(count, offset, stride, length) for kTileRows rows at a time, and then for one at a time, `count` being a
-// constant, `offset` the first's from the item's first element, and `stride` the elements from one to the next.
-template <Tiling kTiling, typename Body>
-TFOPS_INLINE void ForEachTileRows(const TileRows& rows, Body body) {
+// Calls tiles(offset, stride) for kTileRows rows at a time, `stride` elements from one to the next, and then
+// rest(offset, count, length) for rows that are left. `offset` is the first's, from the item's first element.
+template <Tiling kTiling, typename Tiles, typename Rest>
+TFOPS_INLINE void ForEachTileRows(const TileRows& rows, Tiles tiles, Rest rest) {
   const int64_t steps = rows.count / kTileRows;
   const int64_t step = kTiling == Tiling::kApart ? 1 : kTileRows;
   const int64_t apart = kTiling == Tiling::kApart ? steps : 1;
-  for (int64_t i = 0; i < steps; ++i) {
-    body(std::integral_constant<int, kTileRows>(), i * step * rows.stride, apart * rows.stride, rows.first.length);
-  }
-  for (int64_t r = steps * kTileRows; r < rows.count; ++r) {
-    body(std::integral_constant<int, 1>(), r * rows.stride, rows.stride, rows.first.length);
-  }
-  if (rows.tail > 0) body(std::integral_constant<int, 1>(), rows.count * rows.stride, rows.stride, rows.tail);
+  for (int64_t i = 0; i < steps; ++i) tiles(i * step * rows.stride, apart * rows.stride);
+  const int64_t done = steps * kTileRows;
+  if (done < rows.count) rest(done * rows.stride, rows.count - done, rows.first.length);
+  if (rows.tail > 0) rest(rows.count * rows.stride, 1, rows.tail);
 }
 
 // The elements of a run that Stream is to write, by blocks: none, or its whole cache lines. Lines that a cache must
@@ -263,6 +260,9 @@ struct StreamedLines {
 };
 
 template <typename T>
+inline constexpr int64_t kLineElements = kLineBytes / sizeof(T);
+
+template <typename T>
 TFOPS_INLINE StreamedLines LinesToStream(const T* p, int64_t length) {
   constexpr int64_t kMinBytes = 1024;
   constexpr int64_t kBlockBytes = kBlock * sizeof(T);
@@ -270,7 +270,7 @@ TFOPS_INLINE StreamedLines LinesToStream(const T* p, int64_t length) {
   // Half lines become whole by the run next to this one.
   if (past % Min(kBlockBytes, kLineBytes) == 0 && length % kBlock == 0) return {0, length};
   if (past % sizeof(T) != 0 || length * static_cast<int64_t>(sizeof(T)) < kMinBytes) return {};
-  constexpr int64_t kUnit = kBlockBytes < kLineBytes ? kLineBytes / sizeof(T) : kBlock;
+  constexpr int64_t kUnit = kLineElements<T> > kBlock ? kLineElements<T> : kBlock;
   const int64_t begin = (kLineBytes - past) % kLineBytes / sizeof(T);
   return {begin, begin + (length - begin) / kUnit * kUnit};
 }
