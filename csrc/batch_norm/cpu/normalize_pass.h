@@ -80,18 +80,31 @@ TFOPS_INLINE NormalizeInputs<Param<T>> LoadInputs(const NormalizeArrays<T, A>& a
   return {x, arrays.HasResidual() ? LoadLanes<kPartial>(arrays.residual + i, n) : Vec<Param<T>>{}};
 }
 
+// What the activation is of.
+template <typename T, typename A, typename C>
+TFOPS_INLINE Vec<Param<T>> BeforeActivation(const NormalizeArrays<T, A>& arrays,
+                                            const NormalizeInputs<Param<T>>& inputs, const C& coefficients, int64_t i) {
+  using V = Vec<Param<T>>;
+  const V z = Affine<V>(inputs.x - coefficients.Mean(i), coefficients.Slope(i), coefficients.Offset(i));
+  return arrays.HasResidual() ? z + inputs.residual : z;
+}
+
+// The bits of a vector's mask, if there is one.
+template <Activation kActivation, typename T, typename A>
+TFOPS_INLINE uint32_t BitsOf(const NormalizeArrays<T, A>& arrays, Vec<Param<T>> z) {
+  if constexpr (kIsPiecewiseLinear<kActivation>) {
+    if (arrays.HasBits()) return BitsFromMask<Param<T>>(IsOn<kActivation>(z));
+  }
+  return 0;
+}
+
 // Writes the results of these. Returns their bits.
 template <bool kPartial, Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE uint32_t NormalizeLoaded(const NormalizeArrays<T, A>& arrays, const NormalizeInputs<Param<T>>& inputs,
                                       const C& coefficients, int64_t i, int64_t n, bool stream) {
-  using P = Param<T>;
-  Vec<P> z = Affine<Vec<P>>(inputs.x - coefficients.Mean(i), coefficients.Slope(i), coefficients.Offset(i));
-  if (arrays.HasResidual()) z += inputs.residual;
+  const Vec<Param<T>> z = BeforeActivation(arrays, inputs, coefficients, i);
   StoreLanes<kPartial>(arrays.y + i, Activate<kActivation>(z), n, stream);
-  if constexpr (kIsPiecewiseLinear<kActivation>) {
-    if (arrays.HasBits()) return BitsFromMask<P>(IsOn<kActivation>(z));
-  }
-  return 0;
+  return BitsOf<kActivation>(arrays, z);
 }
 
 template <bool kPartial, Activation kActivation, typename T, typename A, typename C>
@@ -112,16 +125,16 @@ class MaskWriter {
     pending_ |= static_cast<uint64_t>(bits & ((1u << n) - 1)) << count_;
     count_ += n;
   }
-  // kIsFirst: if PutFirst has not been called.
-  template <bool kIsFirst>
-  TFOPS_INLINE void PutBlock(uint32_t bits) {
+  // So many bits: whole blocks, no more than there are in a word. kIsFirst: if PutFirst has not been called.
+  template <bool kIsFirst, int64_t kBits>
+  TFOPS_INLINE void PutBlocks(uint32_t bits) {
     if (!kIsFirst) {
       pending_ |= static_cast<uint64_t>(bits) << count_;
       bits = static_cast<uint32_t>(pending_);
-      pending_ >>= kBlock;
+      pending_ >>= kBits;
     }
-    std::memcpy(next_, &bits, kBlock / 8);
-    next_ += kBlock / 8;
+    std::memcpy(next_, &bits, kBits / 8);
+    next_ += kBits / 8;
   }
   TFOPS_INLINE void Finish() {
     if (next_) std::memcpy(next_, &pending_, static_cast<size_t>(count_ + 7) / 8);
@@ -145,7 +158,7 @@ TFOPS_INLINE void NormalizeSome(const NormalizeArrays<T, A>& arrays, const C& co
 }
 
 // Returns where they end.
-template <Activation kActivation, bool kStream, typename T, typename A, typename C>
+template <Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE int64_t NormalizeBlocks(const NormalizeArrays<T, A> arrays, const C coefficients, int64_t begin,
                                      int64_t end, MaskWriter* mask) {
   constexpr int kL = kLanes<Param<T>>;
@@ -155,9 +168,35 @@ TFOPS_INLINE int64_t NormalizeBlocks(const NormalizeArrays<T, A> arrays, const C
     uint32_t bits = 0;
     for (int j = 0; j < kBlock; j += kL) {
       FetchAhead(arrays, i + j);
-      bits |= NormalizeVector<false, kActivation>(arrays, coefficients, i + j, kL, kStream) << j;
+      bits |= NormalizeVector<false, kActivation>(arrays, coefficients, i + j, kL, false) << j;
     }
-    if (kIsPiecewiseLinear<kActivation> && arrays.HasBits()) writer.template PutBlock<!kStream>(bits);
+    if (kIsPiecewiseLinear<kActivation> && arrays.HasBits()) writer.template PutBlocks<true, kBlock>(bits);
+  }
+  *mask = writer;
+  return i;
+}
+
+// Likewise past the cache, kCount elements at a time, which are written when all of them are computed: a cache line's
+// parts are to follow one another.
+template <Activation kActivation, int64_t kCount, typename T, typename A, typename C>
+TFOPS_INLINE int64_t StreamBlocks(const NormalizeArrays<T, A> arrays, const C coefficients, int64_t begin, int64_t end,
+                                  MaskWriter* mask) {
+  using P = Param<T>;
+  constexpr int kL = kLanes<P>;
+  constexpr int kVectors = static_cast<int>(kCount / kL);
+  MaskWriter writer = *mask;
+  int64_t i = begin;
+  for (; i + kCount <= end; i += kCount) {
+    Vec<P> z[kVectors];
+    uint32_t bits = 0;
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = i + v * kL;
+      if (v * kL % kLineElements<T> == 0) FetchAhead(arrays, at);
+      z[v] = BeforeActivation(arrays, LoadInputs<false>(arrays, at, kL), coefficients, at);
+      bits |= BitsOf<kActivation>(arrays, z[v]) << v * kL;
+    }
+    for (int v = 0; v < kVectors; ++v) Stream(arrays.y + i + v * kL, Activate<kActivation>(z[v]));
+    if (kIsPiecewiseLinear<kActivation> && arrays.HasBits()) writer.template PutBlocks<false, kCount>(bits);
   }
   *mask = writer;
   return i;
@@ -171,7 +210,7 @@ TFOPS_INLINE void NormalizeOverlapping(const NormalizeArrays<T, A>& arrays, cons
   constexpr int kL = kLanes<Param<T>>;
   const int64_t last = end - kL;
   const auto inputs = LoadInputs<false>(arrays, last, kL);
-  int64_t i = NormalizeBlocks<kActivation, false>(arrays, coefficients, begin, end, mask);
+  int64_t i = NormalizeBlocks<kActivation>(arrays, coefficients, begin, end, mask);
   for (; i < last; i += kL) {
     mask->PutFirst(NormalizeVector<false, kActivation>(arrays, coefficients, i, kL, false), kL);
   }
@@ -185,16 +224,20 @@ TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T, A>& arrays, const C& coe
   const StreamedLines lines = arrays.IsStreamed() ? LinesToStream(arrays.y, length) : StreamedLines{};
   if (!lines.IsEmpty()) {
     NormalizeSome<kActivation>(arrays, coefficients, 0, lines.begin, &mask);
-    NormalizeBlocks<kActivation, true>(arrays, coefficients, lines.begin, lines.end, &mask);
+    int64_t i = lines.begin;
+    if constexpr (kLineElements<T> > kBlock) {
+      i = StreamBlocks<kActivation, kLineElements<T>>(arrays, coefficients, i, lines.end, &mask);
+    }
+    StreamBlocks<kActivation, kBlock>(arrays, coefficients, i, lines.end, &mask);
     NormalizeSome<kActivation>(arrays, coefficients, lines.end, length, &mask);
   } else if (!OverlapsItsEnd<T>(length)) {
-    const int64_t i = NormalizeBlocks<kActivation, false>(arrays, coefficients, 0, length, &mask);
+    const int64_t i = NormalizeBlocks<kActivation>(arrays, coefficients, 0, length, &mask);
     NormalizeSome<kActivation>(arrays, coefficients, i, length, &mask);
   } else if (IsReadAtOnce<T>(length)) {
     NormalizeOverlapping<kActivation>(arrays, coefficients, 0, length, &mask);
   } else {
     const int64_t last = length - kLanes<Param<T>>;
-    const int64_t i = NormalizeBlocks<kActivation, false>(arrays, coefficients, 0, last, &mask);
+    const int64_t i = NormalizeBlocks<kActivation>(arrays, coefficients, 0, last, &mask);
     NormalizeOverlapping<kActivation>(arrays, coefficients, i, length, &mask);
   }
   mask.Finish();
