@@ -3,6 +3,8 @@
 #ifndef TFOPS_BATCH_NORM_CPU_ELEMENTS_H_
 #define TFOPS_BATCH_NORM_CPU_ELEMENTS_H_
 
+#include <type_traits>
+
 #include "csrc/batch_norm/cpu/kernels.h"
 #include "csrc/batch_norm/cpu/simd.h"
 #include "csrc/batch_norm/cpu/vector_activation.h"
@@ -37,19 +39,28 @@ TFOPS_INLINE T* Advance(T* p, int64_t n) {
   return p ? p + n : nullptr;
 }
 
-// Which of the arrays that may be absent a job has, for its loops: in the cache, to ask for each of a few at each
-// vector takes as long as to compute it. What is known is of jobs in the cache: nothing is streamed, or fetched ahead.
+// Which of the arrays that may be absent a job has, for its loops: to ask for each of a few at each vector takes as
+// long as to compute it. If they are cached, nothing is streamed, or fetched ahead.
 struct AnyArrays {
-  static constexpr bool kIsKnown = false;
+  static constexpr bool kAreKnown = false;
+  static constexpr bool kAreCached = false;
   static constexpr bool kHasResidual = false;
   static constexpr bool kHasMask = false;
 };
-template <bool kResidual, bool kMask>
+template <bool kCached, bool kResidual, bool kMask>
 struct KnownArrays {
-  static constexpr bool kIsKnown = true;
+  static constexpr bool kAreKnown = true;
+  static constexpr bool kAreCached = kCached;
   static constexpr bool kHasResidual = kResidual;
   static constexpr bool kHasMask = kMask;
 };
+
+// Calls body with whether a job's arrays are cached, as a constant. kAlways: they are.
+template <bool kAlways, typename Body>
+TFOPS_INLINE void WithCached(bool cached, Body body) {
+  if (kAlways || cached) return body(std::true_type());
+  if constexpr (!kAlways) body(std::false_type());
+}
 
 // The coefficients of a vector of elements, wherever it lies: those of one channel in all lanes, or loaded.
 template <typename P>

@@ -25,11 +25,11 @@ struct GradientArrays {
   bool stream_dresidual;
   int64_t ahead;
 
-  TFOPS_INLINE bool HasResidual() const { return !A::kIsKnown && residual != nullptr; }
-  TFOPS_INLINE bool HasBits() const { return A::kIsKnown ? A::kHasMask : bits != nullptr; }
-  TFOPS_INLINE bool HasDresidual() const { return A::kIsKnown ? A::kHasMask : dresidual != nullptr; }
-  TFOPS_INLINE bool IsDxStreamed() const { return !A::kIsKnown && stream_dx; }
-  TFOPS_INLINE bool IsDresidualStreamed() const { return !A::kIsKnown && stream_dresidual; }
+  TFOPS_INLINE bool HasResidual() const { return !A::kAreKnown && residual != nullptr; }
+  TFOPS_INLINE bool HasBits() const { return A::kAreKnown ? A::kHasMask : bits != nullptr; }
+  TFOPS_INLINE bool HasDresidual() const { return A::kAreKnown ? A::kHasMask : dresidual != nullptr; }
+  TFOPS_INLINE bool IsDxStreamed() const { return !A::kAreCached && stream_dx; }
+  TFOPS_INLINE bool IsDresidualStreamed() const { return !A::kAreCached && stream_dresidual; }
 
   // Those of `count` elements from i on. With bits, i is a multiple of 8.
   TFOPS_INLINE GradientArrays From(int64_t i, int64_t count) const {
@@ -43,6 +43,10 @@ struct GradientArrays {
             stream_dx,
             stream_dresidual,
             ahead};
+  }
+
+  TFOPS_INLINE GradientArrays<T, AnyArrays> Forgotten() const {
+    return {dy, x, residual, bits, length, dx, dresidual, stream_dx, stream_dresidual, ahead};
   }
 };
 
@@ -62,20 +66,23 @@ TFOPS_INLINE GradientArrays<T, A> ArraysOfRun(const BackwardJob& job, const Run&
           ahead};
 }
 
-// Calls body with whether there is a mask, as a constant.
-template <Activation kActivation, typename Body>
-TFOPS_INLINE void WithMaskOf(const BackwardJob& job, Body body) {
-  if constexpr (kIsPiecewiseLinear<kActivation>) {
-    if (job.arrays.mask) return body(KnownArrays<false, true>());
-  }
-  body(KnownArrays<false, false>());
+// Calls body with whether there is a mask, and whether the arrays are cached, as kAlways says of them.
+template <Activation kActivation, bool kAlways, typename Body>
+TFOPS_INLINE void WithMaskOf(const BackwardJob& job, bool cached, Body body) {
+  WithCached<kAlways>(cached, [&](auto is_cached) {
+    constexpr bool kCached = decltype(is_cached)::value;
+    if constexpr (kIsPiecewiseLinear<kActivation>) {
+      if (job.arrays.mask) return body(KnownArrays<kCached, false, true>());
+    }
+    body(KnownArrays<kCached, false, false>());
+  });
 }
 
 // Calls body with what is known of the arrays that the job's sums read.
 template <Activation kActivation, typename Body>
 TFOPS_INLINE void WithArraysOfSums(const BackwardJob& job, Body body) {
-  if (job.sums_ahead != 0 || job.arrays.residual) return body(AnyArrays());
-  WithMaskOf<kActivation>(job, body);
+  if (job.arrays.residual) return body(AnyArrays());
+  WithMaskOf<kActivation, /*kAlways=*/false>(job, job.sums_ahead == 0, body);
 }
 
 // Likewise of those that dx and dresidual are computed from and written to; as WithArraysOf in normalize_pass.h.
@@ -83,20 +90,20 @@ template <Activation kActivation, Tiling kTiling = Tiling::kNone, typename Body>
 TFOPS_INLINE void WithArraysOfDx(const BackwardJob& job, Body body) {
   if constexpr (kTiling == Tiling::kApart) return body(AnyArrays());
   const bool has_mask = kIsPiecewiseLinear<kActivation> && job.arrays.mask;
-  const bool in_cache = job.dx_ahead == 0 && !job.stream_dx && !job.stream_dresidual;
-  if (!in_cache || !job.problem.training || job.arrays.residual || has_mask != (job.arrays.dresidual != nullptr)) {
+  if (!job.problem.training || job.arrays.residual || has_mask != (job.arrays.dresidual != nullptr)) {
     return body(AnyArrays());
   }
-  WithMaskOf<kActivation>(job, body);
+  const bool cached = job.dx_ahead == 0 && !job.stream_dx && !job.stream_dresidual;
+  WithMaskOf<kActivation, kTiling != Tiling::kNone>(job, cached, body);
 }
 
 // For a pass that is about to read the vector at i, and will go on from there.
 template <typename T, typename A>
 TFOPS_INLINE void FetchAhead(const GradientArrays<T, A>& arrays, int64_t i) {
-  if (A::kIsKnown || arrays.ahead == 0) return;
+  if (A::kAreCached || arrays.ahead == 0) return;
   FetchAhead(arrays.dy + i, arrays.ahead);
   FetchAhead(arrays.x + i, arrays.ahead);
-  if (arrays.residual) FetchAhead(arrays.residual + i, arrays.ahead);
+  if (arrays.HasResidual()) FetchAhead(arrays.residual + i, arrays.ahead);
 }
 
 template <typename P>

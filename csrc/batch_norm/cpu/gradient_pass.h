@@ -356,8 +356,8 @@ TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T, A> arrays, const C& coe
 }
 
 // As NormalizeRest, of arrays that have the length.
-template <Activation kActivation, typename T, typename A>
-__attribute__((noinline)) void GradientNormalizeRest(const GradientArrays<T, A> arrays,
+template <Activation kActivation, typename T>
+__attribute__((noinline)) void GradientNormalizeRest(const GradientArrays<T, AnyArrays> arrays,
                                                      const ColumnCoefficients<Param<T>> coefficients, bool training,
                                                      int64_t rows, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -389,7 +389,7 @@ TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T, A> arrays,
     }
   }
   if (i < arrays.length) {
-    const auto rest = arrays.From(i, arrays.length - i);
+    const auto rest = arrays.From(i, arrays.length - i).Forgotten();
     GradientNormalizeRest<kActivation>(rest, coefficients.From(i), training, kTileRows, stride);
   }
 }
@@ -403,14 +403,14 @@ void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
     constexpr Activation kActivation = decltype(activation)::value;
     WithArraysOfDx<kActivation, kTiling>(job, [&](auto known) {
       using A = decltype(known);
-      const bool training = A::kIsKnown || job.problem.training;
+      const bool training = A::kAreKnown || job.problem.training;
       const auto arrays = ArraysOfRun<T, A>(job, rows.first, bits, job.dx_ahead);
       const auto normalize_tiles = [&](int64_t offset, int64_t stride) {
         const auto first = arrays.From(offset, rows.first.length);
         GradientNormalizeTiles<kActivation, kTiling>(first, coefficients, training, stride);
       };
       ForEachTileRows<kTiling>(rows, normalize_tiles, [&](int64_t offset, int64_t count, int64_t length) {
-        const auto rest = arrays.From(offset, length);
+        const auto rest = arrays.From(offset, length).Forgotten();
         GradientNormalizeRest<kActivation>(rest, coefficients, training, count, rows.stride);
       });
     });
@@ -427,7 +427,7 @@ void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
     constexpr Activation kActivation = decltype(activation)::value;
     WithArraysOfDx<kActivation>(job, [&](auto known) {
       using A = decltype(known);
-      const bool training = A::kIsKnown || job.problem.training;
+      const bool training = A::kAreKnown || job.problem.training;
       if (!job.plan.channels_last) {
         return ForEachSegment(job.problem, job.plan, item, [&](const Run& run) {
           const uint8_t* bits = MaskInPlace(job.problem, job.plan, run, job.arrays.mask);

@@ -20,13 +20,17 @@ struct NormalizeArrays {
   int64_t x_ahead;
   int64_t residual_ahead;
 
-  TFOPS_INLINE bool HasResidual() const { return A::kIsKnown ? A::kHasResidual : residual != nullptr; }
-  TFOPS_INLINE bool HasBits() const { return A::kIsKnown ? A::kHasMask : bits != nullptr; }
-  TFOPS_INLINE bool IsStreamed() const { return !A::kIsKnown && stream; }
+  TFOPS_INLINE bool HasResidual() const { return A::kAreKnown ? A::kHasResidual : residual != nullptr; }
+  TFOPS_INLINE bool HasBits() const { return A::kAreKnown ? A::kHasMask : bits != nullptr; }
+  TFOPS_INLINE bool IsStreamed() const { return !A::kAreCached && stream; }
 
   // Those of elements i and on. With bits, i is a multiple of 8.
   TFOPS_INLINE NormalizeArrays From(int64_t i) const {
     return {x + i, Advance(residual, i), y + i, Advance(bits, i / 8), stream, x_ahead, residual_ahead};
+  }
+
+  TFOPS_INLINE NormalizeArrays<T, AnyArrays> Forgotten() const {
+    return {x, residual, y, bits, stream, x_ahead, residual_ahead};
   }
 };
 
@@ -42,26 +46,26 @@ TFOPS_INLINE NormalizeArrays<T, A> ArraysOfRun(const ForwardJob& job, const Run&
           job.residual_ahead};
 }
 
-// Calls body with what is known of the job's arrays, and in tiles that lie apart, which are for memory, with nothing.
+// Calls body with what is known of the job's arrays. Tiles that lie apart are for memory, and know nothing of them;
+// other tiles are for what is cached. A mask is there for a residual alone.
 template <Activation kActivation, Tiling kTiling = Tiling::kNone, typename Body>
 TFOPS_INLINE void WithArraysOf(const ForwardJob& job, Body body) {
   if constexpr (kTiling == Tiling::kApart) return body(AnyArrays());
-  const bool has_residual = job.arrays.residual != nullptr;
-  const bool has_mask = kIsPiecewiseLinear<kActivation> && job.arrays.mask != nullptr;
-  const bool in_cache = !job.stream_y && job.x_ahead == 0 && job.residual_ahead == 0;
-  if (in_cache && !has_mask) {
-    return has_residual ? body(KnownArrays<true, false>()) : body(KnownArrays<false, false>());
-  }
-  if constexpr (kIsPiecewiseLinear<kActivation>) {
-    if (in_cache && has_residual) return body(KnownArrays<true, true>());
-  }
-  body(AnyArrays());
+  const bool cached = !job.stream_y && job.x_ahead == 0 && job.residual_ahead == 0;
+  WithCached<kTiling != Tiling::kNone>(cached, [&](auto is_cached) {
+    constexpr bool kCached = decltype(is_cached)::value;
+    if (!job.arrays.residual) return body(KnownArrays<kCached, false, false>());
+    if constexpr (kIsPiecewiseLinear<kActivation>) {
+      if (job.arrays.mask) return body(KnownArrays<kCached, true, true>());
+    }
+    body(KnownArrays<kCached, true, false>());
+  });
 }
 
 // For a pass that is about to read the vector at i, and will go on from there.
 template <typename T, typename A>
 TFOPS_INLINE void FetchAhead(const NormalizeArrays<T, A>& arrays, int64_t i) {
-  if constexpr (A::kIsKnown) return;
+  if constexpr (A::kAreCached) return;
   FetchAhead(arrays.x + i, arrays.x_ahead);
   FetchAhead(Advance(arrays.residual, i), arrays.residual_ahead);
 }
@@ -243,10 +247,10 @@ TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T, A>& arrays, const C& coe
   mask.Finish();
 }
 
-// What tiles leave over: `length` elements of each of so many rows. Out of line, for all tilings have some, and little
-// of it.
-template <Activation kActivation, typename T, typename A>
-__attribute__((noinline)) void NormalizeRest(const NormalizeArrays<T, A> arrays,
+// What tiles leave over: `length` elements of each of so many rows. Out of line and of any arrays, for all tilings have
+// some, and little of it.
+template <Activation kActivation, typename T>
+__attribute__((noinline)) void NormalizeRest(const NormalizeArrays<T, AnyArrays> arrays,
                                              const ColumnCoefficients<Param<T>> coefficients, int64_t rows,
                                              int64_t stride, int64_t length) {
   for (int64_t r = 0; r < rows; ++r) NormalizeRun<kActivation>(arrays.From(r * stride), coefficients, length);
@@ -280,7 +284,7 @@ TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T, A> arrays, const Colum
     }
   }
   if (i < length) {
-    NormalizeRest<kActivation>(arrays.From(i), coefficients.From(i), kTileRows, stride, length - i);
+    NormalizeRest<kActivation>(arrays.From(i).Forgotten(), coefficients.From(i), kTileRows, stride, length - i);
   }
 }
 
@@ -297,7 +301,7 @@ void NormalizeTiledItem(const ForwardJob& job, int64_t item) {
         NormalizeTiles<kActivation, kTiling>(arrays.From(offset), coefficients, stride, rows.first.length);
       };
       ForEachTileRows<kTiling>(rows, normalize_tiles, [&](int64_t offset, int64_t count, int64_t length) {
-        NormalizeRest<kActivation>(arrays.From(offset), coefficients, count, rows.stride, length);
+        NormalizeRest<kActivation>(arrays.From(offset).Forgotten(), coefficients, count, rows.stride, length);
       });
     });
   });
