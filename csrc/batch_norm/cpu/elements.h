@@ -55,11 +55,12 @@ struct KnownArrays {
   static constexpr bool kHasMask = kMask;
 };
 
-// Calls body with whether a job's arrays are cached, as a constant. kAlways: they are.
-template <bool kAlways, typename Body>
+// Calls body with whether a job's arrays are cached, as a constant. Those that go through tiles are: see ChooseTiling.
+template <Tiling kTiling, typename Body>
 TFOPS_INLINE void WithCached(bool cached, Body body) {
-  if (kAlways || cached) return body(std::true_type());
-  if constexpr (!kAlways) body(std::false_type());
+  static_assert(kTiling != Tiling::kApart, "these tiles are for memory");
+  if (kTiling != Tiling::kNone || cached) return body(std::true_type());
+  if constexpr (kTiling == Tiling::kNone) body(std::false_type());
 }
 
 // The coefficients of a vector of elements, wherever it lies: those of one channel in all lanes, or loaded.

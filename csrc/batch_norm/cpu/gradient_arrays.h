@@ -45,6 +45,7 @@ struct GradientArrays {
             ahead};
   }
 
+  // The same, as arrays of which nothing is known.
   TFOPS_INLINE GradientArrays<T, AnyArrays> Forgotten() const {
     return {dy, x, residual, bits, length, dx, dresidual, stream_dx, stream_dresidual, ahead};
   }
@@ -66,10 +67,10 @@ TFOPS_INLINE GradientArrays<T, A> ArraysOfRun(const BackwardJob& job, const Run&
           ahead};
 }
 
-// Calls body with whether there is a mask, and whether the arrays are cached, as kAlways says of them.
-template <Activation kActivation, bool kAlways, typename Body>
+// Calls body with whether there is a mask, and whether the arrays are cached, as constants.
+template <Activation kActivation, Tiling kTiling, typename Body>
 TFOPS_INLINE void WithMaskOf(const BackwardJob& job, bool cached, Body body) {
-  WithCached<kAlways>(cached, [&](auto is_cached) {
+  WithCached<kTiling>(cached, [&](auto is_cached) {
     constexpr bool kCached = decltype(is_cached)::value;
     if constexpr (kIsPiecewiseLinear<kActivation>) {
       if (job.arrays.mask) return body(KnownArrays<kCached, false, true>());
@@ -82,19 +83,23 @@ TFOPS_INLINE void WithMaskOf(const BackwardJob& job, bool cached, Body body) {
 template <Activation kActivation, typename Body>
 TFOPS_INLINE void WithArraysOfSums(const BackwardJob& job, Body body) {
   if (job.arrays.residual) return body(AnyArrays());
-  WithMaskOf<kActivation, /*kAlways=*/false>(job, job.sums_ahead == 0, body);
+  WithMaskOf<kActivation, Tiling::kNone>(job, job.sums_ahead == 0, body);
 }
 
-// Likewise of those that dx and dresidual are computed from and written to; as WithArraysOf in normalize_pass.h.
+// Likewise of those that dx and dresidual are computed from and written to; as WithArraysOf in normalize_pass.h. They
+// are known in training alone.
 template <Activation kActivation, Tiling kTiling = Tiling::kNone, typename Body>
 TFOPS_INLINE void WithArraysOfDx(const BackwardJob& job, Body body) {
-  if constexpr (kTiling == Tiling::kApart) return body(AnyArrays());
-  const bool has_mask = kIsPiecewiseLinear<kActivation> && job.arrays.mask;
-  if (!job.problem.training || job.arrays.residual || has_mask != (job.arrays.dresidual != nullptr)) {
-    return body(AnyArrays());
+  if constexpr (kTiling == Tiling::kApart) {
+    body(AnyArrays());
+  } else {
+    const bool has_mask = kIsPiecewiseLinear<kActivation> && job.arrays.mask;
+    if (!job.problem.training || job.arrays.residual || has_mask != (job.arrays.dresidual != nullptr)) {
+      return body(AnyArrays());
+    }
+    const bool cached = job.dx_ahead == 0 && !job.stream_dx && !job.stream_dresidual;
+    WithMaskOf<kActivation, kTiling>(job, cached, body);
   }
-  const bool cached = job.dx_ahead == 0 && !job.stream_dx && !job.stream_dresidual;
-  WithMaskOf<kActivation, kTiling != Tiling::kNone>(job, cached, body);
 }
 
 // For a pass that is about to read the vector at i, and will go on from there.

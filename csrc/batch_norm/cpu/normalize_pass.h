@@ -29,6 +29,7 @@ struct NormalizeArrays {
     return {x + i, Advance(residual, i), y + i, Advance(bits, i / 8), stream, x_ahead, residual_ahead};
   }
 
+  // The same, as arrays of which nothing is known.
   TFOPS_INLINE NormalizeArrays<T, AnyArrays> Forgotten() const {
     return {x, residual, y, bits, stream, x_ahead, residual_ahead};
   }
@@ -46,20 +47,23 @@ TFOPS_INLINE NormalizeArrays<T, A> ArraysOfRun(const ForwardJob& job, const Run&
           job.residual_ahead};
 }
 
-// Calls body with what is known of the job's arrays. Tiles that lie apart are for memory, and know nothing of them;
-// other tiles are for what is cached. A mask is there for a residual alone.
+// Calls body with what is known of the job's arrays. Tiles that lie apart are for memory, and know nothing of them.
+// A mask is there for a residual alone.
 template <Activation kActivation, Tiling kTiling = Tiling::kNone, typename Body>
 TFOPS_INLINE void WithArraysOf(const ForwardJob& job, Body body) {
-  if constexpr (kTiling == Tiling::kApart) return body(AnyArrays());
-  const bool cached = !job.stream_y && job.x_ahead == 0 && job.residual_ahead == 0;
-  WithCached<kTiling != Tiling::kNone>(cached, [&](auto is_cached) {
-    constexpr bool kCached = decltype(is_cached)::value;
-    if (!job.arrays.residual) return body(KnownArrays<kCached, false, false>());
-    if constexpr (kIsPiecewiseLinear<kActivation>) {
-      if (job.arrays.mask) return body(KnownArrays<kCached, true, true>());
-    }
-    body(KnownArrays<kCached, true, false>());
-  });
+  if constexpr (kTiling == Tiling::kApart) {
+    body(AnyArrays());
+  } else {
+    const bool cached = !job.stream_y && job.x_ahead == 0 && job.residual_ahead == 0;
+    WithCached<kTiling>(cached, [&](auto is_cached) {
+      constexpr bool kCached = decltype(is_cached)::value;
+      if (!job.arrays.residual) return body(KnownArrays<kCached, false, false>());
+      if constexpr (kIsPiecewiseLinear<kActivation>) {
+        if (job.arrays.mask) return body(KnownArrays<kCached, true, true>());
+      }
+      body(KnownArrays<kCached, true, false>());
+    });
+  }
 }
 
 // For a pass that is about to read the vector at i, and will go on from there.
