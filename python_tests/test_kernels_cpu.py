@@ -179,6 +179,16 @@ def test_planes_in_place(plane, dtype, residual):
     _check_in_place(x, dy, r if residual else None, 1, dtype)
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize("shape", [(3, 64), (8, 512), (301, 64), (77, 40), (130, 131), (2050, 24), (67, 2056)], ids=str)
+def test_rows_in_place(shape, dtype, residual):
+    """Rows that go through tiles four at a time, some that are left, and what tiles leave of each."""
+    kind = kernel_cases.numpy_dtype(dtype)
+    x, dy, r = np.random.default_rng(0).standard_normal((3, *shape)).astype(kind)
+    _check_in_place(x, dy, r if residual else None, -1, dtype)
+
+
 @pytest.mark.parametrize("taker", ["dx", "dresidual"])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
@@ -358,6 +368,26 @@ def test_rounding_is_to_nearest_even(dtype):
         got = _add(x, residual)
         # (-0 - 0) + 0 is 0: the sign of zero is not kept.
         np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+def test_nan_stays_nan(dtype):
+    """A NaN of any bits, in parameters and in data, is not rounded to a number, and touches no other channel."""
+    words = [0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FFF8000, 0]
+    with np.errstate(invalid="ignore"):
+        offset = np.array(words, np.uint32).view(np.float32).astype(np.float64 if dtype == "float64" else np.float32)
+    ones, zeros = np.ones_like(offset), np.zeros_like(offset)
+    x = np.zeros((33, len(words)), kernel_cases.numpy_dtype(dtype))
+    y = tfops_kernels.forward(x, ones, offset, zeros, ones, training=False).y.astype(np.float32)
+    assert np.isnan(y[:, :-1]).all()
+    assert (y[:, -1] == 0).all()
+
+    if x.itemsize == 2:
+        dy = np.resize(np.arange(2**16, dtype=np.uint16).view(x.dtype), (2**12, 16))
+        vectors = np.ones((4, 16), np.float32)
+        x = np.ones_like(dy)
+        gradient = tfops_kernels.backward(dy, x, *vectors, residual=x, activation="relu", training=False)
+        np.testing.assert_array_equal(gradient.residual.astype(np.float32), dy.astype(np.float32))
 
 
 @pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])

@@ -149,18 +149,19 @@ bool OutgrowsCache(const Problem& problem, int tensors) {
   return problem.Elements() > LastLevelCacheBytes() / (tensors * ElementBytes(problem.dtype));
 }
 
-// How to go through the rows of so many arrays, some of which are written past the cache. For tiles, and for those of
-// the mask, if there is one, they have to follow one another.
+// How to go through the rows of so many arrays, some of which are written past the cache. For tiles, rows, and those of
+// the mask if there is one, have to follow one another. Four streams of a single array in place are as good for memory
+// as for the cache; of more arrays, not everywhere.
 Tiling ChooseTiling(const Problem& problem, const Plan& plan, const uint8_t* mask, int arrays,
                     const std::vector<const void*>& streamed) {
   if (!plan.channels_last || (mask && problem.channels % 8 != 0)) return Tiling::kNone;
+  if (arrays == 1) return Tiling::kApart;
   if (!streamed.empty() || OutgrowsCache(problem, arrays)) {
     const auto begins_line = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kLineBytes == 0; };
     const bool whole_lines = std::all_of(streamed.begin(), streamed.end(), begins_line);
-    return Chosen().many_streams && whole_lines ? Tiling::kApart : Tiling::kNone;
+    return Chosen().many_streams && whole_lines ? Tiling::kStreamed : Tiling::kNone;
   }
-  if (arrays > 2) return Tiling::kNone;  // that is too many to be read in so many places
-  return OutgrowsCache(problem, 2 * arrays) ? Tiling::kPrefetched : Tiling::kPlain;
+  return arrays == 2 ? Tiling::kApart : Tiling::kNone;  // three are too many to be read in so many places
 }
 
 // How many elements ahead passes fetch what memory has. A core guesses by itself what comes, but not past the end of a

@@ -55,10 +55,10 @@ struct KnownArrays {
   static constexpr bool kHasMask = kMask;
 };
 
-// Calls body with whether a job's arrays are cached, as a constant. Those that go through tiles are: see ChooseTiling.
+// Calls body with whether a job's arrays are cached, as a constant. With tiles they are, or as good as that.
 template <Tiling kTiling, typename Body>
 TFOPS_INLINE void WithCached(bool cached, Body body) {
-  static_assert(kTiling != Tiling::kApart, "these tiles are for memory");
+  static_assert(kTiling != Tiling::kStreamed, "these tiles are for memory");
   if (kTiling != Tiling::kNone || cached) return body(std::true_type());
   if constexpr (kTiling == Tiling::kNone) body(std::false_type());
 }
@@ -66,6 +66,8 @@ TFOPS_INLINE void WithCached(bool cached, Body body) {
 // The coefficients of a vector of elements, wherever it lies: those of one channel in all lanes, or loaded.
 template <typename P>
 struct VectorCoefficients {
+  static constexpr bool kAreLoaded = false;
+
   Vec<P> mean{};
   Vec<P> slope{};
   Vec<P> offset{};
@@ -88,6 +90,8 @@ TFOPS_INLINE VectorCoefficients<P> ChannelCoefficients(const Coefficients& c, in
 // Those of a run of columns, each lane a column of its own: i is the place of a vector's first element in the run.
 template <typename P>
 struct ColumnCoefficients {
+  static constexpr bool kAreLoaded = true;
+
   const P* mean;
   const P* slope;
   const P* offset;

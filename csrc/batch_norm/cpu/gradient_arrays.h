@@ -90,7 +90,7 @@ TFOPS_INLINE void WithArraysOfSums(const BackwardJob& job, Body body) {
 // are known in training alone.
 template <Activation kActivation, Tiling kTiling = Tiling::kNone, typename Body>
 TFOPS_INLINE void WithArraysOfDx(const BackwardJob& job, Body body) {
-  if constexpr (kTiling == Tiling::kApart) {
+  if constexpr (kTiling == Tiling::kStreamed) {
     body(AnyArrays());
   } else {
     const bool has_mask = kIsPiecewiseLinear<kActivation> && job.arrays.mask;

@@ -377,14 +377,9 @@ TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T, A> arrays,
     VectorCoefficients<P> loaded[kTileVectors<T>];
     for (int v = 0; v < kTileVectors<T>; ++v) loaded[v] = coefficients.template Loaded</*kAll=*/true>(i + v * kL);
     for (int r = 0; r < kTileRows; ++r) {
-      if constexpr (kTiling == Tiling::kPrefetched) {
-        const int64_t next = kTileRows * (stride + i) + r * kTileColumns<T>;
-        Prefetch<kTileColumns<T>>(arrays.dy + next);
-        Prefetch<kTileColumns<T>>(arrays.x + next);
-      }
       for (int v = 0; v < kTileVectors<T>; ++v) {
         const int64_t at = r * stride + i + v * kL;
-        GradientNormalizeVector<false, kActivation>(arrays, loaded[v], training, at, kL, kTiling == Tiling::kApart);
+        GradientNormalizeVector<false, kActivation>(arrays, loaded[v], training, at, kL, kTiling == Tiling::kStreamed);
       }
     }
   }
@@ -409,7 +404,7 @@ void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
         const auto first = arrays.From(offset, rows.first.length);
         GradientNormalizeTiles<kActivation, kTiling>(first, coefficients, training, stride);
       };
-      ForEachTileRows<kTiling>(rows, normalize_tiles, [&](int64_t offset, int64_t count, int64_t length) {
+      ForEachTileRows(rows, normalize_tiles, [&](int64_t offset, int64_t count, int64_t length) {
         const auto rest = arrays.From(offset, length).Forgotten();
         GradientNormalizeRest<kActivation>(rest, coefficients, training, count, rows.stride);
       });

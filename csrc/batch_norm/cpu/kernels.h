@@ -24,8 +24,8 @@ struct Coefficients {
   void* shift = nullptr;
 };
 
-// How a job goes through its rows by tiles, if it does. runs.h says what these are, and chooses where rows do not suit.
-enum class Tiling { kNone, kPlain, kPrefetched, kApart };
+// How a job goes through its rows by tiles, if it does; see runs.h. kApart: nothing is streamed, or fetched ahead.
+enum class Tiling { kNone, kApart, kStreamed };
 
 // stream: the output goes past the cache, which is too small for it and what was read. ahead: that input, or a pass's
 // inputs, are fetched from memory so many elements before they are read; 0 if they are not.

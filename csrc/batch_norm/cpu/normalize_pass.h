@@ -47,11 +47,11 @@ TFOPS_INLINE NormalizeArrays<T, A> ArraysOfRun(const ForwardJob& job, const Run&
           job.residual_ahead};
 }
 
-// Calls body with what is known of the job's arrays. Tiles that lie apart are for memory, and know nothing of them.
+// Calls body with what is known of the job's arrays. Tiles that are streamed know nothing of them.
 // A mask is there for a residual alone.
 template <Activation kActivation, Tiling kTiling = Tiling::kNone, typename Body>
 TFOPS_INLINE void WithArraysOf(const ForwardJob& job, Body body) {
-  if constexpr (kTiling == Tiling::kApart) {
+  if constexpr (kTiling == Tiling::kStreamed) {
     body(AnyArrays());
   } else {
     const bool cached = !job.stream_y && job.x_ahead == 0 && job.residual_ahead == 0;
@@ -192,6 +192,7 @@ TFOPS_INLINE int64_t StreamBlocks(const NormalizeArrays<T, A> arrays, const C co
   using P = Param<T>;
   constexpr int kL = kLanes<P>;
   constexpr int kVectors = static_cast<int>(kCount / kL);
+  constexpr bool kMayHaveBits = kIsPiecewiseLinear<kActivation> && (!A::kAreKnown || A::kHasMask);
   MaskWriter writer = *mask;
   int64_t i = begin;
   for (; i + kCount <= end; i += kCount) {
@@ -201,10 +202,12 @@ TFOPS_INLINE int64_t StreamBlocks(const NormalizeArrays<T, A> arrays, const C co
       const int64_t at = i + v * kL;
       if (v * kL % kLineElements<T> == 0) FetchAhead(arrays, at);
       z[v] = BeforeActivation(arrays, LoadInputs<false>(arrays, at, kL), coefficients, at);
-      bits |= BitsOf<kActivation>(arrays, z[v]) << v * kL;
+      if constexpr (kMayHaveBits) bits |= BitsOf<kActivation>(arrays, z[v]) << v * kL;
     }
     for (int v = 0; v < kVectors; ++v) Stream(arrays.y + i + v * kL, Activate<kActivation>(z[v]));
-    if (kIsPiecewiseLinear<kActivation> && arrays.HasBits()) writer.template PutBlocks<false, kCount>(bits);
+    if constexpr (kMayHaveBits) {
+      if (arrays.HasBits()) writer.template PutBlocks<false, kCount>(bits);
+    }
   }
   *mask = writer;
   return i;
@@ -226,6 +229,16 @@ TFOPS_INLINE void NormalizeOverlapping(const NormalizeArrays<T, A>& arrays, cons
   mask->PutFirst(bits >> (i - last), end - i);
 }
 
+// How many elements to stream at a time: a cache line's. Several lines', if x is all that is read and coefficients are
+// loaded: a core that goes from reading to writing and back at each line, and does little else, is slower than one that
+// takes its time.
+template <typename T, typename A, typename C>
+constexpr int64_t ElementsToStream() {
+  constexpr int64_t kMost = Min(64, 8 * kLanes<Param<T>>);
+  const bool is_x_alone = A::kAreKnown && !A::kHasResidual;
+  return is_x_alone && C::kAreLoaded && sizeof(T) < sizeof(double) ? kMost : kLineElements<T>;
+}
+
 template <Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T, A>& arrays, const C& coefficients, int64_t length) {
   MaskWriter mask(kIsPiecewiseLinear<kActivation> && arrays.HasBits() ? arrays.bits : nullptr);
@@ -233,9 +246,8 @@ TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T, A>& arrays, const C& coe
   if (!lines.IsEmpty()) {
     NormalizeSome<kActivation>(arrays, coefficients, 0, lines.begin, &mask);
     int64_t i = lines.begin;
-    if constexpr (kLineElements<T> > kBlock) {
-      i = StreamBlocks<kActivation, kLineElements<T>>(arrays, coefficients, i, lines.end, &mask);
-    }
+    constexpr int64_t kMost = ElementsToStream<T, A, C>();
+    if constexpr (kMost > kBlock) i = StreamBlocks<kActivation, kMost>(arrays, coefficients, i, lines.end, &mask);
     StreamBlocks<kActivation, kBlock>(arrays, coefficients, i, lines.end, &mask);
     NormalizeSome<kActivation>(arrays, coefficients, lines.end, length, &mask);
   } else if (!OverlapsItsEnd<T>(length)) {
@@ -272,12 +284,7 @@ TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T, A> arrays, const Colum
     for (int v = 0; v < kTileVectors<T>; ++v) loaded[v] = coefficients.template Loaded</*kAll=*/false>(i + v * kL);
     for (int r = 0; r < kTileRows; ++r) {
       const int64_t at = r * stride + i;
-      if constexpr (kTiling == Tiling::kPrefetched) {
-        const int64_t next = kTileRows * (stride + i) + r * kTileColumns<T>;
-        Prefetch<kTileColumns<T>>(arrays.x + next);
-        if (arrays.HasResidual()) Prefetch<kTileColumns<T>>(arrays.residual + next);
-      }
-      const bool stream = kTiling == Tiling::kApart && arrays.IsStreamed();
+      const bool stream = kTiling == Tiling::kStreamed && arrays.IsStreamed();
       uint64_t bits = 0;
       for (int v = 0; v < kTileVectors<T>; ++v) {
         bits |= uint64_t{NormalizeVector<false, kActivation>(arrays, loaded[v], at + v * kL, kL, stream)} << v * kL;
@@ -304,7 +311,7 @@ void NormalizeTiledItem(const ForwardJob& job, int64_t item) {
       const auto normalize_tiles = [&](int64_t offset, int64_t stride) {
         NormalizeTiles<kActivation, kTiling>(arrays.From(offset), coefficients, stride, rows.first.length);
       };
-      ForEachTileRows<kTiling>(rows, normalize_tiles, [&](int64_t offset, int64_t count, int64_t length) {
+      ForEachTileRows(rows, normalize_tiles, [&](int64_t offset, int64_t count, int64_t length) {
         NormalizeRest<kActivation>(arrays.From(offset).Forgotten(), coefficients, count, rows.stride, length);
       });
     });

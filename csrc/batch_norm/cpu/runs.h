@@ -19,7 +19,7 @@ constexpr int64_t kChainRows = 32;
 template <typename P>
 constexpr int64_t kMomentsChainRows = sizeof(P) == 4 ? kChainRows : 4 * kChainRows;
 
-TFOPS_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+TFOPS_INLINE constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Calls body(partial, i, n) for vectors of lanes i to i + n, partial being a true or false constant: whether n is less
 // than all lanes.
@@ -171,12 +171,11 @@ TFOPS_INLINE void ForEachRun(const Problem& problem, const Plan& plan, int64_t i
 }
 
 // Channels-last data are gone through by tiles, whose rows share coefficients: in the cache, to load three to five
-// vectors of these for one or two of data is what takes time. Folded rows are cut into parts of whole tiles, for what
-// is read at once is to lie close together.
+// vectors of these for one or two of data is what takes time. Folded rows are cut into parts of whole tiles, so that
+// fewer coefficients are in use.
 //
-// Memory wants to be read in its order. So where data come from far, either rows that follow one another are fetched in
-// it, while those before them go through their tiles, out of which no core would guess it; or the rows of a tile lie a
-// part of the chunk apart, and memory is read and written in as many streams, each of them straight ahead.
+// The rows of a tile lie a part of the chunk apart, so that data are read and written in as many streams, each of them
+// straight ahead: a core sees what comes, and gets more of it from the last-level cache than in a single stream.
 template <Tiling kTiling>
 using TilingConstant = std::integral_constant<Tiling, kTiling>;
 
@@ -187,29 +186,25 @@ constexpr int kTileVectors = std::is_same_v<T, Param<T>> ? 4 : 2;
 template <typename T>
 constexpr int64_t kTileColumns = kTileVectors<T> * kLanes<Param<T>>;
 
-// Into how many rows a folded row may be cut, each of whole tiles.
+// Into how many rows a folded row is cut: of whole tiles, and not so short that rows are begun all the time.
 template <typename T>
 TFOPS_INLINE int64_t PartsOfRow(const Plan& plan) {
+  constexpr int64_t kMinElements = 1024 / sizeof(T);
   int64_t parts = plan.fold;  // a power of 2
-  while (parts > 1 && plan.columns / parts % kTileColumns<T> != 0) parts /= 2;
+  while (parts > 1 && (plan.columns / parts < kMinElements || plan.columns / parts % kTileColumns<T> != 0)) parts /= 2;
   return parts;
 }
 
 // Calls body with a TilingConstant other than kNone, if a job's rows are to go through tiles. Returns whether it did.
-// Rows are not fetched ahead if they are so short that it is nearly the tiles' order, or so long that the first cache
-// does not hold some of them; and those of tiles do not lie apart unless they are whole cache lines, which may be
-// written past the cache.
+// Rows that are to be streamed have to be whole cache lines.
 template <typename T, typename Body>
 TFOPS_INLINE bool WithTiling(Tiling tiling, const Plan& plan, Body body) {
-  constexpr int64_t kMinBytes = 512, kMaxBytes = 4096;
   const int64_t bytes = plan.columns / PartsOfRow<T>(plan) * static_cast<int64_t>(sizeof(T));
-  if (tiling == Tiling::kNone || (tiling == Tiling::kApart && bytes % kLineBytes != 0)) return false;
-  if (tiling == Tiling::kApart) {
-    body(TilingConstant<Tiling::kApart>());
-  } else if (tiling == Tiling::kPrefetched && kMinBytes <= bytes && bytes <= kMaxBytes) {
-    body(TilingConstant<Tiling::kPrefetched>());
+  if (tiling == Tiling::kNone || (tiling == Tiling::kStreamed && bytes % kLineBytes != 0)) return false;
+  if (tiling == Tiling::kStreamed) {
+    body(TilingConstant<Tiling::kStreamed>());
   } else {
-    body(TilingConstant<Tiling::kPlain>());
+    body(TilingConstant<Tiling::kApart>());
   }
   return true;
 }
@@ -238,13 +233,11 @@ TFOPS_INLINE TileRows TileRowsOfItem(const Plan& plan, int64_t item) {
 
 // Calls tiles(offset, stride) for kTileRows rows at a time, `stride` elements from one to the next, and then
 // rest(offset, count, length) for rows that are left. `offset` is the first's, from the item's first element.
-template <Tiling kTiling, typename Tiles, typename Rest>
+template <typename Tiles, typename Rest>
 TFOPS_INLINE void ForEachTileRows(const TileRows& rows, Tiles tiles, Rest rest) {
-  const int64_t steps = rows.count / kTileRows;
-  const int64_t step = kTiling == Tiling::kApart ? 1 : kTileRows;
-  const int64_t apart = kTiling == Tiling::kApart ? steps : 1;
-  for (int64_t i = 0; i < steps; ++i) tiles(i * step * rows.stride, apart * rows.stride);
-  const int64_t done = steps * kTileRows;
+  const int64_t apart = rows.count / kTileRows;
+  for (int64_t i = 0; i < apart; ++i) tiles(i * rows.stride, apart * rows.stride);
+  const int64_t done = apart * kTileRows;
   if (done < rows.count) rest(done * rows.stride, rows.count - done, rows.first.length);
   if (rows.tail > 0) rest(rows.count * rows.stride, 1, rows.tail);
 }

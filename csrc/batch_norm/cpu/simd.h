@@ -225,11 +225,13 @@ TFOPS_INLINE HalfwordVec FloatToBFloat16(FloatVec v) {
 
 TFOPS_INLINE FloatVec BFloat16ToFloat(HalfwordVec bits) { return BitCast<FloatVec>(WordsOf(bits) << 16); }
 
+// NaNs are not rounded. What they lose does not make numbers of them: they come from arithmetic, whose NaNs are quiet,
+// or were of this type before.
 TFOPS_INLINE HalfwordVec FloatToBFloat16(FloatVec v) {
   const WordVec word = BitCast<WordVec>(v);
-  const WordVec rounded = word + (0x7FFF + ((word >> 16) & 1));
-  const WordVec quiet_nan = word | 0x400000;
-  return HalfwordsOf((v == v ? rounded : quiet_nan) >> 16);
+  const auto is_odd = BitCast<IntVec<float>>(word << 15) < 0;  // the last bit that stays
+  const WordVec bias = is_odd ? WordVec{} + 0x8000 : WordVec{} + 0x7FFF;
+  return HalfwordsOf((word + (bias & BitCast<WordVec>(v == v))) >> 16);
 }
 
 #endif
@@ -281,16 +283,10 @@ TFOPS_INLINE void Stream(T* p, Vec<Param<T>> v) {
 #endif
 }
 
-// Brings `count` elements nearer.
-template <int64_t count, typename T>
-TFOPS_INLINE void Prefetch(const T* p) {
-  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
-}
-
 // Brings nearer what lies so many elements on, unless `ahead` is 0.
 template <typename T>
 TFOPS_INLINE void FetchAhead(const T* p, int64_t ahead) {
-  if (ahead != 0) Prefetch<1>(p + ahead);
+  if (ahead != 0) __builtin_prefetch(p + ahead);
 }
 
 TFOPS_INLINE void StreamFence() {
