@@ -158,18 +158,24 @@ TFOPS_INLINE HalfwordVec HalfwordsOf(WordVec words) { return __builtin_convertve
 
 #endif
 
-#if TFOPS_VECTOR_BYTES == 64
+#if TFOPS_VECTOR_BYTES == 64 || (TFOPS_VECTOR_BYTES == 32 && defined(__F16C__))
 
-TFOPS_INLINE FloatVec HalfToFloat(HalfwordVec half) { return (FloatVec)_mm512_cvtph_ps((__m256i)half); }
-TFOPS_INLINE HalfwordVec FloatToHalf(FloatVec v) {
-  return (HalfwordVec)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+TFOPS_INLINE FloatVec HalfToFloat(HalfwordVec half) {
+#if TFOPS_VECTOR_BYTES == 64
+  return (FloatVec)_mm512_cvtph_ps((__m256i)half);
+#else
+  return (FloatVec)_mm256_cvtph_ps((__m128i)half);
+#endif
 }
 
-#elif TFOPS_VECTOR_BYTES == 32 && defined(__F16C__)
-
-TFOPS_INLINE FloatVec HalfToFloat(HalfwordVec half) { return (FloatVec)_mm256_cvtph_ps((__m128i)half); }
 TFOPS_INLINE HalfwordVec FloatToHalf(FloatVec v) {
-  return (HalfwordVec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#if TFOPS_VECTOR_BYTES == 64
+  auto half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  auto half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#endif
+  asm("" : "+v"(half));  // in a register: AMD's cores take longer to convert into memory than to store as well
+  return (HalfwordVec)half;
 }
 
 #else
