@@ -117,23 +117,34 @@ struct Gradient {
   Vec<P> xc;
 };
 
-// Lanes i to i + lanes of a run, or the first n of them (and zero dz) if kPartial. kInPlace: see LoadMaskBits.
-template <bool kPartial, Activation kActivation, bool kInPlace = !kPartial, typename T, typename A, typename C>
-TFOPS_INLINE Gradient<Param<T>> GradientOfVector(const GradientArrays<T, A>& arrays, const C& coefficients, int64_t i,
-                                                 int64_t n) {
+// Lanes i to i + lanes of a run, or the first n of them (and zero dz) if kPartial; of these bits, if there are any.
+template <bool kPartial, Activation kActivation, typename T, typename A, typename C>
+TFOPS_INLINE Gradient<Param<T>> GradientOfBits(const GradientArrays<T, A>& arrays, const C& coefficients, int64_t i,
+                                               int64_t n, uint32_t bits) {
   using P = Param<T>;
   const Vec<P> dy = LoadLanes<kPartial>(arrays.dy + i, n);
   const Vec<P> xc = LoadLanes<kPartial>(arrays.x + i, n) - coefficients.Mean(i);
   if constexpr (kActivation == Activation::kNone) return {dy, xc};
   if constexpr (kIsPiecewiseLinear<kActivation>) {
     if (arrays.HasBits()) {
-      const IntVec<P> on = MaskFromBits<P>(LoadMaskBits<P, kInPlace>(arrays.bits, i, n));
+      const IntVec<P> on = MaskFromBits<P>(bits);
       return {on ? dy : OffGradient<kActivation>(dy), xc};
     }
   }
   Vec<P> z = Affine<Vec<P>>(xc, coefficients.Slope(i), coefficients.Offset(i));
   if (arrays.HasResidual()) z += LoadLanes<kPartial>(arrays.residual + i, n);
   return {ActivationGradient<kActivation>(dy, z), xc};
+}
+
+// Likewise, of the bits that lie there. kInPlace: see LoadMaskBits.
+template <bool kPartial, Activation kActivation, bool kInPlace = !kPartial, typename T, typename A, typename C>
+TFOPS_INLINE Gradient<Param<T>> GradientOfVector(const GradientArrays<T, A>& arrays, const C& coefficients, int64_t i,
+                                                 int64_t n) {
+  uint32_t bits = 0;
+  if constexpr (kIsPiecewiseLinear<kActivation>) {
+    if (arrays.HasBits()) bits = LoadMaskBits<Param<T>, kInPlace>(arrays.bits, i, n);
+  }
+  return GradientOfBits<kPartial, kActivation>(arrays, coefficients, i, n, bits);
 }
 
 }  // namespace

@@ -291,8 +291,12 @@ TFOPS_INLINE int64_t GradientNormalizeLines(const GradientArrays<T, A> arrays, c
   for (; i + kVectors * kL <= end; i += kVectors * kL) {
     FetchAhead(arrays, i);
     Gradient<Param<T>> g[kVectors];
+    uint32_t bits = 0;
+    if constexpr (kIsPiecewiseLinear<kActivation>) {
+      if (arrays.HasBits()) bits = LoadMaskBits<kVectors * kL>(arrays.bits, i);
+    }
     for (int v = 0; v < kVectors; ++v) {
-      g[v] = GradientOfVector<false, kActivation, /*kInPlace=*/false>(arrays, coefficients, i + v * kL, kL);
+      g[v] = GradientOfBits<false, kActivation>(arrays, coefficients, i + v * kL, kL, bits >> v * kL);
     }
     for (int v = 0; v < kVectors; ++v) {
       const auto dx = DxOf(g[v], coefficients, training, i + v * kL);

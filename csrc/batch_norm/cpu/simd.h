@@ -464,6 +464,15 @@ TFOPS_INLINE uint32_t LoadMaskBits(const uint8_t* row, int64_t i, int64_t n) {
   return bits >> (i % 8);
 }
 
+// Bits i to i + kCount - 1, kCount being 8, 16 or 32.
+template <int64_t kCount>
+TFOPS_INLINE uint32_t LoadMaskBits(const uint8_t* row, int64_t i) {
+  using Bits = std::conditional_t<kCount == 8, uint8_t, std::conditional_t<kCount == 16, uint16_t, uint32_t>>;
+  uint64_t bits = LoadBits<Bits>(row + i / 8);
+  if (i % 8 != 0) bits |= static_cast<uint64_t>(row[(i + kCount) / 8]) << kCount;
+  return static_cast<uint32_t>(bits >> i % 8);
+}
+
 }  // namespace
 }  // namespace tfops::cpu::TFOPS_CPU_LEVEL
 
