@@ -7,6 +7,7 @@ python digest.py interrupt  # takes steps until it is interrupted, and then one 
 from __future__ import annotations
 
 import hashlib
+import signal
 import sys
 from typing import Any
 
@@ -57,6 +58,7 @@ def digest() -> str:
 
 def _interrupted() -> None:
     """Steps of a model's training; the first line printed says that they have begun."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     layer = tfops.keras.BatchNormalization(activation="relu")
     model = keras.Sequential([keras.Input([32, 32, 24]), layer, layer, keras.layers.GlobalAveragePooling2D()])
     model.compile("sgd", "mse")

@@ -1,10 +1,11 @@
 // The ops' kernels: they check shapes, allocate outputs, and call batch_norm.h on the op's device.
 
+#include <cstddef>
 #include <functional>
-#include <string>
+#include <initializer_list>
 #include <utility>
-#include <vector>
 
+#include "absl/types/span.h"
 #include "csrc/tensorflow/problem.h"
 #include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -30,31 +31,49 @@ absl::Status AllocateWorkspace(OpKernelContext* context, size_t bytes, Tensor* w
   return context->allocate_temp(tensorflow::DT_UINT8, TensorShape({static_cast<int64_t>(bytes)}), workspace);
 }
 
+// Scratch memory of the host: on the stack where little is wanted, for small calls to be as fast as can be.
+class HostWorkspace {
+ public:
+  absl::Status Allocate(OpKernelContext* context, size_t bytes) {
+    if (bytes <= sizeof(small_)) return absl::OkStatus();
+    TF_RETURN_IF_ERROR(AllocateWorkspace(context, bytes, &large_));
+    data_ = large_.data();
+    return absl::OkStatus();
+  }
+
+  void* data() { return data_; }
+
+ private:
+  alignas(64) std::byte small_[8 << 10];
+  Tensor large_;
+  void* data_ = small_;
+};
+
 class CpuDevice {
  public:
   static absl::Status Run(OpKernelContext* context, const Problem& problem, const ForwardArrays& arrays) {
-    Tensor workspace;
-    TF_RETURN_IF_ERROR(AllocateWorkspace(context, cpu::ForwardWorkspaceBytes(problem), &workspace));
+    HostWorkspace workspace;
+    TF_RETURN_IF_ERROR(workspace.Allocate(context, cpu::ForwardWorkspaceBytes(problem)));
     return ToAbsl(cpu::Forward(problem, arrays, workspace.data(), IntraOpThreads(context)));
   }
 
   static absl::Status Run(OpKernelContext* context, const Problem& problem, const BackwardArrays& arrays) {
-    Tensor workspace;
-    TF_RETURN_IF_ERROR(AllocateWorkspace(context, cpu::BackwardWorkspaceBytes(problem), &workspace));
+    HostWorkspace workspace;
+    TF_RETURN_IF_ERROR(workspace.Allocate(context, cpu::BackwardWorkspaceBytes(problem)));
     return ToAbsl(cpu::Backward(problem, arrays, workspace.data(), IntraOpThreads(context)));
   }
 
   static absl::Status Run(OpKernelContext* context, const Problem& problem, const MomentsArrays& arrays) {
-    Tensor workspace;
-    TF_RETURN_IF_ERROR(AllocateWorkspace(context, cpu::MomentsWorkspaceBytes(problem), &workspace));
+    HostWorkspace workspace;
+    TF_RETURN_IF_ERROR(workspace.Allocate(context, cpu::MomentsWorkspaceBytes(problem)));
     return ToAbsl(cpu::BatchMoments(problem, arrays, workspace.data(), IntraOpThreads(context)));
   }
 
   // One half of Backward: GradientNormalize if there are `statistics`, else GradientMoments.
   static absl::Status RunHalf(OpKernelContext* context, const Problem& problem, const BackwardArrays& arrays,
                               const StatisticsGradient* statistics) {
-    Tensor workspace;
-    TF_RETURN_IF_ERROR(AllocateWorkspace(context, cpu::BackwardWorkspaceBytes(problem), &workspace));
+    HostWorkspace workspace;
+    TF_RETURN_IF_ERROR(workspace.Allocate(context, cpu::BackwardWorkspaceBytes(problem)));
     const cpu::Threads threads = IntraOpThreads(context);
     return ToAbsl(statistics ? cpu::GradientNormalize(problem, arrays, *statistics, workspace.data(), threads)
                              : cpu::GradientMoments(problem, arrays, workspace.data(), threads));
@@ -115,7 +134,7 @@ class GpuDevice {
 // ---------------------------------------------------------------------------------------------------------------------
 // Inputs and outputs. Eager execution knows no shape functions, so every input is checked here.
 
-// Takes an op's inputs by name, in a row, each checked.
+// Takes an op's inputs in order, each checked. (Names are for messages and lists: looking an input up takes a while.)
 class Inputs {
  public:
   Inputs(OpKernelContext* context, const Tensor& x, const Problem& problem)
@@ -151,26 +170,23 @@ class Inputs {
 
  private:
   absl::Status Take(const char* name, const TensorShape& shape, const void** data) {
-    const Tensor* tensor = nullptr;
-    TF_RETURN_IF_ERROR(context_->input(name, &tensor));
-    TF_RETURN_IF_ERROR(CheckShape(name, tensor->shape(), shape));
-    *data = tensor->data();
+    const Tensor& tensor = context_->input(next_++);
+    TF_RETURN_IF_ERROR(CheckShape(name, tensor.shape(), shape));
+    *data = tensor.data();
     return absl::OkStatus();
   }
 
-  absl::Status TakeList(const char* name, const TensorShape& shape, const std::vector<const void**>& data) {
+  absl::Status TakeList(const char* name, const TensorShape& shape, std::initializer_list<const void**> data) {
     tensorflow::OpInputList list;
     TF_RETURN_IF_ERROR(context_->input_list(name, &list));
-    for (int i = 0; i < list.size(); ++i) {
-      TF_RETURN_IF_ERROR(CheckShape(name, list[i].shape(), shape));
-      *data[static_cast<size_t>(i)] = list[i].data();
-    }
+    for (int i = 0; i < list.size(); ++i) TF_RETURN_IF_ERROR(Take(name, shape, data.begin()[i]));
     return absl::OkStatus();
   }
 
   OpKernelContext* context_;
   TensorShape data_shape_;
   TensorShape vector_shape_;
+  int next_ = 0;
 };
 
 // Allocates outputs in order.
@@ -186,7 +202,7 @@ class Outputs {
   }
 
   // In the buffer of one of those inputs, if nobody else will read it.
-  absl::Status Reuse(const std::vector<int>& inputs, const TensorShape& shape, void** data) {
+  absl::Status Reuse(absl::Span<const int> inputs, const TensorShape& shape, void** data) {
     Tensor* output = nullptr;
     TF_RETURN_IF_ERROR(context_->forward_input_or_allocate_output(inputs, next_++, shape, &output));
     *data = output->data();
@@ -214,9 +230,12 @@ class BatchNormOp : public OpKernel {
 
   const Attributes& attributes() const { return attributes_; }
 
-  // Inputs in whose buffer y may be: the residual, which is the last, and x.
-  static std::vector<int> ReusableForY(OpKernelContext* context, const Problem& problem) {
-    return problem.has_residual ? std::vector<int>{context->num_inputs() - 1, 0} : std::vector<int>{0};
+  // y, which may be in the buffer of the residual, the last input, or of x.
+  static absl::Status AllocateY(OpKernelContext* context, const Inputs& inputs, const Problem& problem,
+                                Outputs* outputs, void** y) {
+    const int residual = context->num_inputs() - 1, x = 0;
+    if (problem.has_residual) return outputs->Reuse({residual, x}, inputs.data_shape(), y);
+    return outputs->Reuse({x}, inputs.data_shape(), y);
   }
 
  private:
@@ -243,7 +262,7 @@ class TrainingOp final : public BatchNormOp {
     TF_RETURN_IF_ERROR(CheckRunning(problem, arrays.mean != nullptr));
 
     Outputs outputs(context);
-    TF_RETURN_IF_ERROR(outputs.Reuse(ReusableForY(context, problem), inputs.data_shape(), &arrays.y));
+    TF_RETURN_IF_ERROR(AllocateY(context, inputs, problem, &outputs, &arrays.y));
     for (void** vector : {&arrays.mean_out, &arrays.variance_out, &arrays.saved_mean, &arrays.saved_inv_std}) {
       TF_RETURN_IF_ERROR(outputs.Allocate(inputs.vector_shape(), vector));
     }
@@ -275,14 +294,14 @@ class InferenceOp final : public BatchNormOp {
     TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
 
     Outputs outputs(context);
-    TF_RETURN_IF_ERROR(outputs.Reuse(ReusableForY(context, problem), inputs.data_shape(), &arrays.y));
+    TF_RETURN_IF_ERROR(AllocateY(context, inputs, problem, &outputs, &arrays.y));
     return Device::Run(context, problem, arrays);
   }
 };
 
 // What the two gradient ops share: dx in dy's buffer, the vectors, and dresidual.
 absl::Status AllocateGradients(Outputs* outputs, const Inputs& inputs, const Problem& problem,
-                               const std::vector<void**>& vectors, BackwardArrays* arrays) {
+                               std::initializer_list<void**> vectors, BackwardArrays* arrays) {
   TF_RETURN_IF_ERROR(outputs->Reuse({0}, inputs.data_shape(), &arrays->dx));
   for (void** vector : vectors) TF_RETURN_IF_ERROR(outputs->Allocate(inputs.vector_shape(), vector));
   const bool wanted = HasResidualGradient(problem);
@@ -343,7 +362,7 @@ class InferenceGradOp final : public BatchNormOp {
     TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
 
     Outputs outputs(context);
-    const std::vector<void**> vectors = {&arrays.dscale, &arrays.doffset, &arrays.dmean_in, &arrays.dvariance_in};
+    const auto vectors = {&arrays.dscale, &arrays.doffset, &arrays.dmean_in, &arrays.dvariance_in};
     TF_RETURN_IF_ERROR(AllocateGradients(&outputs, inputs, problem, vectors, &arrays));
     return Device::Run(context, problem, arrays);
   }
