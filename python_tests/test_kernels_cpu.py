@@ -370,6 +370,28 @@ def test_rounding_is_to_nearest_even(dtype):
         np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dresidual_is_rounded_to_nearest_even(dtype, activation, training):
+    """Every dy comes through where the slope is 1; elsewhere it is 0, or dy times a slope, of which few are exact."""
+    kind = kernel_cases.numpy_dtype(dtype)
+    dy = np.arange(2**16, dtype=np.uint16).view(kind).reshape(-1, 64)
+    x = np.where(np.random.default_rng(0).random(dy.shape) < 0.5, 1, -1).astype(kind)
+    ones, zeros = np.ones((2, 64), np.float32), np.zeros((2, 64), np.float32)
+    settings = {"residual": x, "activation": activation, "training": training}
+    gradient = functools.partial(tfops_kernels.backward, dy, x, ones[0], zeros[0])
+    if training:
+        forward = tfops_kernels.forward(x, ones[0], zeros[0], **settings)
+        got = gradient(forward.saved_mean, forward.saved_inv_std, mask=forward.mask, **settings).residual
+    else:
+        got = gradient(zeros[0], ones[0], **settings).residual
+    slope = np.float32(0.2) if activation == "leaky_relu" else np.float32(0)
+    with np.errstate(invalid="ignore"):
+        want = np.where(x > 0, dy, (dy.astype(np.float32) * slope).astype(kind) if slope else np.zeros_like(dy))
+    np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32))
+
+
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 def test_nan_stays_nan(dtype):
     """A NaN of any bits, in parameters and in data, is not rounded to a number, and touches no other channel."""

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "csrc/batch_norm/cpu/kernels.h"
-#include "csrc/batch_norm/cpu/simd.h"
+#include "csrc/batch_norm/cpu/stored.h"
 #include "csrc/batch_norm/cpu/vector_activation.h"
 
 namespace tfops::cpu::TFOPS_CPU_LEVEL {

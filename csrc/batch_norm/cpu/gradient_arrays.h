@@ -117,17 +117,25 @@ struct Gradient {
   Vec<P> xc;
 };
 
-// Lanes i to i + lanes of a run, or the first n of them (and zero dz) if kPartial; of these bits, if there are any.
+// dresidual's elements: dz, which is dy or 0 where slopes are 1 and 0.
+template <Activation kActivation, typename T>
+TFOPS_INLINE Stored<T> EncodeDz(Vec<Param<T>> dz) {
+  if constexpr (kActivation == Activation::kRelu || kActivation == Activation::kRelu6) return EncodeExact<T>(dz);
+  return Encode<T>(dz);
+}
+
+// Lanes i to i + lanes of a run, or the first n of them (and zero dz) if kPartial; of the bits from the first on, if
+// there are any.
 template <bool kPartial, Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE Gradient<Param<T>> GradientOfBits(const GradientArrays<T, A>& arrays, const C& coefficients, int64_t i,
-                                               int64_t n, uint32_t bits) {
+                                               int64_t n, uint32_t bits, int first_bit = 0) {
   using P = Param<T>;
   const Vec<P> dy = LoadLanes<kPartial>(arrays.dy + i, n);
   const Vec<P> xc = LoadLanes<kPartial>(arrays.x + i, n) - coefficients.Mean(i);
   if constexpr (kActivation == Activation::kNone) return {dy, xc};
   if constexpr (kIsPiecewiseLinear<kActivation>) {
     if (arrays.HasBits()) {
-      const IntVec<P> on = MaskFromBits<P>(bits);
+      const IntVec<P> on = MaskFromBits<P>(bits, first_bit);
       return {on ? dy : OffGradient<kActivation>(dy), xc};
     }
   }

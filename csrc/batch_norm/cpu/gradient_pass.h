@@ -239,22 +239,23 @@ TFOPS_INLINE Vec<P> DxOf(const Gradient<P>& g, const C& coefficients, bool train
 }
 
 // Writes dx, and dresidual, of lanes i and on from what has been read of them.
-template <bool kPartial, typename T, typename A, typename C>
+template <bool kPartial, Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE void WriteGradient(const GradientArrays<T, A>& arrays, const Gradient<Param<T>>& g, const C& coefficients,
                                 bool training, int64_t i, int64_t n, bool stream) {
   const Vec<Param<T>> dx = DxOf(g, coefficients, training, i);
   // dresidual first: it may be dy itself, but so may dx, and both have been read.
   if (arrays.HasDresidual()) {
-    StoreLanes<kPartial>(arrays.dresidual + i, g.dz, n, stream && arrays.IsDresidualStreamed());
+    const Stored<T> dresidual = EncodeDz<kActivation, T>(g.dz);
+    StoreLanes<kPartial>(arrays.dresidual + i, dresidual, n, stream && arrays.IsDresidualStreamed());
   }
-  StoreLanes<kPartial>(arrays.dx + i, dx, n, stream && arrays.IsDxStreamed());
+  StoreLanes<kPartial>(arrays.dx + i, Encode<T>(dx), n, stream && arrays.IsDxStreamed());
 }
 
 template <bool kPartial, Activation kActivation, bool kInPlace = !kPartial, typename T, typename A, typename C>
 TFOPS_INLINE void GradientNormalizeVector(const GradientArrays<T, A>& arrays, const C& coefficients, bool training,
                                           int64_t i, int64_t n, bool stream) {
   const auto g = GradientOfVector<kPartial, kActivation, kInPlace>(arrays, coefficients, i, n);
-  WriteGradient<kPartial>(arrays, g, coefficients, training, i, n, stream);
+  WriteGradient<kPartial, kActivation>(arrays, g, coefficients, training, i, n, stream);
 }
 
 // The parts of a run, as in NormalizeRun.
@@ -280,8 +281,9 @@ TFOPS_INLINE int64_t GradientNormalizeVectors(const GradientArrays<T, A> arrays,
   return i;
 }
 
-// A cache line's worth of dx at a time, and then as much of dresidual. Were they written in turns vector by vector,
-// lines would leave for memory half full as soon as what is read next lies at the same place of its page as they do.
+// A cache line of dresidual at a time, and then as much of dx. Were they written in turns vector by vector, lines would
+// leave for memory half full as soon as what is read next lies at the same place of its page as they do. So would they
+// if both were computed first, and then written one right after the other, at the same place of two pages.
 template <Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE int64_t GradientNormalizeLines(const GradientArrays<T, A> arrays, const C coefficients, bool training,
                                             int64_t begin, int64_t end) {
@@ -296,15 +298,15 @@ TFOPS_INLINE int64_t GradientNormalizeLines(const GradientArrays<T, A> arrays, c
       if (arrays.HasBits()) bits = LoadMaskBits<kVectors * kL>(arrays.bits, i);
     }
     for (int v = 0; v < kVectors; ++v) {
-      g[v] = GradientOfBits<false, kActivation>(arrays, coefficients, i + v * kL, kL, bits >> v * kL);
+      g[v] = GradientOfBits<false, kActivation>(arrays, coefficients, i + v * kL, kL, bits, v * kL);
     }
-    for (int v = 0; v < kVectors; ++v) {
-      const auto dx = DxOf(g[v], coefficients, training, i + v * kL);
-      StoreLanes<false>(arrays.dx + i + v * kL, dx, kL, arrays.IsDxStreamed());
+    Stored<T> line[kVectors];
+    if (arrays.HasDresidual()) {
+      for (int v = 0; v < kVectors; ++v) line[v] = EncodeDz<kActivation, T>(g[v].dz);
+      StoreLines(arrays.dresidual + i, line, arrays.IsDresidualStreamed());
     }
-    for (int v = 0; v < kVectors && arrays.HasDresidual(); ++v) {
-      StoreLanes<false>(arrays.dresidual + i + v * kL, g[v].dz, kL, arrays.IsDresidualStreamed());
-    }
+    for (int v = 0; v < kVectors; ++v) line[v] = Encode<T>(DxOf(g[v], coefficients, training, i + v * kL));
+    StoreLines(arrays.dx + i, line, arrays.IsDxStreamed());
   }
   return i;
 }
@@ -330,7 +332,7 @@ TFOPS_INLINE void GradientNormalizeOverlapping(const GradientArrays<T, A>& array
   const int64_t last = arrays.length - kL;
   const auto g = GradientOfVector<false, kActivation, /*kInPlace=*/false>(arrays, coefficients, last, kL);
   GradientNormalizeVectors<kActivation, false>(arrays, coefficients, training, begin, arrays.length);
-  WriteGradient<false>(arrays, g, coefficients, training, last, kL, false);
+  WriteGradient<false, kActivation>(arrays, g, coefficients, training, last, kL, false);
 }
 
 template <Activation kActivation, typename T, typename A, typename C>

@@ -111,7 +111,7 @@ template <bool kPartial, Activation kActivation, typename T, typename A, typenam
 TFOPS_INLINE uint32_t NormalizeLoaded(const NormalizeArrays<T, A>& arrays, const NormalizeInputs<Param<T>>& inputs,
                                       const C& coefficients, int64_t i, int64_t n, bool stream) {
   const Vec<Param<T>> z = BeforeActivation(arrays, inputs, coefficients, i);
-  StoreLanes<kPartial>(arrays.y + i, Activate<kActivation>(z), n, stream);
+  StoreLanes<kPartial>(arrays.y + i, Encode<T>(Activate<kActivation>(z)), n, stream);
   return BitsOf<kActivation>(arrays, z);
 }
 
@@ -204,7 +204,7 @@ TFOPS_INLINE int64_t StreamBlocks(const NormalizeArrays<T, A> arrays, const C co
       z[v] = BeforeActivation(arrays, LoadInputs<false>(arrays, at, kL), coefficients, at);
       if constexpr (kMayHaveBits) bits |= BitsOf<kActivation>(arrays, z[v]) << v * kL;
     }
-    for (int v = 0; v < kVectors; ++v) Stream(arrays.y + i + v * kL, Activate<kActivation>(z[v]));
+    for (int v = 0; v < kVectors; ++v) StreamBits(arrays.y + i + v * kL, Encode<T>(Activate<kActivation>(z[v])));
     if constexpr (kMayHaveBits) {
       if (arrays.HasBits()) writer.template PutBlocks<false, kCount>(bits);
     }

@@ -4,7 +4,7 @@
 #define TFOPS_BATCH_NORM_CPU_RUNS_H_
 
 #include "csrc/batch_norm/cpu/kernels.h"
-#include "csrc/batch_norm/cpu/simd.h"
+#include "csrc/batch_norm/cpu/stored.h"
 
 namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
