@@ -44,7 +44,8 @@ def _attributes(op: tf.Operation, names: tuple[str, ...]) -> dict[str, Any]:
 @_register("Tfops>BatchNormTraining")
 def _training_grad(op: tf.Operation, dy: Any, dmean: Any, dvariance: Any, *_: Any) -> list[Any]:
     x, scale, offset, *rest = op.inputs
-    running, residual = rest[: op.get_attr("num_running")], rest[op.get_attr("num_running") :]
+    num_running = len(rest) // 2 * 2  # none or two, and then no residual or one; to ask for an attribute takes longer
+    running, residual = rest[:num_running], rest[num_running:]
     _, _, _, saved_mean, saved_inv_std, mask = op.outputs
     attributes = _attributes(op, _SHARED + _TRAINING)
     needs_residual = residual and attributes["activation"] == "silu"

@@ -303,10 +303,10 @@ TFOPS_INLINE int64_t GradientNormalizeLines(const GradientArrays<T, A> arrays, c
     Stored<T> line[kVectors];
     if (arrays.HasDresidual()) {
       for (int v = 0; v < kVectors; ++v) line[v] = EncodeDz<kActivation, T>(g[v].dz);
-      StoreLines(arrays.dresidual + i, line, arrays.IsDresidualStreamed());
+      StoreLine(arrays.dresidual + i, line, arrays.IsDresidualStreamed());
     }
     for (int v = 0; v < kVectors; ++v) line[v] = Encode<T>(DxOf(g[v], coefficients, training, i + v * kL));
-    StoreLines(arrays.dx + i, line, arrays.IsDxStreamed());
+    StoreLine(arrays.dx + i, line, arrays.IsDxStreamed());
   }
   return i;
 }

@@ -152,11 +152,9 @@ TFOPS_INLINE HalfwordVec FloatToBFloat16(FloatVec v) {
 
 // As they lie in memory one after the other.
 TFOPS_INLINE FloatVec Join(HalfwordVec first, HalfwordVec second) {
-#if TFOPS_VECTOR_BYTES == 64
-  return (FloatVec)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)first), (__m256i)second, 1);
-#elif TFOPS_VECTOR_BYTES == 32
+#if TFOPS_VECTOR_BYTES == 32
   return (FloatVec)_mm256_inserti128_si256(_mm256_castsi128_si256((__m128i)first), (__m128i)second, 1);
-#elif defined(__x86_64__)
+#elif TFOPS_VECTOR_BYTES == 16 && defined(__x86_64__)
   return (FloatVec)_mm_set_epi64x(BitCast<int64_t>(second), BitCast<int64_t>(first));
 #else
   const HalfwordVec both[] = {first, second};
@@ -303,20 +301,22 @@ TFOPS_INLINE void StoreLanes(T* p, Stored<T> stored, int64_t n, bool stream) {
   }
 }
 
-// The vectors of whole lines. Past the cache halves go in pairs: the fewer stores a line takes, the less likely it is
-// to leave for memory between two of them.
+// The vectors of a line. Past the cache halves go in pairs: the fewer stores a line takes, the less likely it is to
+// leave for memory between two of them. p is aligned to kBlock elements, which is not enough for pairs of 64 bytes.
 template <int kVectors, typename T>
-TFOPS_INLINE void StoreLines(T* p, const Stored<T> (&stored)[kVectors], bool stream) {
+TFOPS_INLINE void StoreLine(T* p, const Stored<T> (&stored)[kVectors], bool stream) {
   constexpr int kL = kLanes<Param<T>>;
-  constexpr int kParts = sizeof(T) == 2 ? 2 : 1;
-  static_assert(kVectors % kParts == 0);
-  for (int v = 0; v < kVectors; v += kParts) {
-    if constexpr (kParts == 2) {
-      if (stream) StreamBits(p + v * kL, Join(stored[v], stored[v + 1]));
+  constexpr bool kInPairs = sizeof(T) == 2 && sizeof(FloatVec) <= kBlock * sizeof(T);
+  constexpr int kStep = kInPairs ? 2 : 1;
+  static_assert(kVectors % kStep == 0);
+  for (int v = 0; v < kVectors; v += kStep) {
+    if (!stream) {
+      for (int i = v; i < v + kStep; ++i) Store(p + i * kL, stored[i]);
+    } else if constexpr (kInPairs) {
+      StreamBits(p + v * kL, Join(stored[v], stored[v + 1]));
     } else {
-      if (stream) StreamBits(p + v * kL, stored[v]);
+      StreamBits(p + v * kL, stored[v]);
     }
-    for (int part = v; part < v + kParts && !stream; ++part) Store(p + part * kL, stored[part]);
   }
 }
 
