@@ -378,14 +378,14 @@ def test_dresidual_is_rounded_to_nearest_even(dtype, activation, training):
     kind = kernel_cases.numpy_dtype(dtype)
     dy = np.arange(2**16, dtype=np.uint16).view(kind).reshape(-1, 64)
     x = np.where(np.random.default_rng(0).random(dy.shape) < 0.5, 1, -1).astype(kind)
-    ones, zeros = np.ones((2, 64), np.float32), np.zeros((2, 64), np.float32)
+    ones, zeros = np.ones(64, np.float32), np.zeros(64, np.float32)
     settings = {"residual": x, "activation": activation, "training": training}
-    gradient = functools.partial(tfops_kernels.backward, dy, x, ones[0], zeros[0])
+    gradient = functools.partial(tfops_kernels.backward, dy, x, ones, zeros)
     if training:
-        forward = tfops_kernels.forward(x, ones[0], zeros[0], **settings)
+        forward = tfops_kernels.forward(x, ones, zeros, **settings)
         got = gradient(forward.saved_mean, forward.saved_inv_std, mask=forward.mask, **settings).residual
     else:
-        got = gradient(zeros[0], ones[0], **settings).residual
+        got = gradient(zeros, ones, **settings).residual
     slope = np.float32(0.2) if activation == "leaky_relu" else np.float32(0)
     with np.errstate(invalid="ignore"):
         want = np.where(x > 0, dy, (dy.astype(np.float32) * slope).astype(kind) if slope else np.zeros_like(dy))

@@ -41,11 +41,16 @@ def _attributes(op: tf.Operation, names: tuple[str, ...]) -> dict[str, Any]:
     return values
 
 
+def _split(lists: list[Any]) -> tuple[list[Any], list[Any]]:
+    """An op's last inputs: none or two vectors, and no residual or one. Its attributes say so too, but take longer."""
+    vectors = len(lists) // 2 * 2
+    return lists[:vectors], lists[vectors:]
+
+
 @_register("Tfops>BatchNormTraining")
 def _training_grad(op: tf.Operation, dy: Any, dmean: Any, dvariance: Any, *_: Any) -> list[Any]:
     x, scale, offset, *rest = op.inputs
-    num_running = len(rest) // 2 * 2  # none or two, and then no residual or one; to ask for an attribute takes longer
-    running, residual = rest[:num_running], rest[num_running:]
+    running, residual = _split(rest)
     _, _, _, saved_mean, saved_inv_std, mask = op.outputs
     attributes = _attributes(op, _SHARED + _TRAINING)
     needs_residual = residual and attributes["activation"] == "silu"
@@ -215,7 +220,7 @@ def _derivatives(function: Any, inputs: list[tf.Tensor], upstream: list[tf.Tenso
 @_register("Tfops>BatchNormTrainingGrad")
 def _training_grad_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
     dy, x, scale, offset, _, _, mask, *rest = op.inputs
-    drunning, residual = rest[: op.get_attr("num_running")], rest[op.get_attr("num_running") :]
+    drunning, residual = _split(rest)
     attributes = _attributes(op, _SHARED + _TRAINING)
     has_dresidual = op.get_attr("has_residual") and attributes["activation"]
     has_mask = has_dresidual and not residual

@@ -20,19 +20,7 @@ using HalfwordVec = typename VectorOf<uint16_t, kLanes<float>>::Type;
 
 // What a vector of T is in memory.
 template <typename T>
-struct StoredOf {
-  using Type = HalfwordVec;
-};
-template <>
-struct StoredOf<float> {
-  using Type = FloatVec;
-};
-template <>
-struct StoredOf<double> {
-  using Type = Vec<double>;
-};
-template <typename T>
-using Stored = typename StoredOf<T>::Type;
+using Stored = std::conditional_t<sizeof(T) == 2, HalfwordVec, Vec<Param<T>>>;
 
 // Words below 2^16 from halfwords, and back. By itself GCC widens halves of a vector and joins them, and clears upper
 // halfwords that are zero.
