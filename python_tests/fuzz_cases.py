@@ -166,6 +166,9 @@ def draw(seed: int, number: int) -> Call:
     if op in ("Training", "TrainingGrad"):
         attributes["exponential_avg_factor"] = d.among((1.0, 0.25, 0.0))
         attributes["unbiased"] = d.chance(0.5)
+    for name in {"epsilon", "exponential_avg_factor"} & attributes.keys():
+        lost = attributes[name] - float(np.float32(attributes[name]))
+        attributes[f"{name}_remainder"] = lost if dtype == np.float64 else 0.0
     call = Call(op, {}, attributes)
     has_residual = d.chance(0.5)
     if op in ("TrainingGrad", "InferenceGrad"):
@@ -274,6 +277,17 @@ def _break(d: _Draw, call: Call) -> None:
 _TENSORFLOW_TYPES = r"expected to be an? \w+ tensor|incompatible with expected|that do(es)? not match|attr 'T'|DataType"
 
 
+# Messages name the vectors of these lists.
+_ELEMENTS = {"running": "mean|variance", "drunning": "dmean|dvariance"}
+
+
+def attribute_value(call: Call, name: str) -> float:
+    """As the ops read it: two float32 attributes, added in double."""
+    with np.errstate(all="ignore"):
+        parts = [call.attributes.get(name, 1), call.attributes.get(f"{name}_remainder", 0)]
+        return float(np.float64(np.float32(parts[0])) + np.float64(np.float32(parts[1])))
+
+
 def find_faults(call: Call) -> list[str]:
     """Patterns for everything that is wrong with a call, by the README's rules."""
     faults = []
@@ -284,10 +298,8 @@ def find_faults(call: Call) -> list[str]:
     axis = attributes["axis"]
     if not -x.ndim <= axis < x.ndim:
         faults.append(r"\baxis must be in")
-    with np.errstate(all="ignore"):
-        epsilon = np.float32(attributes.get("epsilon", 1))
-        factor = np.float32(attributes.get("exponential_avg_factor", 1))
-    if not (np.isfinite(epsilon) and epsilon > 0):
+    epsilon, factor = attribute_value(call, "epsilon"), attribute_value(call, "exponential_avg_factor")
+    if not (np.isfinite(epsilon) and epsilon >= 0):
         faults.append(r"\bepsilon must be")
     if not 0 <= factor <= 1:
         faults.append(r"\bexponential_avg_factor must be")
@@ -321,7 +333,7 @@ def find_faults(call: Call) -> list[str]:
         return faults
 
     if call.op == "Training" and factor != 1 and not inputs["running"] and x.shape[axis]:
-        faults.append(r"\brunning must hold")
+        faults.append(r"\bmean and variance must be given")
     has_mask = call.needs_mask and call.op == "TrainingGrad"
     rows, row = mask_row(x.shape, axis) if has_mask else (0, 0)
     shapes = {
@@ -332,5 +344,5 @@ def find_faults(call: Call) -> list[str]:
     }
     for name, what in INPUTS[call.op].items():
         if any(v.shape != shapes[what.rstrip("*")] for v in lists[name]):
-            faults.append(rf"\b{name} must have")
+            faults.append(rf"\b({_ELEMENTS.get(name, name)}) must have")
     return faults

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import kernel_cases
 import numpy as np
 import oracle
-from fuzz_cases import Array, Call, mask_row
+from fuzz_cases import Array, Call, attribute_value, mask_row
 
 
 class Expected(NamedTuple):
@@ -49,8 +49,8 @@ class Oracle:
         self.count = math.prod(self.x.shape[i] for i in self.others)
         self.wild = np.zeros(self.channels, bool)
         self.largest = 1e12
-        self.epsilon = self.wide(np.float32(call.attributes.get("epsilon", 1)))
-        self.factor = self.wide(np.float32(call.attributes.get("exponential_avg_factor", 1)))
+        self.epsilon = self.wide(attribute_value(call, "epsilon"))
+        self.factor = self.wide(attribute_value(call, "exponential_avg_factor"))
 
     def _wide(self, array: Array) -> Array:
         return np.asarray(array).astype(self.wide)
@@ -93,8 +93,10 @@ class Oracle:
         self.variance_error = 64 * self.eps * self.variance + self.mean_error**2 + self.tiny
         if self.call.dtype == "float64":  # means are rounded to the data's own type, each time that two are merged
             self.variance_error += 16 * self.eps * largest * np.sqrt(self.variance)
-        self.inv_std = 1 / np.sqrt(self.variance + self.epsilon)
-        self.inv_std_error = self.inv_std * (16 * self.eps + self.variance_error / (self.variance + self.epsilon))
+        with np.errstate(all="ignore"):  # of constant data with an epsilon of 0
+            self.inv_std = 1 / np.sqrt(self.variance + self.epsilon)
+            self.inv_std_error = self.inv_std * (16 * self.eps + self.variance_error / (self.variance + self.epsilon))
+        self.watch(self.inv_std)
 
     def given(self, mean: str, spread: str) -> None:
         self.mean, spread_values = self.vector(mean), self.vector(spread)

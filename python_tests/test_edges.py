@@ -12,6 +12,7 @@ import tensorflow as tf
 
 import tfops
 import tfops_kernels
+from tfops import _phases
 
 INVALID = (ValueError, tf.errors.InvalidArgumentError)
 DTYPES = (tf.float32, tf.float16, tf.bfloat16, tf.float64)
@@ -97,8 +98,50 @@ def test_a_bad_channel_spoils_no_other(shape, axis, value):
         np.testing.assert_array_equal(np.delete(clean, 5, channel), np.delete(dirty, 5, channel))
     y, mean, variance, *_ = run(spoiled)
     assert np.isnan(np.take(y, 5, axis)).all()
-    assert not np.isfinite(mean[5])
+    np.testing.assert_array_equal(mean[5], value)  # an infinity is its channel's mean
     assert np.isnan(variance[5])
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), [((700, 24), -1), ((5000, 3), 1), ((40, 12, 9, 9), 1), ((2, 3, 9000), 1)])
+def test_the_mean_of_infinities(shape, axis, dtype):
+    """Wherever they lie, and however many: that infinity, or NaN of both signs or where there is one. As in NumPy."""
+    rng = np.random.default_rng(0)
+    channels = shape[axis]
+    clean = rng.standard_normal(shape).astype(kernel_cases.numpy_dtype(dtype))
+    for case in range(12):
+        x = np.moveaxis(clean.copy(), axis, 0).reshape(channels, -1)
+        places = rng.choice(x.shape[1], (channels, 1 + case % 4 * 3))
+        places[:, 0] = [0, x.shape[1] - 1, x.shape[1] // 2][case % 3]
+        for c, of_channel in enumerate(places):
+            x[c, of_channel] = np.inf if c % 2 else -np.inf
+            if c % 5 == 4:
+                x[c, of_channel[-1] :] = np.nan if c % 2 else np.inf
+        want = x.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            want = want.mean(1)
+        x = np.moveaxis(x.reshape(channels, *np.delete(shape, axis)), 0, axis)
+        one = np.ones(channels, "float64" if dtype == "float64" else "float32")
+        for threads in (1, 3):
+            f = tfops_kernels.forward(np.ascontiguousarray(x), one, one, axis=axis, threads=threads)
+            np.testing.assert_array_equal(f.mean, want)
+            assert np.isnan(f.variance).all()
+            assert np.isnan(f.y.astype(np.float32)).all()
+        _, mean, _ = _phases.moments(tf.constant(x), axis, tf.ones(shape[:-1], tf.bool))
+        np.testing.assert_array_equal(mean, want)
+
+
+def test_an_epsilon_of_zero():
+    """Means what it says, as in Keras' layer: channels without variance are NaN, the others what they are."""
+    x = np.random.default_rng(0).standard_normal((6, 3)) * [1, 0, 1e-9]
+    one, zero = np.ones(3), np.zeros(3)
+    for training in (True, False):
+        statistics = (x.mean(0), x.var(0))
+        y, *_ = tfops.fused_batch_norm(tf.constant(x), one, zero, *statistics, epsilon=0, is_training=training, axis=-1)
+        with np.errstate(invalid="ignore"):
+            want = (x - statistics[0]) / np.sqrt(statistics[1])
+        np.testing.assert_allclose(y, want, rtol=1e-6)
+        assert np.isnan(y[:, 1]).all()
 
 
 def test_relu_gradient_at_zero_is_zero():
@@ -170,14 +213,20 @@ GOOD = {
         ({"scale": np.float32(1)}, "scale"),
         ({"scale": np.ones(3, np.float64)}, "scale must be of dtype float32, but it is float64"),
         ({"offset": np.ones(2, np.float32)}, "offset"),
-        ({"mean": np.ones(0, np.float32)}, "mean|running"),
-        ({"variance": np.ones(7, np.float32)}, "variance|running"),
+        ({"mean": np.ones(4, np.float32)}, r"mean must have shape \[3\]"),
+        ({"variance": np.ones(7, np.float32)}, r"variance must have shape \[3\]"),
+        ({"mean": np.ones(0, np.float32), "exponential_avg_factor": 0.5}, r"mean must have shape \[3\]"),
+        ({"variance": np.ones(0, np.float32), "is_training": False}, r"variance must have shape \[3\]"),
+        ({"mean": np.array(["a"] * 3)}, "mean must be of dtype float32, but it is string"),
+        ({"offset": [1.0, "a", 2.0]}, "offset cannot be made a tensor of dtype float32"),
+        ({"epsilon": None}, "epsilon must be a number that is known when the op is made, but it is None"),
+        ({"exponential_avg_factor": "a"}, "exponential_avg_factor must be a number"),
+        ({"data_format": b"CHWN"}, "data_format must be one of .* but it is b'CHWN'"),
         ({"residual": np.ones((4, 1), np.float32)}, "residual"),
         ({"residual": np.ones((4, 3), np.float16)}, "residual must be of dtype float32, but it is float16"),
-        ({"epsilon": 0.0}, "epsilon must be finite and > 0"),
-        ({"epsilon": -8.0}, "epsilon must be finite and > 0"),
-        ({"epsilon": float("nan")}, "epsilon must be finite and > 0"),
-        ({"epsilon": float("inf")}, "epsilon must be finite and > 0"),
+        ({"epsilon": -8.0}, "epsilon must be finite and >= 0"),
+        ({"epsilon": float("nan")}, "epsilon must be finite and >= 0"),
+        ({"epsilon": float("inf")}, "epsilon must be finite and >= 0"),
         ({"exponential_avg_factor": -0.1}, "exponential_avg_factor must be in"),
         ({"exponential_avg_factor": 1.1}, "exponential_avg_factor must be in"),
         ({"exponential_avg_factor": float("nan")}, "exponential_avg_factor must be in"),
@@ -192,11 +241,13 @@ GOOD = {
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_bad_arguments_are_named(changes, message):
-    with pytest.raises((*INVALID, TypeError), match=message):
+    with pytest.raises((*INVALID, TypeError), match=message) as raised:
         tfops.fused_batch_norm(**{**GOOD, **changes})
+    assert "running" not in str(raised.value)  # which the op calls two of the arguments
     if not {"mean", "axis", "data_format", "activation", "is_training"} & set(changes):
-        with pytest.raises((*INVALID, TypeError)):
+        with pytest.raises((*INVALID, TypeError), match=message) as raised:
             tf.function(lambda: tfops.fused_batch_norm(**{**GOOD, **changes}))()
+        assert "running" not in str(raised.value)
 
 
 def _gradient_call(op):
@@ -228,7 +279,7 @@ def test_gradient_ops_check_their_inputs(op, name):
     assert call(**inputs)[0].shape == inputs["x"].shape
     bad = tf.zeros([2], tf.uint8) if name == "mask" else tf.ones([2])
     inputs[name] = [bad] * len(inputs[name]) if isinstance(inputs[name], list) else bad
-    with pytest.raises(tf.errors.InvalidArgumentError, match=name):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="dmean must have" if name == "drunning" else name):
         call(**inputs)
 
 

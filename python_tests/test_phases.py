@@ -273,7 +273,7 @@ def _calls():
         ("moments", {"axis": 2}, "axis"),
         *(("gradient_moments", {name: tf.ones([2])}, name) for name in ("dy", "scale", "offset", "mean", "variance")),
         ("gradient_moments", {"residual": [tf.ones([2])]}, "residual"),
-        ("gradient_moments", {"epsilon": 0.0}, "epsilon"),
+        ("gradient_moments", {"epsilon": -1.0}, "epsilon"),
         *(("gradient_normalize", {name: tf.ones([2])}, name) for name in ("dy", "variance", "tilt", "shift")),
         ("gradient_normalize", {"keep": [tf.ones([2], tf.bool)]}, "keep must have"),
         ("gradient_normalize", {"residual": [tf.ones([2])]}, "residual"),

@@ -180,7 +180,7 @@ _ANY = tf.TensorSpec(None)
     [
         ({"scale": (4,)}, r"scale must have shape \[3\], but it has \[4\]"),
         ({"offset": (3, 1)}, r"offset must have shape \[3\], but it has \[3,1\]"),
-        ({"mean": (0,)}, r"(mean|running) must have shape \[3\], but it has \[0\]"),
+        ({"mean": (2,)}, r"mean must have shape \[3\], but it has \[2\]"),
         ({"residual": (4, 1)}, r"residual must have shape \[4,3\], but it has \[4,1\]"),
         ({"x": (3,)}, "rank"),
     ],
@@ -197,6 +197,10 @@ def test_shapes_are_checked_when_xla_knows_them(changes, message, is_training):
         return tfops.fused_batch_norm(**arguments, is_training=is_training)
 
     assert compiled(*map(tf.ones, shapes.values()))[0].shape == (4, 3)
+    if is_training:  # and need not be there
+        y, mean, _ = compiled(*map(tf.ones, (shapes | {"mean": (0,), "variance": (0,)}).values()))
+        np.testing.assert_array_equal(y, np.full((4, 3), 2))
+        np.testing.assert_array_equal(mean, np.ones(3))
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         compiled(*map(tf.ones, (shapes | changes).values()))
 

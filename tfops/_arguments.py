@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu")
@@ -23,8 +24,22 @@ class Arguments(NamedTuple):
     mean: tf.Tensor | None
     variance: tf.Tensor | None
     residual: tf.Tensor | None
+    epsilon: float
+    exponential_avg_factor: float
     axis: int
     is_training: bool | tf.Tensor
+
+
+def float_attribute(name: str, value: float, dtype: tf.DType) -> dict[str, float]:
+    """A number as the ops' attributes: a float32, and beside float64 data what that loses (csrc/tensorflow/ops.cc).
+
+    None is left to its default: TensorFlow's fast way to call an op eagerly does not know these.
+    """
+    if dtype is not tf.float64:
+        return {name: value, f"{name}_remainder": 0.0}
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = float(np.float32(value))
+        return {name: rounded, f"{name}_remainder": value - rounded}
 
 
 # What is a tensor already, or a bool, is looked at first and is done with: eager calls on small tensors take little
@@ -32,11 +47,49 @@ class Arguments(NamedTuple):
 
 
 def _tensor(name: str, value: Any, dtype: tf.DType) -> tf.Tensor:
-    if isinstance(value, tf.Tensor) and value.dtype is dtype:
-        return value
-    if getattr(value, "dtype", None) is not None and tf.as_dtype(value.dtype) != dtype:
+    if isinstance(value, tf.Tensor):
+        if value.dtype is dtype:
+            return value
+        if value.dtype.base_dtype is dtype:  # a reference, such as an assignment returns in TensorFlow 1
+            return tf.identity(value)
+    if getattr(value, "dtype", None) is not None and tf.as_dtype(value.dtype).base_dtype != dtype:
         raise TypeError(f"{name} must be of dtype {dtype.name}, but it is {tf.as_dtype(value.dtype).name}")
-    return tf.convert_to_tensor(value, dtype, name=name)
+    try:
+        return tf.convert_to_tensor(value, dtype, name=name)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name} cannot be made a tensor of dtype {dtype.name}: {error}") from error
+
+
+def _statistic(name: str, value: Any, dtype: tf.DType) -> tf.Tensor | None:
+    """As TensorFlow's function, which takes NumPy's statistics in any number type."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+        value = value.astype(dtype.as_numpy_dtype)
+    return None if value is None else _tensor(name, value, dtype)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, float):
+        return value
+    static = tf.get_static_value(value) if tf.is_tensor(value) else value
+    try:
+        return float(static)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number that is known when the op is made, but it is {value!r}") from error
+
+
+def _format(value: Any) -> str:
+    name = "NHWC" if value is None else tf.compat.as_str_any(value)
+    if name not in _AXIS_OF_FORMAT:
+        raise ValueError(f"data_format must be one of {', '.join(_AXIS_OF_FORMAT)} or None, but it is {value!r}")
+    return name
+
+
+def _unless_empty(statistic: tf.Tensor | None) -> tf.Tensor | None:
+    """A statistic that is not needed: an empty one is none at all, as for TensorFlow's function.
+
+    (Where its shape is not known yet, the op does the same later.)
+    """
+    return None if statistic is None or statistic.shape.num_elements() == 0 else statistic
 
 
 def _is_training(value: Any) -> bool | tf.Tensor:
@@ -57,9 +110,10 @@ def convert(
     offset: Any,
     mean: Any,
     variance: Any,
-    data_format: str,
+    epsilon: Any,
+    data_format: Any,
     is_training: Any,
-    exponential_avg_factor: float,
+    exponential_avg_factor: Any,
     axis: int | None,
     activation: str | None,
     residual: Any,
@@ -67,32 +121,41 @@ def convert(
     """All tensors as tensors. Raises TypeError or ValueError, naming the argument and its value."""
     if not isinstance(x, tf.Tensor):
         x = tf.convert_to_tensor(x, name="x")
+    if x.dtype not in _DATA_TYPES and x.dtype.base_dtype in _DATA_TYPES:
+        x = tf.identity(x)  # a reference
     if x.dtype not in _DATA_TYPES:
         names = ", ".join(dtype.name for dtype in _DATA_TYPES)
         raise TypeError(f"x must be of dtype {names}, but it is {x.dtype.name}")
     if axis is None:
-        if data_format not in _AXIS_OF_FORMAT:
-            raise ValueError(f"data_format must be one of {', '.join(_AXIS_OF_FORMAT)}, but it is {data_format!r}")
-        axis = _AXIS_OF_FORMAT[data_format]
+        axis = _AXIS_OF_FORMAT[_format(data_format)]
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, but it is {activation!r}")
     training = _is_training(is_training)
-    if (training is not True or exponential_avg_factor != 1.0) and (mean is None or variance is None):
+    epsilon = _number("epsilon", epsilon)
+    exponential_avg_factor = _number("exponential_avg_factor", exponential_avg_factor)
+    needs_statistics = training is not True or exponential_avg_factor != 1.0
+    if needs_statistics and (mean is None or variance is None):
         raise ValueError(
             "mean and variance must be given unless is_training is True and exponential_avg_factor is 1, but they are "
             f"{mean!r} and {variance!r}, is_training is {training!r} and exponential_avg_factor is "
             f"{exponential_avg_factor!r}"
         )
-    if (mean is None) != (variance is None):
-        raise ValueError(f"mean and variance must be given both or neither, but they are {mean!r} and {variance!r}")
     param = param_type(x.dtype)
+    scale, offset = _tensor("scale", scale, param), _tensor("offset", offset, param)
+    mean, variance = _statistic("mean", mean, param), _statistic("variance", variance, param)
+    if not needs_statistics:
+        mean, variance = _unless_empty(mean), _unless_empty(variance)
+        if (mean is None) != (variance is None):
+            mean, variance = (tf.zeros_like(scale) if each is None else each for each in (mean, variance))
     return Arguments(
         x=x,
-        scale=_tensor("scale", scale, param),
-        offset=_tensor("offset", offset, param),
-        mean=None if mean is None else _tensor("mean", mean, param),
-        variance=None if variance is None else _tensor("variance", variance, param),
+        scale=scale,
+        offset=offset,
+        mean=mean,
+        variance=variance,
         residual=None if residual is None else _tensor("residual", residual, x.dtype),
+        epsilon=epsilon,
+        exponential_avg_factor=exponential_avg_factor,
         axis=int(axis),
         is_training=training,
     )

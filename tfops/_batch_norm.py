@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import tensorflow as tf
 
-from tfops import _gradients  # noqa: F401  (registers them)
-from tfops._arguments import convert
+from tfops import _gradients, _vectorization  # noqa: F401  (register gradients and converters)
+from tfops._arguments import convert, float_attribute
 from tfops._library import ops
 
 
@@ -18,7 +19,7 @@ def fused_batch_norm(
     mean: Any = None,
     variance: Any = None,
     epsilon: float = 0.001,
-    data_format: str = "NHWC",
+    data_format: str | None = "NHWC",
     is_training: bool | tf.Tensor = True,
     name: str | None = None,
     exponential_avg_factor: float = 1.0,
@@ -40,13 +41,16 @@ def fused_batch_norm(
     Args:
       x: float16, bfloat16, float32 or float64, of rank >= 2.
       scale, offset: [C], float32 (float64 if x is), where C is the size of x's dimension `axis`.
-      mean, variance: likewise. In inference, the statistics to use; in training with exponential_avg_factor != 1, the
-        running ones; else not needed.
-      epsilon: > 0; added to the variance. It is kept as a float32, as TensorFlow's op does.
-      data_format: "NHWC", "NDHWC" or "NWC": channels are the last dimension; "NCHW", "NCDHW" or "NCW": the second.
+      mean, variance: likewise, but NumPy's arrays may have any number type. In inference, the statistics to use; in
+        training with exponential_avg_factor != 1, the running ones; else not needed, and one of them, or both, may be
+        missing or empty.
+      epsilon: >= 0; added to the variance. It is rounded to float32, as TensorFlow's op does, unless x is float64. With
+        0, a channel without variance comes out NaN.
+      data_format: "NHWC" (or None), "NDHWC" or "NWC": channels are the last dimension; "NCHW", "NCDHW" or "NCW": the
+        second.
       is_training: a Python bool, or a scalar bool tensor (which may be a placeholder).
       name: of the op.
-      exponential_avg_factor: f in [0, 1].
+      exponential_avg_factor: f in [0, 1]; rounded as epsilon is.
       axis: of the channels, in [-rank, rank), in place of data_format.
       activation: None, "relu", "relu6", "leaky_relu" (slope 0.2) or "silu".
       residual: added before the activation; of x's shape and dtype.
@@ -55,7 +59,8 @@ def fused_batch_norm(
     Returns:
       y: of x's shape and dtype.
       mean: [C]. In training (1 - f) * mean + f * m; in inference, mean.
-      variance: [C], likewise. An empty batch leaves both as they were given (zeros if they were not).
+      variance: [C], likewise. An empty batch leaves both as they were given (zeros if they were not). In training, a
+        channel with infinities of one sign and no NaN has that infinity for its m, and NaN for v and y.
 
     Raises:
       TypeError, ValueError: naming the argument and its value.
@@ -67,6 +72,7 @@ def fused_batch_norm(
         offset,
         mean,
         variance,
+        epsilon,
         data_format,
         is_training,
         exponential_avg_factor,
@@ -74,11 +80,11 @@ def fused_batch_norm(
         activation,
         residual,
     )
-    x, scale, offset, mean, variance, residual, axis, training = arguments
+    x, scale, offset, mean, variance, residual, epsilon, exponential_avg_factor, axis, training = arguments
     common = {
         "residual": [] if residual is None else [residual],
         "axis": axis,
-        "epsilon": epsilon,
+        **float_attribute("epsilon", epsilon, x.dtype),
         "activation": activation or "",
         "name": name,
     }
@@ -89,15 +95,28 @@ def fused_batch_norm(
             scale,
             offset,
             running=[] if mean is None else [mean, variance],
-            exponential_avg_factor=exponential_avg_factor,
+            **float_attribute("exponential_avg_factor", exponential_avg_factor, x.dtype),
             unbiased=unbiased,
             **common,
         )[:3]
 
     def infer() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         y = ops.tfops_batch_norm_inference(x, scale, offset, mean, variance, **common)
-        return y, mean, variance
+        if tf.executing_eagerly():
+            return y, mean, variance
+        return y, tf.identity(mean), tf.identity(variance)  # what a graph returns should be of the graph
 
-    if isinstance(training, bool):
-        return tuple(train() if training else infer())
-    return tuple(tf.cond(training, lambda: tuple(train()), infer))
+    try:
+        if isinstance(training, bool):
+            return tuple(train() if training else infer())
+        return tuple(tf.cond(training, lambda: tuple(train()), infer))
+    except tf.errors.InvalidArgumentError as error:
+        raise tf.errors.InvalidArgumentError(error.node_def, error.op, _own_words(error.message)) from error
+    except ValueError as error:
+        raise ValueError(_own_words(str(error))) from error
+
+
+def _own_words(message: str) -> str:
+    """What the op says of its arguments, without what TensorFlow adds of the op's inputs and attributes."""
+    message = re.sub(r"^\{\{function_node .*?\}\} ", "", message)
+    return re.sub(r" for '\{\{node .*| \[Op:.*", "", message, flags=re.DOTALL)

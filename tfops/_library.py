@@ -34,7 +34,7 @@ def load(library: Path, built: str) -> ModuleType:
     if not library.exists():
         raise ImportError(
             f"{library} does not exist: is this the source tree, imported in place of the installed package? "
-            "Then run Python from another folder or with PYTHONSAFEPATH=1, or 'pip install -e .'"
+            "Then run Python from another folder or with PYTHONSAFEPATH=1."
         )
     return tf.load_op_library(str(library))
 

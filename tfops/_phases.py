@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tfops import _gradients  # noqa: F401  (registers them)
-from tfops._arguments import param_type
+from tfops import _gradients, _vectorization  # noqa: F401  (register gradients and converters)
+from tfops._arguments import float_attribute, param_type
 from tfops._library import ops
 
 
@@ -90,7 +90,7 @@ def normalize(
     That is, x's gradient takes in that they follow from it, on all replicas if they were synchronized (one collective).
     The statistics have no gradient here.
     """
-    attributes = {"axis": axis, "epsilon": epsilon, "activation": activation or ""}
+    attributes = {"axis": axis, "activation": activation or "", **float_attribute("epsilon", epsilon, x.dtype)}
     keep = [] if statistics.keep is None else [statistics.keep]
 
     @tf.custom_gradient

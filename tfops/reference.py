@@ -24,7 +24,7 @@ def fused_batch_norm(
     mean: Any = None,
     variance: Any = None,
     epsilon: float = 0.001,
-    data_format: str = "NHWC",
+    data_format: str | None = "NHWC",
     is_training: bool | tf.Tensor = True,
     name: str | None = None,
     exponential_avg_factor: float = 1.0,
@@ -45,6 +45,7 @@ def fused_batch_norm(
             offset,
             mean,
             variance,
+            epsilon,
             data_format,
             is_training,
             exponential_avg_factor,
@@ -52,7 +53,7 @@ def fused_batch_norm(
             activation,
             residual,
         )
-        x, scale, offset, mean, variance, residual, axis, training = arguments
+        x, scale, offset, mean, variance, residual, epsilon, exponential_avg_factor, axis, training = arguments
         param = scale.dtype
         channel_axis = axis % x.shape.rank
         others = [i for i in range(x.shape.rank) if i != channel_axis]
@@ -73,7 +74,7 @@ def fused_batch_norm(
             spread = tf.math.divide_no_nan(squares, count)
             estimate = squares / tf.maximum(count - 1, 1) if unbiased else spread
             y = normalize(center, spread)
-            factor = tf.where(count > 0, tf.cast(exponential_avg_factor, param), 0)
+            factor = tf.where(count > 0, tf.constant(exponential_avg_factor, param), 0)
             old_mean, old_variance = (tf.zeros_like(scale),) * 2 if mean is None else (mean, variance)
             return y, (1 - factor) * old_mean + factor * center, (1 - factor) * old_variance + factor * estimate
 

@@ -65,7 +65,8 @@ struct Problem {
 // [-rank, rank), if a dimension is negative, or if the number of elements exceeds 2^62.
 TFOPS_EXPORT Status Fold(const int64_t* dims, int rank, int64_t axis, Problem* problem);
 
-// InvalidArgument unless epsilon is finite and > 0 and exponential_avg_factor is in [0, 1].
+// InvalidArgument unless epsilon is finite and >= 0 and exponential_avg_factor is in [0, 1]. (With epsilon == 0 a
+// channel without variance comes out NaN, and no other does.)
 TFOPS_EXPORT Status Validate(const Problem& problem);
 
 // The activation of that name ("", "relu", "relu6", "leaky_relu", "silu"), or InvalidArgument.

@@ -18,6 +18,21 @@ struct Moments {
   F m2;
 };
 
+// What to take for a shift: 0 in place of an infinity or a NaN, which would make NaNs of all that it is taken from,
+// where the mean of numbers among which there are infinities of one sign is that infinity. Serves scalars and vectors.
+template <typename F>
+TFOPS_INLINE F FiniteOrZero(F shift) {
+  return shift - shift == F{} ? shift : F{};
+}
+
+// The mean of two sets, from the mean of each, the share that the second has in the whole, and `step`, which is their
+// difference times that share. Without a finite difference, as with infinities, the mean comes from the means
+// themselves.
+template <typename F, typename Share>
+TFOPS_INLINE F MergedMean(F a, F b, F step, Share share) {
+  return step - step == F{} ? a + step : a * (1 - share) + b * share;
+}
+
 // Of `count` numbers x, from sum(x - shift) and sum((x - shift)^2).
 //
 // The rounding error of the second sum, in proportion to count * (variance + (mean - shift)^2), is left in m2. So the
@@ -39,7 +54,7 @@ TFOPS_INLINE Moments<F> Merge(const Moments<F>& a, const Moments<F>& b) {
   const F count = a.count + b.count;
   const F weight = b.count / count;
   const F delta = b.mean - a.mean;
-  return {count, a.mean + delta * weight, a.m2 + b.m2 + delta * delta * (a.count * weight)};
+  return {count, MergedMean(a.mean, b.mean, delta * weight, weight), a.m2 + b.m2 + delta * delta * (a.count * weight)};
 }
 
 TFOPS_INLINE double InverseStd(double variance, double epsilon) { return 1.0 / sqrt(variance + epsilon); }

@@ -39,8 +39,8 @@ Status Fold(const int64_t* dims, int rank, int64_t axis, Problem* problem) {
 }
 
 Status Validate(const Problem& problem) {
-  if (!std::isfinite(problem.epsilon) || !(problem.epsilon > 0)) {
-    return InvalidArgument("epsilon must be finite and > 0, but it is " + std::to_string(problem.epsilon));
+  if (!std::isfinite(problem.epsilon) || !(problem.epsilon >= 0)) {
+    return InvalidArgument("epsilon must be finite and >= 0, but it is " + std::to_string(problem.epsilon));
   }
   if (!(problem.exponential_avg_factor >= 0 && problem.exponential_avg_factor <= 1)) {
     return InvalidArgument("exponential_avg_factor must be in [0, 1], but it is " +

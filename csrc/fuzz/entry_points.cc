@@ -393,7 +393,7 @@ bool Try(const uint8_t* data, size_t size) {
   Case drawn;
   if (!DrawCase(&source, &drawn)) return false;
   const Problem& problem = drawn.problem;
-  const bool valid = problem.epsilon > 0 && problem.epsilon <= std::numeric_limits<double>::max() &&
+  const bool valid = problem.epsilon >= 0 && problem.epsilon <= std::numeric_limits<double>::max() &&
                      problem.exponential_avg_factor >= 0 && problem.exponential_avg_factor <= 1;
   if (Validate(problem).ok() != valid) Fail("Validate errs");
   const Run run(drawn, 0xff);

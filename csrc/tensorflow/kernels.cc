@@ -137,6 +137,11 @@ class GpuDevice {
 // Takes an op's inputs in order, each checked. (Names are for messages and lists: looking an input up takes a while.)
 class Inputs {
  public:
+  struct Named {
+    const char* name;
+    const void** data;
+  };
+
   Inputs(OpKernelContext* context, const Tensor& x, const Problem& problem)
       : context_(context), data_shape_(x.shape()), vector_shape_({problem.channels}) {}
 
@@ -149,10 +154,10 @@ class Inputs {
     return absl::OkStatus();
   }
 
-  // A list of nothing, or of what `data` points to.
-  absl::Status OptionalData(const char* name, const void** data) { return TakeList(name, data_shape_, {data}); }
-  absl::Status OptionalVectors(const char* name, const void** first, const void** second) {
-    return TakeList(name, vector_shape_, {first, second});
+  // A list of nothing, or of what is named.
+  absl::Status OptionalData(const char* name, const void** data) { return TakeList(name, data_shape_, {{name, data}}); }
+  absl::Status OptionalVectors(const char* list, std::initializer_list<Named> vectors, bool may_be_empty = false) {
+    return TakeList(list, vector_shape_, vectors, may_be_empty);
   }
 
   absl::Status Keep(Kept* kept) {
@@ -160,7 +165,7 @@ class Inputs {
     kept->length = shape.dim_size(shape.dims() - 1);
     shape.RemoveLastDims(1);
     const void* flags = nullptr;
-    TF_RETURN_IF_ERROR(TakeList("keep", shape, {&flags}));
+    TF_RETURN_IF_ERROR(TakeList("keep", shape, {{"keep", &flags}}));
     kept->flags = static_cast<const uint8_t*>(flags);
     return absl::OkStatus();
   }
@@ -176,10 +181,17 @@ class Inputs {
     return absl::OkStatus();
   }
 
-  absl::Status TakeList(const char* name, const TensorShape& shape, std::initializer_list<const void**> data) {
+  absl::Status TakeList(const char* name, const TensorShape& shape, std::initializer_list<Named> wanted,
+                        bool may_be_empty = false) {
     tensorflow::OpInputList list;
     TF_RETURN_IF_ERROR(context_->input_list(name, &list));
-    for (int i = 0; i < list.size(); ++i) TF_RETURN_IF_ERROR(Take(name, shape, data.begin()[i]));
+    for (int i = 0; i < list.size(); ++i) {
+      if (may_be_empty && list[i].NumElements() == 0) {
+        ++next_;
+        continue;
+      }
+      TF_RETURN_IF_ERROR(Take(wanted.begin()[i].name, shape, wanted.begin()[i].data));
+    }
     return absl::OkStatus();
   }
 
@@ -257,7 +269,8 @@ class TrainingOp final : public BatchNormOp {
     TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
     TF_RETURN_IF_ERROR(inputs.Vector("scale", &arrays.scale));
     TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
-    TF_RETURN_IF_ERROR(inputs.OptionalVectors("running", &arrays.mean, &arrays.variance));
+    TF_RETURN_IF_ERROR(inputs.OptionalVectors("running", {{"mean", &arrays.mean}, {"variance", &arrays.variance}},
+                                              MayLackRunning(problem)));
     TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
     TF_RETURN_IF_ERROR(CheckRunning(problem, arrays.mean != nullptr));
 
@@ -332,7 +345,8 @@ class TrainingGradOp final : public BatchNormOp {
     const bool needs_mask = NeedsMask(problem);
     TF_RETURN_IF_ERROR(inputs.Mask("mask", needs_mask ? LayoutOfMask(problem).Bytes() : 0, &arrays.mask));
     if (!needs_mask) arrays.mask = nullptr;
-    TF_RETURN_IF_ERROR(inputs.OptionalVectors("drunning", &arrays.dmean, &arrays.dvariance));
+    TF_RETURN_IF_ERROR(
+        inputs.OptionalVectors("drunning", {{"dmean", &arrays.dmean}, {"dvariance", &arrays.dvariance}}));
     TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
 
     Outputs outputs(context);

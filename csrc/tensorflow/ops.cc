@@ -2,6 +2,8 @@
 //
 // T is the data type, U the param type: float, or double with double data. [C] is a vector of x's dimension `axis`.
 
+#include <initializer_list>
+
 #include "csrc/tensorflow/problem.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
@@ -52,11 +54,16 @@ class Shapes {
     return MergeVector(name, shape);
   }
 
-  // A list of none or two vectors.
-  absl::Status OptionalVectors(const char* name) {
+  // A list of none or two vectors; `names` are theirs, as the caller of the function knows them. Of one that may be
+  // empty nothing can be said before its size is known.
+  absl::Status OptionalVectors(const char* list, std::initializer_list<const char*> names, bool may_be_empty = false) {
     std::vector<ShapeHandle> shapes;
-    TF_RETURN_IF_ERROR(context_->input(name, &shapes));
-    for (const ShapeHandle& shape : shapes) TF_RETURN_IF_ERROR(MergeVector(name, shape));
+    TF_RETURN_IF_ERROR(context_->input(list, &shapes));
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      const DimensionHandle elements = context_->NumElements(shapes[i]);
+      if (may_be_empty && (!context_->ValueKnown(elements) || context_->Value(elements) == 0)) continue;
+      TF_RETURN_IF_ERROR(MergeVector(names.begin()[i], shapes[i]));
+    }
     return absl::OkStatus();
   }
 
@@ -163,7 +170,8 @@ absl::Status TrainingShapes(InferenceContext* context) {
   Shapes shapes(context, /*training=*/true);
   TF_RETURN_IF_ERROR(shapes.Init());
   for (const char* name : {"scale", "offset"}) TF_RETURN_IF_ERROR(shapes.Vector(name));
-  TF_RETURN_IF_ERROR(shapes.OptionalVectors("running"));
+  TF_RETURN_IF_ERROR(
+      shapes.OptionalVectors("running", {"mean", "variance"}, MayLackRunning(shapes.attributes().problem)));
   TF_RETURN_IF_ERROR(shapes.OptionalData("residual"));
   context->set_output(0, shapes.DataShape());
   for (int i = 1; i <= 4; ++i) context->set_output(i, shapes.VectorShape());
@@ -178,7 +186,7 @@ absl::Status TrainingGradShapes(InferenceContext* context) {
   for (const char* name : {"scale", "offset", "saved_mean", "saved_inv_std"}) {
     TF_RETURN_IF_ERROR(shapes.Vector(name));
   }
-  TF_RETURN_IF_ERROR(shapes.OptionalVectors("drunning"));
+  TF_RETURN_IF_ERROR(shapes.OptionalVectors("drunning", {"dmean", "dvariance"}));
   TF_RETURN_IF_ERROR(shapes.OptionalData("residual"));
   context->set_output(0, shapes.DataShape());
   for (int i = 1; i <= 2; ++i) context->set_output(i, shapes.VectorShape());
@@ -241,11 +249,14 @@ absl::Status GradientNormalizeShapes(InferenceContext* context) {
 
 }  // namespace
 
+// epsilon and exponential_avg_factor are 32-bit attributes. With float64 data the _remainder of each holds what its
+// value loses to that: the op adds both in double, which leaves 48 bits, a relative error of 4e-15.
 #define TFOPS_COMMON_ATTRIBUTES                                             \
   Attr("T: {half, bfloat16, float, double}")                                \
       .Attr("U: {float, double}")                                           \
       .Attr("axis: int = -1")                                               \
       .Attr("epsilon: float = 0.001")                                       \
+      .Attr("epsilon_remainder: float = 0")                                 \
       .Attr("activation: {'', 'relu', 'relu6', 'leaky_relu', 'silu'} = ''") \
       .Attr("num_residuals: int >= 0 = 0")
 
@@ -264,6 +275,7 @@ REGISTER_OP("Tfops>BatchNormTraining")
     .Output("mask: uint8")
     .TFOPS_COMMON_ATTRIBUTES.Attr("num_running: int >= 0 = 0")
     .Attr("exponential_avg_factor: float = 1.0")
+    .Attr("exponential_avg_factor_remainder: float = 0")
     .Attr("unbiased: bool = true")
     .SetShapeFn(TrainingShapes);
 
@@ -285,6 +297,7 @@ REGISTER_OP("Tfops>BatchNormTrainingGrad")
     .Output("dresidual: T")
     .TFOPS_COMMON_ATTRIBUTES.Attr("num_running: int >= 0 = 0")
     .Attr("exponential_avg_factor: float = 1.0")
+    .Attr("exponential_avg_factor_remainder: float = 0")
     .Attr("unbiased: bool = true")
     .Attr("has_residual: bool = false")
     .SetShapeFn(TrainingGradShapes);

@@ -53,12 +53,14 @@ inline absl::Status FoldShape(const tensorflow::TensorShape& x, const Attributes
   return ToAbsl(Fold(dims.data(), x.dims(), attributes.axis, problem));
 }
 
-// Training: the running statistics may be left out only where nothing of them is kept.
+// Training: where nothing of the running statistics is kept, they may be left out, or each of them be empty.
+inline bool MayLackRunning(const Problem& problem) { return problem.exponential_avg_factor == 1; }
+
 inline absl::Status CheckRunning(const Problem& problem, bool has_running) {
-  if (has_running || problem.channels == 0 || problem.exponential_avg_factor == 1) return absl::OkStatus();
+  if (has_running || problem.channels == 0 || MayLackRunning(problem)) return absl::OkStatus();
   return absl::InvalidArgumentError(
-      absl::StrCat("running must hold mean and variance where exponential_avg_factor != 1, but that is ",
-                   problem.exponential_avg_factor, " and running is empty"));
+      absl::StrCat("mean and variance must be given where exponential_avg_factor != 1, but they are not, and that is ",
+                   problem.exponential_avg_factor));
 }
 
 inline absl::Status CheckAxis(int rank, int64_t axis) {
@@ -103,22 +105,28 @@ absl::Status ReadTypes(Context* context, Attributes* attributes) {
   return context->GetAttr("axis", &attributes->axis);
 }
 
+// Reads a double: the attribute of that name, and what this one, a float, leaves of it in the next.
+template <typename Context>
+absl::Status ReadDouble(Context* context, const std::string& name, double* value) {
+  float rounded = 0, remainder = 0;
+  TF_RETURN_IF_ERROR(context->GetAttr(name, &rounded));
+  TF_RETURN_IF_ERROR(context->GetAttr(name + "_remainder", &remainder));
+  *value = static_cast<double>(rounded) + static_cast<double>(remainder);
+  return absl::OkStatus();
+}
+
 // Reads and checks all attributes.
 template <typename Context>
 absl::Status ReadAttributes(Context* context, bool training, Attributes* attributes) {
   TF_RETURN_IF_ERROR(ReadTypes(context, attributes));
   Problem& problem = attributes->problem;
   problem.training = training;
-  float epsilon = 0;
-  TF_RETURN_IF_ERROR(context->GetAttr("epsilon", &epsilon));
-  problem.epsilon = epsilon;
+  TF_RETURN_IF_ERROR(ReadDouble(context, "epsilon", &problem.epsilon));
   std::string activation;
   TF_RETURN_IF_ERROR(context->GetAttr("activation", &activation));
   TF_RETURN_IF_ERROR(ToAbsl(ParseActivation(activation, &problem.activation)));
   if (training) {
-    float factor = 0;
-    TF_RETURN_IF_ERROR(context->GetAttr("exponential_avg_factor", &factor));
-    problem.exponential_avg_factor = factor;
+    TF_RETURN_IF_ERROR(ReadDouble(context, "exponential_avg_factor", &problem.exponential_avg_factor));
     TF_RETURN_IF_ERROR(context->GetAttr("unbiased", &problem.unbiased));
     int64_t num_running = 0;
     TF_RETURN_IF_ERROR(context->GetAttr("num_running", &num_running));

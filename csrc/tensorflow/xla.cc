@@ -115,7 +115,8 @@ class XlaOp final : public tensorflow::XlaOpKernel {
     std::vector<xla::XlaOp> operands;
     std::vector<xla::Shape> operand_shapes;
     for (size_t i = 0; i < inputs.size(); ++i) {
-      TF_RETURN_IF_ERROR(CheckShape(inputs[i].name, shapes[i], ShapeOf(inputs[i].extent, x, problem)));
+      const bool is_lacking = inputs[i].may_be_empty && shapes[i].num_elements() == 0;
+      if (!is_lacking) TF_RETURN_IF_ERROR(CheckShape(inputs[i].name, shapes[i], ShapeOf(inputs[i].extent, x, problem)));
       operands.push_back(context->Input(static_cast<int>(i)));
       operand_shapes.push_back(DenseShape(context->input_xla_type(static_cast<int>(i)), shapes[i]));
     }
@@ -181,7 +182,8 @@ ffi::Error FillArrays(const Problem& problem, const ffi::RemainingArgs& argument
   for (size_t i = 0; i < inputs.size(); ++i) {
     auto buffer = arguments.get<ffi::AnyBuffer>(i);
     if (buffer.has_error()) return buffer.error();
-    if (inputs[i].extent != Extent::kNothing) inputs[i].set(arrays, buffer->untyped_data());
+    const bool is_lacking = inputs[i].may_be_empty && buffer->element_count() == 0;
+    if (inputs[i].extent != Extent::kNothing && !is_lacking) inputs[i].set(arrays, buffer->untyped_data());
     Kept* kept = KeptOf(arrays);
     if (kept && absl::string_view(inputs[i].name) == "x") kept->length = buffer->dimensions().back();
   }

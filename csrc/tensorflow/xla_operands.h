@@ -17,6 +17,7 @@ struct Operand {
   const char* name;
   Extent extent;
   void (*set)(Arrays*, void*);  // puts the pointer into its field; not called for kNothing
+  bool may_be_empty = false;    // and then it is as good as not there
 };
 
 template <auto Field, typename Arrays>
@@ -101,8 +102,9 @@ struct Training : ForwardOp {
                                {"scale", Extent::kVector, Set<&Arrays::scale>},
                                {"offset", Extent::kVector, Set<&Arrays::offset>}};
     if (count >= inputs.size() + 2) {
-      inputs.push_back({"running", Extent::kVector, Set<&Arrays::mean>});
-      inputs.push_back({"running", Extent::kVector, Set<&Arrays::variance>});
+      const bool may_be_empty = MayLackRunning(problem);
+      inputs.push_back({"mean", Extent::kVector, Set<&Arrays::mean>, may_be_empty});
+      inputs.push_back({"variance", Extent::kVector, Set<&Arrays::variance>, may_be_empty});
     }
     if (problem.has_residual) inputs.push_back({"residual", Extent::kData, Set<&Arrays::residual>});
     return inputs;
@@ -130,8 +132,8 @@ struct TrainingGrad : BackwardOp {
                                {"saved_inv_std", Extent::kVector, Set<&Arrays::spread>},
                                {"mask", MaskOf(problem), Set<&Arrays::mask>}};
     if (count >= inputs.size() + 2) {
-      inputs.push_back({"drunning", Extent::kVector, Set<&Arrays::dmean>});
-      inputs.push_back({"drunning", Extent::kVector, Set<&Arrays::dvariance>});
+      inputs.push_back({"dmean", Extent::kVector, Set<&Arrays::dmean>});
+      inputs.push_back({"dvariance", Extent::kVector, Set<&Arrays::dvariance>});
     }
     if (NeedsResidual(problem)) inputs.push_back({"residual", Extent::kData, Set<&Arrays::residual>});
     return inputs;

@@ -62,7 +62,7 @@ struct RunningMoments {
         old_m2.part[k] = chain_m2;
       } else {
         const Vec<double> delta = chain_mean - old_mean.part[k];
-        old_mean.part[k] += delta * weights.share;
+        old_mean.part[k] = MergedMean(old_mean.part[k], chain_mean, delta * weights.share, weights.share);
         old_m2.part[k] += chain_m2 + delta * delta * weights.cross;
       }
     }
@@ -99,9 +99,10 @@ class ColumnChain {
     ForEachVector<P>(columns, [&](auto partial, int64_t j, int64_t n) {
       constexpr bool kPartial = decltype(partial)::value;
       const RunningMoments<P, kPartial> running{mean + j, m2 + j, n};
-      Store(shift_ + j, count > 0   ? running.Shift()
-                        : kRows > 1 ? MeanOfRows<kPartial>(x + j, apart, kRows, n)
-                                    : MeanOfRows<kPartial>(x + j, step, steps, n));
+      const Vec<P> near = count > 0   ? running.Shift()
+                          : kRows > 1 ? MeanOfRows<kPartial>(x + j, apart, kRows, n)
+                                      : MeanOfRows<kPartial>(x + j, step, steps, n);
+      Store(shift_ + j, FiniteOrZero(near));
       Store(sum_ + j, Vec<P>{});
       Store(squares_ + j, Vec<P>{});
     });
@@ -227,7 +228,7 @@ class MomentsChain {
       shift = static_cast<P>(static_cast<double>(first[0]) + SumOfLanes<P>(sum) / static_cast<double>(n));
     }
     most_ = kReach * known;
-    shift_ = Splat(shift);
+    shift_ = Splat(FiniteOrZero(shift));
     for (int v = 0; v < kUnroll; ++v) sum_[v] = squares_[v] = Vec<P>{};
   }
 
@@ -319,6 +320,18 @@ TFOPS_INLINE void ForEachPartial(const Problem& problem, const Plan& plan, Body 
   }
 }
 
+// The mean of channel c as a plain average of its partial means: for infinities, which no deviation can tell.
+template <typename Job>
+double AverageOfPartials(const Job& job, int64_t c) {
+  double count = 0, sum = 0;
+  ForEachPartial(job.problem, job.plan, [&](int64_t slot, int64_t n) {
+    if (n == 0) return;
+    count += static_cast<double>(n);
+    sum += static_cast<double>(n) * job.partials.first[slot + c];
+  });
+  return sum / count;
+}
+
 // Merges the partial moments of channels begin to end into their first. Returns their count. Means are merged by what
 // they deviate from that first one: each step would round the mean itself, which may be large beside the deviations.
 template <typename Job>
@@ -343,7 +356,15 @@ double MergePartials(const Job& job, int64_t begin, int64_t end) {
       }
       count += added;
     });
-    for (int64_t c = first; c < last; ++c) mean[c] += deviation[c - first];
+    bool finite = true;
+    for (int64_t c = first; c < last; ++c) {
+      deviation[c - first] += mean[c];
+      finite &= FiniteOrZero(deviation[c - first]) == deviation[c - first];
+    }
+    for (int64_t c = first; c < last && !finite; ++c) {
+      if (FiniteOrZero(deviation[c - first]) != deviation[c - first]) deviation[c - first] = AverageOfPartials(job, c);
+    }
+    for (int64_t c = first; c < last; ++c) mean[c] = deviation[c - first];
   }
   return count;
 }

@@ -28,7 +28,8 @@ struct PartialMoments {
     if (other.count == F(0)) return;
     const F delta = static_cast<F>(other.mean - mean);
     const F weight = other.count / (count + other.count);
-    mean = count == F(0) ? other.mean : mean + static_cast<double>(delta * weight);
+    const double step = static_cast<double>(delta * weight);
+    mean = count == F(0) ? other.mean : MergedMean(mean, other.mean, step, static_cast<double>(weight));
     m2 = count == F(0) ? other.m2 : m2 + other.m2 + delta * delta * (count * weight);
     count += other.count;
   }
@@ -47,7 +48,7 @@ class MomentsAccumulator {
   __device__ __forceinline__ void Add(const F (&x)[kLanes]) {
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
-      if (!started_) shift_[lane] = x[lane];
+      if (!started_) shift_[lane] = FiniteOrZero(x[lane]);
       const F deviation = x[lane] - shift_[lane];
       sum_[lane] += deviation;
       squares_[lane] = MultiplyAdd(deviation, deviation, squares_[lane]);
@@ -71,7 +72,7 @@ class MomentsAccumulator {
       total.Merge({static_cast<double>(shift_[lane]) + static_cast<double>(shifted.mean), length, shifted.m2});
       mean_[lane] = total.mean;
       m2_[lane] = total.m2;
-      shift_[lane] = static_cast<F>(total.mean);
+      shift_[lane] = FiniteOrZero(static_cast<F>(total.mean));
       sum_[lane] = squares_[lane] = 0;
     }
     count_ += length;

@@ -32,7 +32,7 @@ class HeldMoments {
     }
     const F weight = F(1) / static_cast<F>(count);
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) shift_[lane] = sum[lane] * weight;
+    for (int lane = 0; lane < kLanes; ++lane) shift_[lane] = FiniteOrZero(sum[lane] * weight);
   }
 
   __device__ __forceinline__ void Add(const F (&x)[kLanes]) {
@@ -79,7 +79,8 @@ class HeldMoments {
       const double n = static_cast<double>(share.Count(plan));
       const double shift = n > 0 ? sums[c] / n : 0.0;
       const double m2_total = totals[c] - sums[c] * shift;
-      own[c] = {center + shift, n, m2_total < 0 ? 0.0 : m2_total};
+      // Beside an infinite center there is no shift, which is NaN then.
+      own[c] = {center + FiniteOrZero(shift), n, m2_total < 0 ? 0.0 : m2_total};
     }
   }
 

@@ -1,0 +1,17 @@
+"""As TensorFlow 1 behaves, and in its graphs, derivatives of any order and arguments of every kind work as in 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fresh_process import run_python
+
+CHECK = Path(__file__).with_name("tf1_check.py")
+
+
+@pytest.mark.parametrize("behavior", ["v2_behavior", "tensor_equality", "control_flow_v2", "resource_variables", ""])
+def test_with(behavior):
+    result = run_python(CHECK, behavior)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["derivatives", "ok", "phases", "ok", "reference_variables", "ok", "loops", "ok"]

@@ -1,0 +1,240 @@
+"""The gradients of the gradient ops, written out in TensorFlow's own operations.
+
+All tensors are of the param type. With xc = x - mean, inv_std = 1 / sqrt(variance + epsilon), slope = scale * inv_std,
+z = xc * slope + offset + residual and dz = dy * act'(z), a gradient op returns
+
+    dx = slope * dz + tilt * xc + shift,  dscale = inv_std * sum(dz * xc),  doffset = sum(dz),  dresidual = dz
+
+and in inference the gradients of mean and variance. (csrc/batch_norm/batch_norm.h has all formulas. tilt and shift are
+what x gets as the source of its statistics.) Here each of these is followed back to the op's inputs, by the chain rule:
+the adjoint of dz is
+
+    slope * adjoint(dx) + adjoint(dresidual) + adjoint(sum(dz)) + xc * adjoint(sum(dz * xc))
+
+and all else comes from that.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfops import _mask
+
+_LEAKY_RELU_SLOPE = float(np.float32(0.2))  # as the kernels have it, and tf.nn.leaky_relu's attribute
+
+
+class Layout:
+    """Sums over all dimensions but `axis`, and vectors of [C] shaped to be combined with x."""
+
+    def __init__(self, x: tf.Tensor, axis: int):
+        rank = tf.rank(x) if x.shape.rank is None else x.shape.rank
+        channel = tf.cast(tf.math.floormod(axis, rank), tf.int32)
+        others = tf.range(rank - 1)
+        self._others = others + tf.cast(tf.greater_equal(others, channel), tf.int32)
+        self._shape = tf.shape(x, out_type=tf.int64)
+        self._channels = self._shape[channel]
+        self._outer = tf.reduce_prod(self._shape[:channel])
+        self._inner = tf.reduce_prod(self._shape[channel + 1 :])
+        is_channel = tf.equal(tf.range(rank), channel)
+        self._vector_shape = tf.where(is_channel, self._channels, tf.ones_like(self._shape))
+        self.count = tf.cast(tf.size(x, out_type=tf.int64) // tf.maximum(self._channels, 1), x.dtype)
+
+    def sum(self, x: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(x, self._others)
+
+    def vector(self, v: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(v, self._vector_shape)
+
+    def bits(self, mask: tf.Tensor) -> tf.Tensor:
+        """The mask as bools of x's shape."""
+        return tf.reshape(_mask.unpack(mask, _mask.row_length(self._outer, self._channels, self._inner)), self._shape)
+
+
+class Normalization(NamedTuple):
+    """The inputs that all gradient ops share, and their attributes. In training mean and variance are x's own."""
+
+    dy: tf.Tensor
+    x: tf.Tensor
+    scale: tf.Tensor
+    offset: tf.Tensor
+    mean: tf.Tensor | None
+    variance: tf.Tensor | None
+    residual: tf.Tensor | None
+    axis: int
+    epsilon: float
+    activation: str
+
+
+class _Forward:
+    """What a gradient op computes of these."""
+
+    def __init__(self, inputs: Normalization, mask: tf.Tensor | None = None):
+        self.dy, x, self.scale, offset, mean, variance, residual, axis, epsilon, activation = inputs
+        self.layout = layout = Layout(x, axis)
+        self.n = tf.maximum(layout.count, 1)
+        if mean is None:
+            self.xc = x - layout.vector(layout.sum(x) / self.n)
+            variance = layout.sum(self.xc * self.xc) / self.n
+        else:
+            self.xc = x - layout.vector(mean)
+        self.inv_std = tf.math.rsqrt(variance + epsilon)
+        self.slope = self.scale * self.inv_std
+        self.activation = activation
+        self._on = self._sigmoid = self._z = None
+        if mask is not None:
+            self._on = layout.bits(mask)
+        elif activation:
+            z = self.xc * layout.vector(self.slope) + layout.vector(offset)
+            z = z if residual is None else z + residual
+            if activation == "silu":
+                self._z, self._sigmoid = z, tf.sigmoid(z)
+            else:
+                self._on = (z > 0) & (z < 6) if activation == "relu6" else z > 0
+        self.dz = self.times_slope(self.dy)
+
+    def times_slope(self, gradient: tf.Tensor) -> tf.Tensor:
+        """gradient * act'(z)"""
+        if self.activation == "silu":
+            return gradient * self._sigmoid * (1 + self._z * (1 - self._sigmoid))
+        if self.activation:
+            leaky = self.activation == "leaky_relu"
+            return tf.where(self._on, gradient, gradient * _LEAKY_RELU_SLOPE if leaky else tf.zeros_like(gradient))
+        return gradient
+
+    def times_curvature(self, gradient: tf.Tensor) -> tf.Tensor | None:
+        """gradient * act''(z), or None where act'' is 0 everywhere."""
+        if self.activation != "silu":
+            return None
+        s = self._sigmoid
+        return gradient * s * (1 - s) * (2 + self._z * (1 - 2 * s))
+
+
+class _Adjoints:
+    """The adjoints of what the op was given, from those of dx, of dz, and of the sums of dz and of dz * xc.
+
+    That of inv_std is what reaches it through `slope` alone, and that of xc lacks what tilt and the statistics add.
+    """
+
+    def __init__(
+        self,
+        forward: _Forward,
+        of_dx: tf.Tensor | None,
+        of_dz: tf.Tensor | None,
+        of_sum: tf.Tensor,
+        of_sum_xc: tf.Tensor,
+        of_slope: tf.Tensor,
+    ):
+        layout = forward.layout
+        total = layout.vector(of_sum) + forward.xc * layout.vector(of_sum_xc)
+        self.xc = forward.dz * layout.vector(of_sum_xc)
+        if of_dx is not None:
+            total += of_dx * layout.vector(forward.slope)
+            of_slope += layout.sum(of_dx * forward.dz)
+        if of_dz is not None:
+            total += of_dz
+        self.dy = forward.times_slope(total)
+        curved = forward.times_curvature(total)
+        if curved is None:
+            self.z = tf.zeros_like(total)
+            self.offset = tf.zeros_like(forward.scale)
+        else:
+            self.z = curved * forward.dy
+            self.offset = layout.sum(self.z)
+            of_slope += layout.sum(self.z * forward.xc)
+            self.xc += self.z * layout.vector(forward.slope)
+        self.scale = of_slope * forward.inv_std
+        self.inv_std = of_slope * forward.scale
+
+
+def training(
+    inputs: Normalization,
+    mask: tf.Tensor | None,
+    drunning: list[tf.Tensor],
+    upstream: list[tf.Tensor],
+    exponential_avg_factor: float,
+    unbiased: bool,
+) -> list[tf.Tensor]:
+    """The gradients of dy, x, scale, offset, drunning and residual, from those of dx, dscale, doffset and dresidual.
+
+    Args:
+      mask: act' is read from it, if there is one.
+      drunning: nothing, or the gradients of the mean and variance that the forward op returned.
+      upstream: without the last if the op returned no dresidual.
+    """
+    forward = _Forward(inputs, mask)
+    layout, n, inv_std, slope = forward.layout, forward.n, forward.inv_std, forward.slope
+    of_dx, of_dscale, of_doffset, *of_dz = upstream
+    of_dz = of_dz[0] if of_dz else None
+    sum_dz_xc = layout.sum(forward.dz * forward.xc)
+    divisor = tf.maximum(n - 1, 1) if unbiased else n
+
+    # shift = -slope * sum(dz) / n + ..., tilt = -slope * inv_std^2 * sum(dz * xc) / n + ...
+    of_shift, of_tilt = layout.sum(of_dx), layout.sum(of_dx * forward.xc)
+    through_tilt = inv_std**2 * of_tilt / n
+    tilt = -slope * inv_std**2 * sum_dz_xc / n
+    if drunning:
+        tilt += 2 * exponential_avg_factor * drunning[1] / divisor
+    adjoints = _Adjoints(
+        forward,
+        of_dx,
+        of_dz,
+        of_sum=of_doffset - slope * of_shift / n,
+        of_sum_xc=of_dscale * inv_std - slope * through_tilt,
+        of_slope=-of_shift * layout.sum(forward.dz) / n - through_tilt * sum_dz_xc,
+    )
+    of_inv_std = adjoints.inv_std + of_dscale * sum_dz_xc - 2 * slope * inv_std * sum_dz_xc * of_tilt / n
+    of_variance = -0.5 * inv_std**3 * of_inv_std
+    of_xc = adjoints.xc + of_dx * layout.vector(tilt) + forward.xc * layout.vector(2 * of_variance / n)
+    of_x = of_xc - layout.vector(layout.sum(of_xc) / n)
+    gradients = [adjoints.dy, of_x, adjoints.scale, adjoints.offset]
+    if drunning:
+        factor = exponential_avg_factor
+        gradients += [factor * of_shift / n, 2 * factor * of_tilt / divisor]
+    return gradients if inputs.residual is None else [*gradients, adjoints.z]
+
+
+def inference(
+    inputs: Normalization, upstream: list[tf.Tensor | None], of_xc: tf.Tensor | None = None
+) -> list[tf.Tensor]:
+    """The gradients of the inputs, from those of dx, dscale, doffset, dmean, dvariance and dresidual.
+
+    Args:
+      upstream: None for what the op does not return.
+      of_xc: what else has a part in the adjoint of xc.
+    """
+    forward = _Forward(inputs)
+    layout, inv_std, slope = forward.layout, forward.inv_std, forward.slope
+    of_dx, of_dscale, of_doffset, of_dmean, of_dvariance, of_dz = upstream
+    nothing = tf.zeros_like(slope)
+    of_sum = of_sum_xc = of_slope = of_inv_std = nothing
+    if of_dscale is not None:
+        # dmean = -slope * sum(dz), dvariance = -slope * inv_std^2 * sum(dz * xc) / 2
+        sum_dz_xc = layout.sum(forward.dz * forward.xc)
+        of_sum = of_doffset - of_dmean * slope
+        of_sum_xc = of_dscale * inv_std - 0.5 * of_dvariance * slope * inv_std**2
+        of_slope = -of_dmean * layout.sum(forward.dz) - 0.5 * of_dvariance * inv_std**2 * sum_dz_xc
+        of_inv_std = (of_dscale - of_dvariance * slope * inv_std) * sum_dz_xc
+    adjoints = _Adjoints(forward, of_dx, of_dz, of_sum, of_sum_xc, of_slope)
+    of_x = adjoints.xc if of_xc is None else adjoints.xc + of_xc
+    of_variance = -0.5 * inv_std**3 * (adjoints.inv_std + of_inv_std)
+    gradients = [adjoints.dy, of_x, adjoints.scale, adjoints.offset, -layout.sum(of_x), of_variance]
+    return gradients if inputs.residual is None else [*gradients, adjoints.z]
+
+
+def gradient_normalize(
+    inputs: Normalization,
+    tilt: tf.Tensor,
+    kept: tf.Tensor | float,
+    of_dx: tf.Tensor,
+    of_dz: tf.Tensor | None,
+) -> list[tf.Tensor]:
+    """The gradients of the inputs, tilt and shift among them, where dx = slope * dz + kept * (xc * tilt + shift)."""
+    layout = Layout(inputs.x, inputs.axis)
+    of_rest = of_dx * kept
+    of_tilt = layout.sum(of_rest * (inputs.x - layout.vector(inputs.mean)))
+    upstream = [of_dx, None, None, None, None, of_dz]
+    gradients = inference(inputs, upstream, of_xc=of_rest * layout.vector(tilt))
+    return [*gradients[:6], of_tilt, layout.sum(of_rest), *gradients[6:]]
