@@ -152,7 +152,33 @@ def test_a_spoiled_channel_spoils_no_other(simt, shape, axis, device, value):
     for array in (forward.y, backward.x):
         finite = np.isfinite(np.moveaxis(array, axis, 0).reshape(shape[axis], -1)).all(1)
         assert finite[np.arange(shape[axis]) != spoiled].all()
-    assert not np.isfinite(forward.variance[spoiled])
+    np.testing.assert_array_equal(forward.mean[spoiled], value)
+    assert np.isnan(forward.variance[spoiled])
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize(("shape", "axis"), [((300, 24), -1), ((4, 6, 9, 16), 1)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_the_mean_of_infinities(simt, monkeypatch, shape, axis, dtype, tier):
+    """Wherever they lie, and however many: that infinity, or NaN of both signs."""
+    monkeypatch.setenv("TFOPS_TIER", tier)
+    simt.configure("three")
+    arrays = kernel_cases.inputs(Case(shape, axis, dtype))
+    by_channel = np.moveaxis(arrays["x"], axis, 0)
+    for c in range(shape[axis]):
+        of_channel = by_channel[c].flat
+        last = len(of_channel) - 1
+        for place in ([0], [last], [0, last], [last // 2, 0, 1, 2, 3, 4, 5, 6, 7])[c % 4]:
+            of_channel[place] = np.inf if c % 3 else -np.inf
+        if c % 5 == 4:
+            of_channel[last // 3] = -np.inf if c % 3 else np.inf
+    with np.errstate(invalid="ignore"):
+        want = by_channel.astype(np.float64).reshape(shape[axis], -1).mean(1)
+    placed = [simt.place(arrays[name]) for name in ("x", "scale", "offset")]
+    got = simt.forward(*placed, axis=axis)
+    np.testing.assert_array_equal(got.mean, want)
+    assert np.isnan(got.variance).all()
+    assert np.isnan(got.y.astype(np.float32)).all()
 
 
 def test_every_kernel_ran(simt, monkeypatch):
