@@ -16,7 +16,8 @@ VECTORS = ("scale", "offset", "mean", "variance")
 
 
 def _training(x, scale, offset, mean, variance):
-    return ops.tfops_batch_norm_training(x, scale, offset, [mean, variance], [])
+    # Statistics of which nothing is kept may be empty, but not these.
+    return ops.tfops_batch_norm_training(x, scale, offset, [mean, variance], [], exponential_avg_factor=0.5)
 
 
 def _training_grad(x, scale, offset, mean, variance):
@@ -42,8 +43,8 @@ def _gradient_normalize(x, *vectors):
 
 FORWARD = (_training, _inference)
 GRADIENTS = (_training_grad, _inference_grad, _gradient_moments, _gradient_normalize)
-# The training ops' names for mean and variance.
-NAMES = {_training: ("running", "running"), _training_grad: ("saved_mean", "saved_inv_std")}
+# The training gradient's names for mean and variance.
+NAMES = {_training_grad: ("saved_mean", "saved_inv_std")}
 
 
 def _refuse(call, bad, which):

@@ -255,6 +255,44 @@ def test_jacobians_and_hessians(mode, graph):
     _assert_close(run(tfops.fused_batch_norm, True), everything(tfops.reference.fused_batch_norm, False))
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_loops_in_loops(style):
+    """Two of them, or one with a mode that differs from one iteration to another; and the gradient of all that."""
+    x = tf.constant(np.random.default_rng(0).standard_normal((2, 3, 5, 4)))
+    modes = tf.constant([True, False])
+    one = tf.ones(4, x.dtype)
+
+    def norm(x, training):
+        settings = {"axis": -1, "activation": "relu", "residual": x, "exponential_avg_factor": 0.5}
+        return tfops.fused_batch_norm(x, one, one, one, 2 * one, is_training=training, **settings)[:2]
+
+    def nested(x):
+        inner = lambda x: tf.vectorized_map(lambda x: norm(x, True), x, fallback_to_while_loop=False)  # noqa: E731
+        return tf.vectorized_map(inner, x, fallback_to_while_loop=False)
+
+    def mixed(x):
+        return tf.vectorized_map(lambda each: norm(*each), (x[:, 0], modes), fallback_to_while_loop=False)
+
+    def stacked(results):
+        return [tf.stack(each) for each in zip(*results, strict=True)]
+
+    def with_gradient(function):
+        def run(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                outputs = function(x)
+                loss = tf.add_n([tf.reduce_sum(each**2) for each in outputs])
+            return list(outputs), tape.gradient(loss, x)
+
+        return run
+
+    one_by_one = lambda x: stacked([stacked([norm(each, True) for each in tf.unstack(row)]) for row in tf.unstack(x)])  # noqa: E731
+    _assert_close(STYLES[style](with_gradient(nested))(x), with_gradient(one_by_one)(x), 1e-13)
+    if style != "jit":  # where XLA does not know the numbers of iterations in either mode
+        two = lambda x: stacked([norm(x[0, 0], True), norm(x[1, 0], False)])  # noqa: E731
+        _assert_close(STYLES[style](with_gradient(mixed))(x), with_gradient(two)(x), 1e-13)
+
+
 def test_vectorized_map_of_what_has_no_elements():
     for shape in ((0, 4), (3, 0)):
         x = tf.zeros([5, *shape])
