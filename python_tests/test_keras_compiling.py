@@ -133,7 +133,7 @@ def test_saved_and_loaded(tmp_path):
     model.compile(optimizers.Adam(0.01), "mse", metrics=["mae"], run_eagerly=True)
     copy = fit_and_convert(model)
     copy.save(tmp_path / "copy.keras")
-    assert_trains_alike(copy, keras.models.loadmake_model(tmp_path / "copy.keras"))
+    assert_trains_alike(copy, keras.models.load_model(tmp_path / "copy.keras"))
 
 
 def test_back():
