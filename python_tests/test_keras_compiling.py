@@ -94,6 +94,16 @@ def test_a_loss_by_the_name_of_the_only_output():
     assert_trains_alike(model, copy, target=X)
 
 
+def test_a_metric_of_two_outputs_stays_one():
+    model = _two_outputs()
+    metric = Counted(1.0)
+    model.compile("sgd", "mse", metrics={"left": metric, "right": metric}, run_eagerly=True)
+    model.fit(X, {"left": TARGET, "right": TARGET}, verbose=0)
+    copy = convert(model, verbose=0)
+    copy.evaluate(X, {"left": TARGET, "right": TARGET}, verbose=0)
+    assert len({id(each) for each in copy._compile_metrics.metrics}) == 1
+
+
 def test_metrics_of_the_copy_do_not_count_for_themake_model():
     model = make_model()
     model.compile("sgd", "mse", metrics=[Counted(1.0)], run_eagerly=True)
@@ -201,9 +211,29 @@ def test_a_task_is_compiled_as_its_user_did():
 
 
 class WithMargin(Task):
-    def compile(self, optimizer="sgd", loss="mse", margin=1.0, **kwargs):
-        self.margin = margin
-        super().compile(optimizer, loss, **kwargs)
+    """Takes more than Keras' `compile`, and less."""
+
+    def compile(self, optimizer="sgd", loss="mse", margin=1.0, second="sgd", metric=None):
+        self.margin, self.second = margin, optimizers.get(second)
+        self.metric = metric
+        super().compile(optimizer, loss)
+
+
+def test_what_a_class_takes_beside_and_keeps():
+    model = WithMargin(name="net")
+    metric = Counted(2.0)
+    model.compile(optimizers.Adam(0.01), "mae", margin=3.0, second=optimizers.SGD(0.25, momentum=0.5), metric=metric)
+    model.run_eagerly = True
+    model.second.build(model.trainable_variables)
+    model.second.iterations.assign(7)
+    copy = fit_and_convert(model)
+    assert copy.margin == 3.0
+    assert copy.second is not model.second
+    assert copy.metric is not model.metric
+    assert copy.metric.factor == 2.0
+    assert int(copy.second.iterations) == 7
+    assert copy.second._trainable_variables[0] is copy.trainable_variables[0]
+    assert_trains_alike(model, copy)
 
 
 class Stubborn(Task):
@@ -211,21 +241,45 @@ class Stubborn(Task):
         super().compile("rmsprop", loss, **kwargs)
 
 
-class Narrow(Task):
+def test_a_class_that_chooses_the_optimizer():
+    model = Stubborn(name="net")
+    model.compile("adam", "mae", run_eagerly=True)
+    copy = fit_and_convert(model)
+    assert type(copy.optimizer) is optimizers.RMSprop
+    assert_trains_alike(model, copy)
+
+
+class Forgetful(Task):
+    def compile(self, optimizer="sgd", loss="mse", margin=1.0, **kwargs):
+        super().compile(optimizer, loss, **kwargs)
+
+
+class Doubling(Task):
+    def compile(self, optimizer="sgd", loss="mse", margin=1.0, **kwargs):
+        self.margin = 2 * margin
+        super().compile(optimizer, loss, **kwargs)
+
+
+class Growing(Task):
+    calls = 0
+
     def compile(self, optimizer="sgd", loss="mse"):
-        super().compile(optimizer, loss)
+        Growing.calls += 1
+        super().compile(optimizer, loss, metrics=["mse"] * Growing.calls)
 
 
 @pytest.mark.parametrize(
     ("cls", "reason"),
-    [(WithMargin, r"\(margin\)"), (Stubborn, "replaces the optimizer"), (Narrow, "(?!.*auto_scale).*metrics")],
+    [
+        (Forgetful, r"takes what net does not keep \(margin\)"),
+        (Doubling, r"makes something else of what it is given \(margin\)"),
+        (Growing, r"makes something else .*\(metrics\)"),
+    ],
 )
 def test_a_compile_that_cannot_be_repeated(cls, reason):
     model = cls(name="net")
     model.compile(optimizers.Adam(0.01), "mae")
-    with pytest.warns(
-        UserWarning, match=rf"the copy of net is not compiled: {cls.__name__}\.compile\(\).*{reason}"
-    ) as w:
+    with pytest.warns(UserWarning, match=f"the copy of net is not compiled: {cls.__name__}.compile.. {reason}") as w:
         copy = convert(model, verbose=0)
     assert "copy.compile(...)" in str(w[0].message)
     assert "share paths" not in str(w[0].message)

@@ -74,6 +74,7 @@ OPTIMIZERS = {
     "factored": lambda: optimizers.Adafactor(0.01),
     "nadam": lambda: optimizers.Nadam(0.01),  # a variable of its own beside slots
     "schedule": lambda: optimizers.RMSprop(optimizers.schedules.ExponentialDecay(0.02, 3, 0.5)),
+    "schedule_later": lambda: optimizers.SGD(0.01, momentum=0.9),
     "local_schedule": lambda: optimizers.RMSprop(_rates()),
     "lambda": lambda: optimizers.Adam(lambda: 0.02 * SCALE),
     "loss_scale": lambda: optimizers.LossScaleOptimizer(optimizers.Adam(0.01), dynamic_growth_steps=4),
@@ -91,6 +92,9 @@ def test_optimizers_go_on(name):
     model.compile(OPTIMIZERS[name](), "mse", run_eagerly=True)
     if name == "adam":
         model.optimizer.learning_rate = 0.03  # set after it was made
+    if name == "schedule_later":
+        model.fit(X, TARGET, verbose=0)
+        model.optimizer.learning_rate = optimizers.schedules.ExponentialDecay(0.02, 3, 0.5)
     copy = fit_and_convert(model)
     assert type(copy.optimizer) is type(model.optimizer)
     assert_trains_alike(model, copy)

@@ -70,12 +70,40 @@ def _uncompile(model: keras.Model) -> None:
 def _compile(model: keras.Model, copy: keras.Model) -> None:
     cls = type(model)
     if cls.compile_from_config is not keras.Model.compile_from_config:
-        copy.compile_from_config(model.get_compile_config())  # the class knows
+        copy.compile_from_config(model.get_compile_config())  # the class says how
         return
+    stock, own = (inspect.signature(each.compile).parameters for each in (keras.Model, cls))
+    any_kind = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    # What the class' own `compile` takes beside is known if the model keeps it under the same name.
+    extra = [name for name, each in own.items() if name not in stock and each.kind not in any_kind]
+    if lost := [name for name in extra if isinstance(getattr(model, name, model), keras.Layer)]:
+        raise ValueError(f"{cls.__name__}.compile() takes what {model.name} does not keep ({', '.join(lost)})")
+    given = {**_compiled_with(model), **{name: getattr(model, name) for name in extra}}
+    made: dict[int, Any] = {}  # by the id of what it is like: what is shared stays so
+
+    def like(value: Any) -> Any:
+        if _has_state(value) and id(value) not in made:
+            made[id(value)] = _like(value)
+        return made.get(id(value), value)
+
+    arguments = {name: keras.tree.map_structure(like, value) for name, value in given.items() if name != "loss"}
+    arguments["loss"] = given["loss"]
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in own.values())
+    copy.compile(**{name: value for name, value in arguments.items() if takes_any or name in own})
+    for name in ("run_eagerly", "jit_compile", "steps_per_execution"):
+        if not takes_any and name not in own:
+            setattr(copy, name, given.pop(name))
+    got = {**_compiled_with(copy), **{name: getattr(copy, name, None) for name in extra}}
+    changed = [name for name in given if name != "jit_compile" and not _is_same(got[name], arguments[name])]
+    if changed:
+        raise ValueError(f"{cls.__name__}.compile() makes something else of what it is given ({', '.join(changed)})")
+
+
+def _compiled_with(model: keras.Model) -> dict[str, Any]:
+    """The arguments of Keras' `compile` as they hold now, which need not be those of its last call."""
     losses, metrics = model._compile_loss, model._compile_metrics
-    # As it is now, which need not be what the last call of `compile` says. The optimizer scales the loss, or does not.
-    arguments = {
-        "optimizer": _like(model.optimizer),
+    return {
+        "optimizer": model.optimizer,
         "loss": model.loss,
         "loss_weights": losses and losses._user_loss_weights,
         "metrics": metrics and metrics._user_metrics,
@@ -83,31 +111,20 @@ def _compile(model: keras.Model, copy: keras.Model) -> None:
         "run_eagerly": model.run_eagerly,
         "jit_compile": model.jit_compile,
         "steps_per_execution": model.steps_per_execution,
-        "auto_scale_loss": False,
+        "auto_scale_loss": False,  # the optimizer does that, or does not
     }
-    for name in ("metrics", "weighted_metrics"):
-        arguments[name] = keras.tree.map_structure(
-            lambda each: _like(each) if isinstance(each, keras.metrics.Metric) else each, arguments[name]
-        )
-    copy.compile(**(arguments if cls.compile is keras.Model.compile else _accepted(cls, arguments)))
-    if copy.optimizer is not arguments["optimizer"] or copy.loss is not model.loss:
-        raise ValueError(f"{cls.__name__}.compile() replaces the optimizer or the loss that it is given")
 
 
-def _accepted(cls: type[keras.Model], arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that the class' own `compile` takes, if there is no doubt about the others."""
-    stock, own = (inspect.signature(each.compile).parameters for each in (keras.Model, cls))
-    kinds = {each.kind for each in own.values()}
-    takes_any = inspect.Parameter.VAR_KEYWORD in kinds
-    named = [name for name, each in own.items() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    accepted = {name: value for name, value in arguments.items() if takes_any or name in named}
-    unknown = [name for name in named if name not in stock]
-    unknown += [name for name, value in arguments.items() if name not in accepted and value != stock[name].default]
-    if "auto_scale_loss" not in accepted:
-        unknown.remove("auto_scale_loss")
-    if unknown:
-        raise ValueError(f"{cls.__name__}.compile() does not take the same arguments as Keras' ({', '.join(unknown)})")
-    return accepted
+def _is_same(got: Any, want: Any) -> bool:
+    """Whether two structures hold the same, or equals, or optimizers and metrics of one class and config."""
+
+    def equal(a: Any, b: Any) -> bool:
+        if a is b or type(a) is not type(b):
+            return a is b
+        return {**a.get_config(), "name": b.name} == b.get_config() if _has_state(a) else bool(a == b)
+
+    leaves = keras.tree.flatten(got), keras.tree.flatten(want)
+    return len(leaves[0]) == len(leaves[1]) and all(map(equal, *leaves))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,7 +144,8 @@ def _places(value: Any, place: Place = (), above: tuple[int, ...] = ()) -> Itera
     elif isinstance(value, (list, tuple)):
         parts = enumerate(value)
     elif hasattr(value, "__dict__") and not _is_leaf(value):
-        parts = sorted(vars(value).items())
+        # Without what TensorFlow and Keras note of it for themselves, which may be of the past.
+        parts = [item for item in sorted(vars(value).items()) if not item[0].startswith(("_self_", "_tracker"))]
     else:
         return
     for name, part in parts:
