@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import keras
@@ -12,6 +11,7 @@ from tfops import _xla
 from tfops._arguments import ACTIVATIONS, param_type
 from tfops._batch_norm import fused_batch_norm
 from tfops._phases import Statistics, batch_statistics, normalize, replicas
+from tfops.keras._recomputing import is_recomputed
 
 
 def check_backend(backend: str) -> None:
@@ -23,8 +23,6 @@ def check_backend(backend: str) -> None:
 
 
 check_backend(keras.backend.backend())
-
-_RECOMPUTING_MODULE = "tensorflow.python.ops.custom_gradient"
 
 
 @keras.saving.register_keras_serializable(package="tfops")
@@ -93,7 +91,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             if renorm:
                 r, d, *_ = self._renorm_correction_and_moments(statistics.mean, statistics.variance)
                 scale, offset = self._compose_transforms(r, d, scale, offset, param)
-            if not _is_recomputed():
+            if not is_recomputed():
                 self._update(statistics, renorm)
             y = normalize(x, scale, offset, statistics, **settings)
         else:
@@ -108,7 +106,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 unbiased=False,
                 **settings,
             )
-            if training and not _is_recomputed():
+            if training and not is_recomputed():
                 self.moving_mean.assign(tf.cast(mean, self.moving_mean.dtype))
                 self.moving_variance.assign(tf.cast(variance, self.moving_variance.dtype))
         return tf.cast(y, self.compute_dtype)
@@ -167,16 +165,3 @@ class BatchNormalization(keras.layers.BatchNormalization):
         config = super().get_config()
         # Without one, the config is one for Keras' layer too.
         return config if self.activation is None else {**config, "activation": self.activation}
-
-
-def _is_recomputed() -> bool:
-    """Whether this code runs for the second time, to recompute what `tf.recompute_grad` did not keep for the gradient.
-
-    TensorFlow keeps no flag of it: the function that recomputes is to be found on the stack.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "inner_recompute_grad" and frame.f_globals["__name__"] == _RECOMPUTING_MODULE:
-            return True
-        frame = frame.f_back
-    return False
