@@ -177,9 +177,12 @@ class Sharing(Lookahead):
 
 _HELD = [optimizers.Adam(0.01)]
 UNCOPYABLE = {
-    "no config": (lambda: Unconfigured(2), "factor|Unconfigured"),
+    "no config": (lambda: Unconfigured(2), "its Unconfigured cannot be copied by from_config"),
     "shared": (lambda: Sharing(_HELD[0], name="sharing"), "sharing and what is made by its from_config"),
-    "function": (lambda: optimizers.MultiOptimizer(lambda variable: _HELD[0]), "chooses optimizers by a function"),
+    "function": (
+        lambda: optimizers.MultiOptimizer(lambda variable: _HELD[0]),
+        "multi_optimizer.* chooses optimizers by a function",
+    ),
 }
 
 
@@ -193,7 +196,7 @@ def test_optimizers_that_cannot_be_copied(name):
     model.compile(make(), "mse", run_eagerly=True)
     model.fit(X, TARGET, verbose=0)
     before = [variable.numpy() for variable in model.optimizer.variables]
-    with pytest.warns(UserWarning, match=f"the copy of net is not compiled: .*({reason})"):
+    with pytest.warns(UserWarning, match=f"the copy of net is not compiled: {reason}"):
         copy = convert(model, verbose=0)
     assert not copy.compiled
     for variable, value in zip(model.optimizer.variables, before, strict=True):

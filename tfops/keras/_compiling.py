@@ -71,6 +71,8 @@ def _compile(model: keras.Model, copy: keras.Model) -> None:
     cls = type(model)
     if cls.compile_from_config is not keras.Model.compile_from_config:
         copy.compile_from_config(model.get_compile_config())  # the class says how
+        if not copy.compiled:
+            raise ValueError(f"{cls.__name__}.compile_from_config() does not compile it")
         return
     stock, own = (inspect.signature(each.compile).parameters for each in (keras.Model, cls))
     any_kind = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -134,10 +136,11 @@ def _is_same(got: Any, want: Any) -> bool:
 Place = tuple[Any, ...]
 
 
-def _places(value: Any, place: Place = (), above: tuple[int, ...] = ()) -> Iterator[tuple[Place, Any]]:
+def _places(value: Any, place: Place = (), seen: set[int] | None = None) -> Iterator[tuple[Place, Any]]:
     """An optimizer or metric and all that it holds, down to variables and layers, with the places."""
     yield place, value
-    if id(value) in above:
+    seen = set() if seen is None else seen
+    if id(value) in seen:
         return
     if isinstance(value, dict):
         parts = enumerate(value.values())  # keys may stand for a variable
@@ -148,8 +151,9 @@ def _places(value: Any, place: Place = (), above: tuple[int, ...] = ()) -> Itera
         parts = [item for item in sorted(vars(value).items()) if not item[0].startswith(("_self_", "_tracker"))]
     else:
         return
+    seen.add(id(value))
     for name, part in parts:
-        yield from _places(part, (*place, name), (*above, id(value)))
+        yield from _places(part, (*place, name), seen)
 
 
 def _is_leaf(value: Any) -> bool:
@@ -177,8 +181,11 @@ def _like(original: Any) -> Any:
     custom = {each.__name__: each for each in custom if each.__module__.partition(".")[0] != "keras"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of lambdas in configs
-        config = keras.saving.serialize_keras_object(original)
-        copy = keras.saving.deserialize_keras_object(config, custom_objects=custom, safe_mode=False)
+        try:
+            config = keras.saving.serialize_keras_object(original)
+            copy = keras.saving.deserialize_keras_object(config, custom_objects=custom, safe_mode=False)
+        except Exception as error:
+            raise ValueError(f"its {type(original).__name__} cannot be copied by from_config(get_config())") from error
     copied = dict(_places(copy))
     if {id(value) for value in held.values() if _has_state(value)} & {id(value) for value in copied.values()}:
         raise ValueError(f"{original.name} and what is made by its from_config(get_config()) share their state")
@@ -194,6 +201,8 @@ def _transfer(optimizer: Any, copy: Any, trainable: list[Any], variables: Mappin
 
     What two optimizers of one config hold, built on lists of variables that correspond, has the same places in both.
     """
+    if copy is optimizer:
+        raise ValueError(f"it has the same {optimizer.name} as the model")
     if optimizer.built and not copy.built:
         copy.build([_find(variable, variables) for variable in optimizer._trainable_variables or trainable])
     copied = dict(_places(copy))
