@@ -94,7 +94,7 @@ def _compile(model: keras.Model, copy: keras.Model) -> None:
     copy.compile(**{name: value for name, value in arguments.items() if takes_any or name in own})
     for name in ("run_eagerly", "jit_compile", "steps_per_execution"):
         if not takes_any and name not in own:
-            setattr(copy, name, given.pop(name))
+            setattr(copy, name, given[name])
     got = {**_compiled_with(copy), **{name: getattr(copy, name, None) for name in extra}}
     changed = [name for name in given if name != "jit_compile" and not _is_same(got[name], arguments[name])]
     if changed:
