@@ -34,9 +34,9 @@ def convert(model: keras.Model, to: str = "tfops", *, fold: bool = True, verbose
     another order.
 
     If the model is compiled, so is the copy: with the same losses, with metrics of its own, and with an optimizer of
-    its own in the same state, however deep that is wrapped. Optimizers and metrics are copied by their configs, and the
-    model by its class' `compile`, or `compile_from_config` if that is the class' own. Where that cannot be, or where
-    such a `compile` takes other arguments than Keras', a warning says what is to be done by hand.
+    its own in the same state, however deep that is wrapped. Optimizers and metrics are copied by their configs. A
+    `compile` of the class' own is called with what the model is compiled with, or its `compile_from_config`, if it has
+    one. Where that cannot be, a warning says what is to be done by hand.
 
     Subclassed models and layers are copied by `from_config(get_config())`, while their classes get tfops' layer where
     they construct Keras'. When such a model is saved and loaded, it has Keras' batch norms: convert it again.
