@@ -122,10 +122,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
             return layer_call
 
         def recomputed_call(
-            inputs: Any, training: Any = None, mask: Any = None, residual: Any = None, inputs_mask: Any = None
+            inputs: Any, training: Any = None, mask: Any = None, residual: Any = None, **options: Any
         ) -> Any:
             def call(inputs: Any, residual: Any = None) -> Any:
-                return layer_call(inputs, training=training, mask=mask, residual=residual, inputs_mask=inputs_mask)
+                return layer_call(inputs, training=training, mask=mask, residual=residual, **options)
 
             tensors = [inputs] if residual is None else [inputs, residual]
             return tf.recompute_grad(call)(*tensors)
