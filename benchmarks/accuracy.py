@@ -6,7 +6,8 @@
 Data are normal with |mean|/std from 1 to 10^6; all the same; with outliers; very small and very large; and 10^8
 elements a channel. References are float64, and long double where the data are float64. What a type cannot tell apart
 (16-bit types at large ratios) is replaced by data of two neighbouring values with that ratio. Errors of tfops are
-compared with its bounds, which `errors` states: exceeding one is exit status 1.
+compared with its bounds, which `errors` states: exceeding one is exit status 1. A last case, "fused", is about what
+follows normalization (accuracy_fused.py).
 
 Rows go into OUT.json, in the place of rows of the same device, type, layout, case and peer; OUT.md and OUT.svg (with
 matplotlib) are made of all that are there.
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import accuracy_fused
 import ml_dtypes
 import numpy as np
 from accuracy_report import QUANTITIES, markdown, plot
@@ -450,6 +452,8 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out.with_suffix(".json")
     rows = json.loads(path.read_text()) if path.exists() else {}
     study(options, rows)
+    if any("fused".startswith(prefix) for prefix in options.case):
+        accuracy_fused.study(options.device, options.dtype, options.peer, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(rows[k])}" for k in sorted(rows)) + "\n}\n")
     options.out.with_suffix(".md").write_text(markdown(list(rows.values())))

@@ -57,7 +57,23 @@ def _error_table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _fused_table(rows: list[Row]) -> list[str]:
+    peers = [peer for peer in NAMES if any(row["peer"] == peer for row in rows)]
+    header = [NAMES[peer] if not peer.endswith("_jit") else f"{peer[:-4]}, jit_compile" for peer in peers]
+    lines = ["| device | dtype | followed by | " + " | ".join(header) + " |", "|---|---|---|" + "---|" * len(peers)]
+    cells: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in rows:
+        text = " ".join(f"{row['errors'][name]:.0e}" for name in ("dscale", "doffset"))
+        followed_by = {"fused, relu": "ReLU", "fused, add_relu": "addition, ReLU"}[row["case"]]
+        cells.setdefault((row["device"], row["dtype"], followed_by), {})[row["peer"]] = text
+    for key, by_peer in sorted(cells.items()):
+        lines.append(f"| {' | '.join(key)} | " + " | ".join(by_peer.get(peer, "") for peer in peers) + " |")
+    return lines
+
+
 def markdown(rows: list[Row]) -> str:
+    fused = [row for row in rows if row["case"].startswith("fused")]
+    rows = [row for row in rows if not row["case"].startswith("fused")]
     peers, kinds = list(NAMES), ["ratio", "constant", "outliers", "small", "large", "many"]
 
     def order(row: Row) -> tuple:
@@ -74,6 +90,17 @@ def markdown(rows: list[Row]) -> str:
         "",
         *_bound_table(rows),
     ]
+    if fused:
+        lines += [
+            "",
+            "## 16-bit types, with ReLU: the largest error of dscale and doffset",
+            "",
+            "Relative to the largest of all channels, with 64x56x56x24 normal numbers (`accuracy_fused.py`). tfops has "
+            "the addition and ReLU in the op. The others round what they add to 16 bits, and the sum: near 0 ReLU gets "
+            "whole elements wrong.",
+            "",
+            *_fused_table(fused),
+        ]
     for device in dict.fromkeys(row["device"] for row in rows):
         for dtype in dict.fromkeys(row["dtype"] for row in rows):
             some = [row for row in rows if (row["device"], row["dtype"]) == (device, dtype)]

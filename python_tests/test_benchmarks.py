@@ -6,10 +6,14 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+import oracle
 import pytest
 from fresh_process import run_python
 
@@ -80,6 +84,80 @@ def test_cpu_compares(tmp_path):
     has_plot = importlib.util.find_spec("matplotlib") is not None
     assert (tmp_path / "out.svg").exists() == has_plot
     assert ("matplotlib is not installed" in run.stderr) != has_plot
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize(("dtype", "variant"), [("float32", "plain"), ("bfloat16", "add_relu"), ("float16", "relu")])
+def test_cpu_exact(benchmarks, layout, dtype, variant):
+    exact, worker = benchmarks("cpu_exact").exact, benchmarks("cpu_worker")
+    cell = benchmarks("problems").Cell("test", (5, 4, 3, 6), layout, dtype, variant, "forward_backward")
+    shape, axis = worker.memory_shape(cell)
+    data = worker.numbers(cell)
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    x, dy, residual = (data[name].astype(kind)[: 5 * 4 * 3 * 6].reshape(shape) for name in ("x", "dy", "residual"))
+    vectors = (data["scale"], data["offset"])
+    options = {
+        "axis": axis,
+        "epsilon": worker.EPSILON,
+        "activation": None if variant == "plain" else "relu",
+        "residual": residual if variant == "add_relu" else None,
+    }
+    forward, backward = oracle.forward(x, *vectors, **options), oracle.backward(dy, x, *vectors, **options)
+    want = {
+        "y": forward.y,
+        "dx": backward.x,
+        "dscale": backward.scale,
+        "doffset": backward.offset,
+        "dresidual": backward.residual,
+    }
+    got = exact(cell)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value.ravel(), rtol=1e-10, atol=1e-13, err_msg=name)
+    statistics = (data["mean"], data["variance"])
+    inference = oracle.forward(x, *vectors, *statistics, training=False, **options)
+    got = exact(cell._replace(what="inference"))
+    np.testing.assert_allclose(got["y"], inference.y.ravel(), rtol=1e-10, atol=1e-13)
+
+
+def test_cpu_says_whose_error_it_is(benchmarks):
+    cpu, worker = benchmarks("cpu"), benchmarks("cpu_worker")
+    cell = benchmarks("problems").Cell("test", (40, 5, 5, 6), "NHWC", "bfloat16", "add_relu", "backward")
+    truth = benchmarks("cpu_exact").exact(cell)
+
+    def result(off=0.0):
+        dscale = truth["dscale"] + off * np.abs(truth["dscale"]).max()
+        return worker.Prepared("peer", cell.what, 1.0, 1, {**truth, "dscale": dscale})
+
+    for ours, theirs, whose, wrong in (
+        (0, 0.04, "dscale is off by 4.0e-02 .* tfops' by 0.0e", False),
+        (0.04, 0, "dscale is off by 0.0e.* tfops' by 4.0e-02", True),
+        (0.03, -0.03, "dscale is off by 3.0e-02 .* tfops' by 3.0e-02", True),
+        (0, 0.5, "dscale is off by 5.0e-01", True),  # no rounding
+        (0, np.nan, "dscale is off by nan", True),
+    ):
+        text, is_wrong = cpu.disagreement(cell, result(ours), result(theirs))
+        assert re.match(whose, text)
+        assert is_wrong == wrong
+    assert cpu.disagreement(cell, result(0.01), result()) is None
+
+
+@needs_tensorflow
+def test_gradients_of_what_is_fused(benchmarks):
+    fused = benchmarks("accuracy_fused")
+    for dtype in fused.DTYPES:
+        t = fused.make_tensors(dtype, (16, 14, 14, 8))
+        for variant in fused.VARIANTS:
+            exact, bound = fused.reference(t, variant)
+            off = {}
+            for peer in ("tfops", "tf"):
+                found = fused.step(peer, variant, dtype, 8)(*t)
+                off[peer] = [np.abs(got - exact[name]) for name, got in zip(fused.GRADIENTS, found, strict=True)]
+            for name, errors in zip(fused.GRADIENTS, off["tfops"], strict=True):
+                assert np.all(errors <= bound[name])
+            if variant == "add_relu":
+                for ours, theirs in zip(*off.values(), strict=True):
+                    assert theirs.max() > 1e4 * ours.max()
 
 
 @needs_tensorflow

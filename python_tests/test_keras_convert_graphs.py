@@ -407,13 +407,6 @@ def test_training_goes_on():
         np.testing.assert_allclose(histories[0][name], values, rtol=1e-5)
 
 
-def test_a_loss_without_a_config_leaves_the_copy_uncompiled():
-    model = _add_then()
-    model.compile("sgd", lambda y, z: tf.reduce_mean(y - z))
-    with pytest.warns(UserWarning, match="must be compiled by hand"):
-        assert not convert(model, verbose=0).compiled
-
-
 def test_masks():
     inputs = keras.Input((5, 3))
     y = layers.Masking()(inputs)

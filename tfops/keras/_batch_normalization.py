@@ -11,6 +11,7 @@ from tfops import _xla
 from tfops._arguments import ACTIVATIONS, param_type
 from tfops._batch_norm import fused_batch_norm
 from tfops._phases import Statistics, batch_statistics, normalize, replicas
+from tfops.keras._recomputing import is_recomputed
 
 
 def check_backend(backend: str) -> None:
@@ -30,8 +31,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     Takes every argument of Keras' layer, with the same defaults, and holds the same weights under the same names. As
     there, the moving variance averages the population variance. Without an activation its config is that of Keras'
-    layer. Two things differ in training: `synchronized` holds with a mask too, and a batch of no elements leaves the
-    moving statistics as they are.
+    layer. Three things differ in training: `synchronized` holds with a mask too, a batch of no elements leaves the
+    moving statistics as they are, and they take a batch in once where `tf.recompute_grad` or `keras.RematScope` runs
+    the layer twice (unless a `tf.function` in between runs what was traced before).
 
     Args:
       activation: None, "relu", "relu6", "leaky_relu" (slope 0.2) or "silu"; applied to the result.
@@ -89,7 +91,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             if renorm:
                 r, d, *_ = self._renorm_correction_and_moments(statistics.mean, statistics.variance)
                 scale, offset = self._compose_transforms(r, d, scale, offset, param)
-            self._update(statistics, renorm)
+            if not is_recomputed():
+                self._update(statistics, renorm)
             y = normalize(x, scale, offset, statistics, **settings)
         else:
             y, mean, variance = fused_batch_norm(
@@ -103,10 +106,31 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 unbiased=False,
                 **settings,
             )
-            if training:
+            if training and not is_recomputed():
                 self.moving_mean.assign(tf.cast(mean, self.moving_mean.dtype))
                 self.moving_variance.assign(tf.cast(variance, self.moving_variance.dtype))
         return tf.cast(y, self.compute_dtype)
+
+    def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
+        """`layer_call`, recomputed for the gradient where the layer's `keras.RematScope` has it so.
+
+        `tf.recompute_grad`, which Keras uses, has gradients for what is given by position alone. In graphs it takes no
+        keywords, and adds zeros to what it is given: that is the inputs and the residual here, and nothing else.
+        """
+        recomputes = super().rematerialized_call(layer_call, *args, **kwargs) is not layer_call
+        if not recomputes or self._remat_mode.mode == "activations":  # of which the kernels keep nothing in any case
+            return layer_call
+
+        def recomputed_call(
+            inputs: Any, training: Any = None, mask: Any = None, residual: Any = None, **options: Any
+        ) -> Any:
+            def call(inputs: Any, residual: Any = None) -> Any:
+                return layer_call(inputs, training=training, mask=mask, residual=residual, **options)
+
+            tensors = [inputs] if residual is None else [inputs, residual]
+            return tf.recompute_grad(call)(*tensors)
+
+        return recomputed_call
 
     def _data(self, inputs: Any) -> tf.Tensor:
         """The inputs in a type that has kernels, as wide as theirs and as the compute type."""

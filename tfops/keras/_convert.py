@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 
 import keras
 
 from tfops.keras._batch_normalization import BatchNormalization
+from tfops.keras._compiling import compile_like
 from tfops.keras._copying import Copier, Report
 
 CLASSES = {"tfops": BatchNormalization, "keras": keras.layers.BatchNormalization}
@@ -30,9 +30,13 @@ def convert(model: keras.Model, to: str = "tfops", *, fold: bool = True, verbose
     stay, because losses and metrics go by their names.
 
     The given model is left as it is. The copy's layers have the same names (those that were folded in are gone), its
-    weights the same names, paths, values and `trainable`. If the model is compiled, so is the copy, with the same state
-    of the optimizer; if that cannot be, a warning says so. Where additions are folded in, `copy.weights` may be in
+    weights the same names, paths, values and `trainable`. Where additions are folded in, `copy.weights` may be in
     another order.
+
+    If the model is compiled, so is the copy: with the same losses, with metrics of its own, and with an optimizer of
+    its own in the same state, however deep that is wrapped. Optimizers and metrics are copied by their configs. A
+    `compile` of the class' own is called with what the model is compiled with, or its `compile_from_config`, if it has
+    one. Where that cannot be, a warning says what is to be done by hand.
 
     Subclassed models and layers are copied by `from_config(get_config())`, while their classes get tfops' layer where
     they construct Keras'. When such a model is saved and loaded, it has Keras' batch norms: convert it again.
@@ -61,8 +65,9 @@ def convert(model: keras.Model, to: str = "tfops", *, fold: bool = True, verbose
         raise ValueError(f"to must be one of {', '.join(map(repr, CLASSES))}, but it is {to!r}")
     if verbose not in (0, 1, 2):
         raise ValueError(f"verbose must be 0, 1 or 2, but it is {verbose!r}")
-    copy, reports = Copier(model, CLASSES[to], fold).run()
-    _compile(model, copy)
+    copier = Copier(model, CLASSES[to], fold)
+    copy, reports = copier.run()
+    compile_like(model, copy, copier.variables)
     if verbose:
         print(_describe(model.name, to, reports, verbose > 1))
     return copy
@@ -78,24 +83,3 @@ def _describe(name: str, to: str, reports: list[Report], each: bool) -> str:
         width = max(len(report.name) for report in reports)
         lines += [f"  {report.name:<{width}}  {report.text}" for report in reports]
     return "\n".join(lines)
-
-
-def _compile(model: keras.Model, copy: keras.Model) -> None:
-    """Compiles the copy as the model is, with the optimizer's state."""
-    if not model.compiled:
-        return
-    try:
-        copy.compile_from_config(model.get_compile_config())
-    except (TypeError, ValueError, NotImplementedError) as error:
-        warnings.warn(f"the copy of {model.name} must be compiled by hand: {error}", stacklevel=3)
-        return
-    if getattr(model, "optimizer", None) is None or not model.optimizer.built or not copy.compiled:
-        return
-    # An optimizer's variables are named after the weights that they belong to.
-    state = {variable.path: variable for variable in model.optimizer.variables}
-    paths = [variable.path for variable in copy.optimizer.variables]
-    if len(state) != len(model.optimizer.variables) or sorted(state) != sorted(paths):
-        warnings.warn(f"the optimizer of {model.name}'s copy has no state: weights share paths", stacklevel=3)
-        return
-    for variable in copy.optimizer.variables:
-        variable.assign(state[variable.path])

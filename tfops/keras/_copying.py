@@ -54,6 +54,15 @@ class Copier:
         reports = [self._report(layer) for layer, _ in self._pairs.values() if self._is_replaced(layer)]
         return copy, reports
 
+    @property
+    def variables(self) -> dict[int, Any]:
+        """What became of each variable of the model, by its id."""
+        return {
+            id(variable): new
+            for layer, copy in self._pairs.values()
+            for variable, new in zip(_own_variables(layer), _own_variables(copy), strict=True)
+        }
+
     # ------------------------------------------------------------------------------------------------------------------
     # Copies without state
 

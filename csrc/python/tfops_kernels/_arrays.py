@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,9 +15,11 @@ class Library(Protocol):
     """How to look at, and make, arrays of one kind."""
 
     is_cuda: bool
+    kind: str  # of arrays
 
+    def has(self, array: Any) -> bool: ...
     def dtype(self, array: Any) -> str: ...
-    def is_dense(self, array: Any) -> bool: ...
+    def fault(self, array: Any) -> str: ...  # what it would have to be to be read as it lies in memory; "" if it is
     def address(self, array: Any) -> int: ...
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any: ...
     def stream(self, array: Any) -> int: ...
@@ -24,12 +27,22 @@ class Library(Protocol):
 
 class _NumPy:
     is_cuda = False
+    kind = "numpy.ndarray"
+
+    def has(self, array: Any) -> bool:
+        return isinstance(array, np.ndarray)  # or a np.memmap, which says the same of itself
 
     def dtype(self, array: np.ndarray) -> str:
         return array.dtype.name
 
-    def is_dense(self, array: np.ndarray) -> bool:
-        return array.flags.c_contiguous and array.dtype.isnative
+    def fault(self, array: np.ndarray) -> str:
+        if isinstance(array, np.ma.MaskedArray):
+            return "without a mask (array.filled() makes it so)"
+        if not array.dtype.isnative:
+            return f"in this machine's byte order (array.astype({array.dtype.name!r}) makes it so)"
+        if not array.flags.c_contiguous:
+            return "dense and row-major (numpy.ascontiguousarray makes it so)"
+        return "" if array.flags.aligned else "aligned to its elements (array.copy() makes it so)"
 
     def address(self, array: np.ndarray) -> int:
         return array.ctypes.data
@@ -43,12 +56,17 @@ class _NumPy:
 
 class _Torch:
     is_cuda = True
+    kind = "CUDA torch.Tensor"
+
+    def has(self, array: Any) -> bool:
+        torch = sys.modules.get("torch")  # where there is a tensor, it has been imported
+        return torch is not None and isinstance(array, torch.Tensor) and array.is_cuda
 
     def dtype(self, array: Any) -> str:
         return str(array.dtype).removeprefix("torch.")
 
-    def is_dense(self, array: Any) -> bool:
-        return array.is_contiguous()
+    def fault(self, array: Any) -> str:
+        return "" if array.is_contiguous() else "dense and row-major (.contiguous() makes it so)"
 
     def address(self, array: Any) -> int:
         return array.data_ptr()
@@ -64,25 +82,32 @@ class _Torch:
         return torch.cuda.current_stream(array.device).cuda_stream
 
 
+_LIBRARIES: tuple[Library, ...] = (_NumPy(), _Torch())
+
+
 def library_of(x: Any) -> Library:
     """The library of x, or TypeError."""
-    if isinstance(x, np.ndarray):
-        return _NumPy()
-    if type(x).__module__.partition(".")[0] == "torch" and x.is_cuda:
-        return _Torch()
-    raise TypeError(f"x must be a numpy.ndarray or a CUDA torch.Tensor, but it is {type(x).__qualname__}")
+    for library in _LIBRARIES:
+        if library.has(x):
+            return library
+    kinds = " or a ".join(library.kind for library in _LIBRARIES)
+    raise TypeError(f"x must be a {kinds}, but it is a {_class(x)}")
 
 
 def check(library: Library, name: str, array: Any, shape: tuple[int, ...], dtype: str, like: Any) -> int:
     """The array's address. TypeError or ValueError, naming the argument, unless it is what is expected."""
-    if type(array) is not type(like):
-        raise TypeError(f"{name} must be a {type(like).__qualname__} as x is, but it is {type(array).__qualname__}")
+    if not library.has(array):
+        raise TypeError(f"{name} must be a {library.kind} as x is, but it is a {_class(array)}")
     if library.is_cuda and array.device != like.device:
         raise ValueError(f"{name} must be on {like.device} as x is, but it is on {array.device}")
     if library.dtype(array) != dtype:
         raise TypeError(f"{name} must be of dtype {dtype}, but it is {library.dtype(array)}")
     if tuple(array.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, but it has {tuple(array.shape)}")
-    if not library.is_dense(array):
-        raise ValueError(f"{name} must be dense and row-major (numpy.ascontiguousarray or .contiguous() makes it so)")
+    if fault := library.fault(array):
+        raise ValueError(f"{name} must be {fault}")
     return library.address(array)
+
+
+def _class(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
