@@ -24,6 +24,7 @@ class Arguments(NamedTuple):
     mean: tf.Tensor | None
     variance: tf.Tensor | None
     residual: tf.Tensor | None
+    dtype: tf.DType  # of x, which takes a while to tell
     epsilon: float
     exponential_avg_factor: float
     axis: int
@@ -62,9 +63,11 @@ def _tensor(name: str, value: Any, dtype: tf.DType) -> tf.Tensor:
 
 def _statistic(name: str, value: Any, dtype: tf.DType) -> tf.Tensor | None:
     """As TensorFlow's function, which takes NumPy's statistics in any number type."""
+    if value is None:
+        return None
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
         value = value.astype(dtype.as_numpy_dtype)
-    return None if value is None else _tensor(name, value, dtype)
+    return _tensor(name, value, dtype)
 
 
 def _number(name: str, value: Any) -> float:
@@ -121,11 +124,12 @@ def convert(
     """All tensors as tensors. Raises TypeError or ValueError, naming the argument and its value."""
     if not isinstance(x, tf.Tensor):
         x = tf.convert_to_tensor(x, name="x")
-    if x.dtype not in _DATA_TYPES and x.dtype.base_dtype in _DATA_TYPES:
-        x = tf.identity(x)  # a reference
-    if x.dtype not in _DATA_TYPES:
-        names = ", ".join(dtype.name for dtype in _DATA_TYPES)
-        raise TypeError(f"x must be of dtype {names}, but it is {x.dtype.name}")
+    dtype = x.dtype
+    if dtype not in _DATA_TYPES:
+        if dtype.base_dtype not in _DATA_TYPES:
+            names = ", ".join(each.name for each in _DATA_TYPES)
+            raise TypeError(f"x must be of dtype {names}, but it is {dtype.name}")
+        x, dtype = tf.identity(x), dtype.base_dtype  # a reference
     if axis is None:
         axis = _AXIS_OF_FORMAT[_format(data_format)]
     if activation not in ACTIVATIONS:
@@ -140,7 +144,7 @@ def convert(
             f"{mean!r} and {variance!r}, is_training is {training!r} and exponential_avg_factor is "
             f"{exponential_avg_factor!r}"
         )
-    param = param_type(x.dtype)
+    param = param_type(dtype)
     scale, offset = _tensor("scale", scale, param), _tensor("offset", offset, param)
     mean, variance = _statistic("mean", mean, param), _statistic("variance", variance, param)
     if not needs_statistics:
@@ -153,7 +157,8 @@ def convert(
         offset=offset,
         mean=mean,
         variance=variance,
-        residual=None if residual is None else _tensor("residual", residual, x.dtype),
+        residual=None if residual is None else _tensor("residual", residual, dtype),
+        dtype=dtype,
         epsilon=epsilon,
         exponential_avg_factor=exponential_avg_factor,
         axis=int(axis),

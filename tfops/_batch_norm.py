@@ -80,11 +80,11 @@ def fused_batch_norm(
         activation,
         residual,
     )
-    x, scale, offset, mean, variance, residual, epsilon, exponential_avg_factor, axis, training = arguments
+    x, scale, offset, mean, variance, residual, dtype, epsilon, exponential_avg_factor, axis, training = arguments
     common = {
         "residual": [] if residual is None else [residual],
         "axis": axis,
-        **float_attribute("epsilon", epsilon, x.dtype),
+        **float_attribute("epsilon", epsilon, dtype),
         "activation": activation or "",
         "name": name,
     }
@@ -95,14 +95,14 @@ def fused_batch_norm(
             scale,
             offset,
             running=[] if mean is None else [mean, variance],
-            **float_attribute("exponential_avg_factor", exponential_avg_factor, x.dtype),
+            **float_attribute("exponential_avg_factor", exponential_avg_factor, dtype),
             unbiased=unbiased,
             **common,
         )[:3]
 
     def infer() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         y = ops.tfops_batch_norm_inference(x, scale, offset, mean, variance, **common)
-        if tf.executing_eagerly():
+        if type(y) is type(mean) is type(variance):
             return y, mean, variance
         return y, tf.identity(mean), tf.identity(variance)  # what a graph returns should be of the graph
 

@@ -53,7 +53,7 @@ def fused_batch_norm(
             activation,
             residual,
         )
-        x, scale, offset, mean, variance, residual, epsilon, exponential_avg_factor, axis, training = arguments
+        x, scale, offset, mean, variance, residual, dtype, epsilon, exponential_avg_factor, axis, training = arguments
         param = scale.dtype
         channel_axis = axis % x.shape.rank
         others = [i for i in range(x.shape.rank) if i != channel_axis]
@@ -65,7 +65,7 @@ def fused_batch_norm(
             z = (wide - tf.reshape(center, vector_shape)) * slope + tf.reshape(offset, vector_shape)
             if residual is not None:
                 z += tf.cast(residual, param)
-            return tf.cast(_ACTIVATIONS[activation](z), x.dtype)
+            return tf.cast(_ACTIVATIONS[activation](z), dtype)
 
         def train() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             count = tf.cast(tf.size(x, out_type=tf.int64), param) / tf.cast(tf.maximum(tf.size(scale), 1), param)
