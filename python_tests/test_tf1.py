@@ -10,7 +10,7 @@ from fresh_process import run_python
 CHECK = Path(__file__).with_name("tf1_check.py")
 
 
-@pytest.mark.parametrize("behavior", ["v2_behavior", "tensor_equality", "control_flow_v2", "resource_variables", ""])
+@pytest.mark.parametrize("behavior", ["v2_behavior", "tensor_equality", ""])
 def test_with(behavior):
     result = run_python(CHECK, behavior)
     assert result.returncode == 0, result.stderr

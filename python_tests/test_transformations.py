@@ -154,9 +154,19 @@ def _vectorized(function, stacked, iterations=3):
     return got, tf.nest.map_structure(lambda *each: tf.stack(each), *want)
 
 
-@pytest.mark.parametrize("dtype", [tf.float64, tf.float32, tf.bfloat16, tf.float16], ids=lambda d: d.name)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize(("shape", "axis"), [*LAYOUTS, ((4, 1), -1), ((1, 2, 9), 1), ((2, 24), -1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis", "dtype"),
+    [
+        *((*layout, tf.float64) for layout in LAYOUTS),
+        ((4, 1), -1, tf.float64),
+        ((1, 2, 9), 1, tf.float64),
+        ((2, 24), -1, tf.float32),
+        ((3, 7, 2, 2), 1, tf.float16),
+        ((4, 3, 5), -1, tf.bfloat16),
+    ],
+    ids=str,
+)
 def test_vectorized_map(shape, axis, training, dtype):
     """Whichever inputs differ from one iteration to another: what a loop gives, gradients and masks included."""
     for activation, stacked in itertools.product(
