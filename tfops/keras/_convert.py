@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 
 import keras
 
 from tfops.keras._batch_normalization import BatchNormalization
-from tfops.keras._copying import Copier, Report
+from tfops.keras._copying import Copier
+from tfops.keras._reporting import describe
 
 CLASSES = {"tfops": BatchNormalization, "keras": keras.layers.BatchNormalization}
 
@@ -64,20 +64,8 @@ def convert(model: keras.Model, to: str = "tfops", *, fold: bool = True, verbose
     copy, reports = Copier(model, CLASSES[to], fold).run()
     _compile(model, copy)
     if verbose:
-        print(_describe(model.name, to, reports, verbose > 1))
+        print(describe(model.name, to, reports, verbose > 1))
     return copy
-
-
-def _describe(name: str, to: str, reports: list[Report], each: bool) -> str:
-    """What was done, in a line; and a line for each batch norm."""
-    verb, other = ("folded in", "nothing") if to == "tfops" else ("unfolded", "nothing fused")
-    kinds = Counter(" and ".join(report.kinds) or other for report in reports)
-    counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
-    lines = [f"{name}: {len(reports)} batch norms replaced" + (f"; {verb}: {counts}" if reports else "")]
-    if each and reports:
-        width = max(len(report.name) for report in reports)
-        lines += [f"  {report.name:<{width}}  {report.text}" for report in reports]
-    return "\n".join(lines)
 
 
 def _compile(model: keras.Model, copy: keras.Model) -> None:

@@ -7,46 +7,41 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import keras
-import tensorflow as tf
-from keras.src.models.functional import Functional, functional_like_constructor
+from keras.src.models.functional import Functional
 
+from tfops.keras._activations import activation_of, kind_of
+from tfops.keras._attributes import symbolic_tensors
 from tfops.keras._batch_normalization import BatchNormalization
+from tfops.keras._tags import still_to_come
 
-_FUNCTIONS = [
-    (keras.activations.relu, "relu"),
-    (keras.activations.relu6, "relu6"),
-    (keras.activations.leaky_relu, "leaky_relu"),
-    (keras.activations.silu, "silu"),
-    (tf.nn.relu, "relu"),
-    (tf.nn.relu6, "relu6"),
-    (tf.nn.leaky_relu, "leaky_relu"),
-    (tf.nn.silu, "silu"),
-]
+_NUMBERS = {0: "no", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 
 class Fold(NamedTuple):
-    """What one call of a batch norm takes in; nothing, if `note` says why."""
+    """What one call of a batch norm takes in; nothing, if `why` says so."""
 
     norm: keras.Layer
-    calls: list[Any]  # that of the batch norm, then those folded in: nodes of a graph, or indices into a Sequential
-    folded: list[str]  # the names of the layers and operations folded in
-    activation: str | None
-    addition: Any  # the node that adds, or None
-    residual: Any  # what it adds: a tensor of the graph, or None
-    note: str
+    call: Any  # a node of a graph, or an index into a Sequential's layers
+    operations: tuple[Any, ...] = ()  # the layers and operations that follow and are folded in
+    kinds: tuple[str, ...] = ()  # what these do: "add", an activation, or both
+    why: str = ""  # a reason that batch norms have in common
+    detail: str = ""  # what is particular to this one
+
+    def without(self, why: str, detail: str = "") -> Fold:
+        """The batch norm alone."""
+        return Fold(self.norm, self.call, why=why, detail=detail)
+
+    def with_(self, operation: Any, kind: str) -> Fold:
+        return Fold(self.norm, self.call, (*self.operations, operation), (*self.kinds, kind))
 
     @property
-    def kind(self) -> tuple[str | None, bool]:
-        return self.activation, self.residual is not None
-
-    def without(self, note: str) -> Fold:
-        """The batch norm alone."""
-        return Fold(self.norm, self.calls[:1], [], None, None, None, note)
+    def names(self) -> tuple[str, ...]:
+        return tuple(operation.name for operation in self.operations)
 
 
 def is_graph(layer: Any) -> bool:
-    """Whether it is a functional model which its class can make from new inputs and outputs."""
-    return isinstance(layer, Functional) and functional_like_constructor(type(layer))
+    """Whether the layer is a functional model, of whatever class, that computes what its graph says."""
+    return isinstance(layer, Functional) and type(layer).call is Functional.call
 
 
 def is_list(layer: Any) -> bool:
@@ -54,24 +49,28 @@ def is_list(layer: Any) -> bool:
 
 
 def nodes(model: keras.Model) -> list[Any]:
-    """The calls that make up a functional model, each after those that it depends on."""
+    """The calls that make up a functional model, in the order in which Keras makes them."""
     by_depth = model._nodes_by_depth
     return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
 
 
 def plan(model: keras.Model, to_fold: bool) -> dict[int, list[Fold]]:
-    """For each graph and Sequential in the model, by its id, what each call of a batch norm in it takes in.
-
-    A layer that is called several times takes in the same at all of its calls, or nothing.
-    """
-    folds = {id(part): list(_folds(part, part is model, to_fold)) for part in _parts(model, set())}
-    kinds = defaultdict(set)
-    for fold in [fold for part in folds.values() for fold in part]:
-        kinds[id(fold.norm)].add(fold.kind)
-    return {
-        part: [fold if len(kinds[id(fold.norm)]) == 1 else fold.without("its calls differ") for fold in of_part]
-        for part, of_part in folds.items()
-    }
+    """For each graph and Sequential in the model, by its id, what each call of a batch norm in it takes in."""
+    parts = list(_parts(model, set()))
+    # Whoever keeps a tensor as an attribute is going to read it.
+    kept = {id(tensor) for part in parts for tensor in symbolic_tensors(part)}
+    folds = {id(part): list(_folds(part, to_fold, kept)) for part in parts}
+    # The calls of a Sequential have no arguments: what is folded in there is a matter of the layer, at all of its calls.
+    calls = defaultdict(list)
+    for part in parts:
+        for fold in folds[id(part)]:
+            calls[id(fold.norm)].append((is_list(part), fold.kinds))
+    for part in filter(is_list, parts):
+        folds[id(part)] = [
+            fold if len(set(calls[id(fold.norm)])) == 1 else fold.without("its calls differ")
+            for fold in folds[id(part)]
+        ]
+    return folds
 
 
 def _parts(model: Any, seen: set[int]) -> Iterator[keras.Model]:
@@ -80,52 +79,26 @@ def _parts(model: Any, seen: set[int]) -> Iterator[keras.Model]:
         return
     seen.add(id(model))
     yield model
-    for layer in model.layers:
+    for layer in model._layers:  # with those attached to a graph
         yield from _parts(layer, seen)
 
 
-def _folds(model: keras.Model, outermost: bool, to_fold: bool) -> Iterator[Fold]:
-    look = _Graph(model, outermost) if is_graph(model) else _List(model)
-    # The last first: of two batch norms that are added, the later takes the addition in, and remains the later.
+def _folds(model: keras.Model, to_fold: bool, kept: set[int]) -> Iterator[Fold]:
+    look = _Graph(model, kept) if is_graph(model) else _List(model)
+    # The last first: of two batch norms that are added, the later takes the addition in.
     for call in reversed(look.calls):
         norm = look.layer(call)
-        if not _is_norm(norm):
+        if type(norm) not in (keras.layers.BatchNormalization, BatchNormalization):
             continue
-        fold = Fold(norm, [call], [], None, None, None, "")
+        fold = Fold(norm, call)
         if not to_fold:
             yield fold
         elif norm.activity_regularizer is not None:
             yield fold.without("it has an activity regularizer")
         elif getattr(norm, "activation", None) is not None:
-            yield fold.without("it has an activation")
+            yield fold.without("it has an activation of its own")
         else:
             yield look.extend(fold)
-
-
-def _is_norm(layer: Any) -> bool:
-    return type(layer) in (keras.layers.BatchNormalization, BatchNormalization)
-
-
-def _kind(operation: Any) -> str:
-    """The class name of one of Keras' own layers or operations that has no loss of its own, else ""."""
-    if getattr(operation, "activity_regularizer", None) is not None:
-        return ""
-    return type(operation).__name__ if type(operation).__module__.split(".")[0] == "keras" else ""
-
-
-def activation_of(operation: Any) -> str | None:
-    """tfops' name of the activation that a layer or operation applies; None if there is none."""
-    kind = _kind(operation)
-    if kind == "Activation":
-        return next((name for function, name in _FUNCTIONS if function is operation.activation), None)
-    if kind in ("Relu", "Relu6", "Silu"):
-        return kind.lower()
-    if kind in ("LeakyReLU", "LeakyRelu"):
-        return "leaky_relu" if operation.negative_slope == 0.2 else None
-    if kind == "ReLU" and operation.threshold == 0:
-        bounds = operation.negative_slope, operation.max_value
-        return {(0, None): "relu", (0, 6): "relu6", (0.2, None): "leaky_relu"}.get(bounds)
-    return None
 
 
 class _List:
@@ -139,89 +112,99 @@ class _List:
         return self._layers[call]
 
     def extend(self, fold: Fold) -> Fold:
-        call = fold.calls[0] + 1
+        if getattr(fold.norm, "folded", None) is not None:
+            return fold.without("it has been folded before")
+        call = fold.call + 1
         if call == len(self._layers):
-            return fold.without("its result is the model's")
+            return fold.without("its result is an output")
         after = self._layers[call]
         activation = activation_of(after)
-        if activation is None or after.compute_dtype != fold.norm.compute_dtype:
-            return fold.without(_read_by([after]))
-        return fold._replace(calls=[*fold.calls, call], folded=[after.name], activation=activation)
+        if activation is None:
+            return fold.without(*_no_activation(after))
+        if after.compute_dtype != fold.norm.compute_dtype:
+            return fold.without("the activation has another dtype", after.name)
+        return fold.with_(after, activation)
 
 
 class _Graph:
     """A functional model."""
 
-    def __init__(self, model: keras.Model, outermost: bool):
+    def __init__(self, model: keras.Model, kept: set[int]):
         self.calls = nodes(model)
         self._readers: dict[int, list[Any]] = defaultdict(list)
         for node in self.calls:
             for tensor in node.input_tensors:
                 self._readers[id(tensor)].append(node)
-        self._outputs = {id(tensor) for tensor in model.outputs}
-        # Losses and metrics are given by the names of the layers that make the outputs, where these are several.
-        self._named_outputs = self._outputs if outermost and len(model.outputs) > 1 else set()
+        self._kept = kept  # with the outputs, which are attributes too
         self._taken: set[int] = set()  # additions
+        self._place = {id(node): place for place, node in enumerate(self.calls)}
+        # The calls in which each layer takes part, in itself or in a model that is called.
+        self._calls_of: dict[int, list[Any]] = defaultdict(list)
+        for node in self.calls:
+            layers = node.operation._flatten_layers() if isinstance(node.operation, keras.Layer) else [node.operation]
+            for layer in layers:
+                self._calls_of[id(layer)].append(node)
 
     def layer(self, call: Any) -> Any:
         return call.operation
 
     def extend(self, fold: Fold) -> Fold:
-        node = fold.calls[0]
-        if "residual" in node.arguments.kwargs or len(node.arguments.args) > 3:
-            return fold.without("it has a residual")
-        first = node.outputs[0]
-        after, note = self._reader(first)
-        if after is not None and _kind(after.operation) == "Add":
-            residual, note = self._residual(after, first)
-            if residual is not None:
-                fold = self._take(fold, after)._replace(addition=after, residual=residual)
+        node = fold.call
+        if still_to_come(node.outputs[0]):
+            return fold.without("it has been folded before")
+        before = node.outputs[0]
+        after, fold = self._reader(before, fold)
+        if after is not None and kind_of(after.operation) == "Add":
+            fold = self._add(fold, after)
+            if fold.kinds:
                 self._taken.add(id(after))
-                after, _ = self._reader(after.outputs[0])
-        if after is not None and (activation := activation_of(after.operation)):
-            if self._is_like(after.outputs[0], first):
-                fold = self._take(fold, after)._replace(activation=activation)
-            else:
-                note = f"{after.operation.name} gives another dtype, or is an output and keeps its name"
-        return fold if fold.folded else fold.without(note)
+                before = after.outputs[0]
+                after, _ = self._reader(before, fold)
+        activation = None if after is None else activation_of(after.operation)
+        if activation is not None and after.outputs[0].dtype != before.dtype:
+            return fold if fold.kinds else fold.without("the activation has another dtype", after.operation.name)
+        return fold if activation is None else fold.with_(after.operation, activation)
 
-    def _take(self, fold: Fold, node: Any) -> Fold:
-        return fold._replace(calls=[*fold.calls, node], folded=[*fold.folded, node.operation.name])
-
-    def _reader(self, tensor: Any) -> tuple[Any, str]:
-        """The only call that reads the tensor, or None and why there is none."""
+    def _reader(self, tensor: Any, fold: Fold) -> tuple[Any, Fold]:
+        """The only call that reads the tensor, or None; and the fold, which says why there is nothing to take in."""
         readers = self._readers[id(tensor)]
-        if id(tensor) in self._outputs:
-            return None, "its result is an output"
-        note = _read_by([node.operation for node in readers])
-        return (readers[0] if len(readers) == 1 else None), note
+        if id(tensor) in self._kept:
+            return None, fold.without("its result is an output")
+        if len(readers) != 1:
+            names = ", ".join(_name(node.operation) for node in readers)
+            return None, fold.without(f"read by {_NUMBERS.get(len(readers), len(readers))} layers", names)
+        return readers[0], fold.without(*_no_activation(readers[0].operation))
 
-    def _residual(self, addition: Any, tensor: Any) -> tuple[Any, str]:
-        """The other of the two tensors that are added, or None and why it cannot be a residual."""
-        name = addition.operation.name
+    def _add(self, fold: Fold, addition: Any) -> Fold:
+        """With the addition of two tensors, of which one is what the batch norm gives."""
+        name, tensor = addition.operation.name, fold.call.outputs[0]
+        if "residual" in fold.call.arguments.kwargs:
+            return fold.without("it has a residual already", name)
         if id(addition) in self._taken:
-            return None, f"{name} is in another batch norm"
+            return fold.without("another batch norm takes the addition", name)
         if len(addition.input_tensors) != 2:
-            return None, f"{name} does not add two tensors"
-        residual = addition.input_tensors[1 if addition.input_tensors[0] is tensor else 0]
-        if residual.shape != tensor.shape:
-            return None, f"{name} adds shapes {tensor.shape} and {residual.shape}"
-        if residual.dtype != tensor.dtype or not self._is_like(addition.outputs[0], tensor):
-            return None, f"{name} adds other dtypes, or is an output and keeps its name"
-        if _has_mask(tensor) or _has_mask(residual):
-            return None, f"{name} joins masks"
-        return residual, ""
-
-    def _is_like(self, after: Any, before: Any) -> bool:
-        """Whether one layer may make `after` in place of two: nothing but the values differs."""
-        same = after.dtype == before.dtype and _has_mask(after) == _has_mask(before)
-        return same and id(after) not in self._named_outputs
-
-
-def _has_mask(tensor: Any) -> bool:
-    return getattr(tensor, "_keras_mask", None) is not None
+            return fold.without("the addition is not of two tensors", name)
+        one, other = addition.input_tensors
+        if one.shape != other.shape:
+            return fold.without("the addition broadcasts", f"{name} adds shapes {one.shape} and {other.shape}")
+        if one.dtype != other.dtype or addition.outputs[0].dtype != tensor.dtype:
+            return fold.without("the addition has another dtype", name)
+        if fold.norm.compute_dtype != tensor.dtype or not _is_float(fold.call.input_tensors[0]):
+            return fold.without("its input is not of its dtype", name)
+        # It will be called where the addition is. No other call of it may come in between.
+        places = [self._place[id(node)] for node in self._calls_of[id(fold.norm)]]
+        if any(self._place[id(fold.call)] < place < self._place[id(addition)] for place in places):
+            return fold.without("its calls would be in another order", name)
+        return fold.with_(addition.operation, "add")
 
 
-def _read_by(operations: list[Any]) -> str:
-    names = [f"{operation.name} ({type(operation).__name__})" for operation in operations]
-    return f"read by {', '.join(names)}" if names else "nothing reads its result"
+def _is_float(tensor: Any) -> bool:
+    return "float" in keras.backend.standardize_dtype(tensor.dtype)
+
+
+def _no_activation(operation: Any) -> tuple[str, str]:
+    return "no activation follows that can be folded in", _name(operation)
+
+
+def _name(operation: Any) -> str:
+    return f"{operation.name} ({type(operation).__name__})"

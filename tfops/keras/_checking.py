@@ -1,0 +1,138 @@
+"""Checks that a copy is one: the same variables, the same order of calls, and the same outputs on a probe."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfops.keras._folding import nodes
+
+# How far outputs may be apart, relative to their norm. This tells copies from other models, not rounding from none.
+_TOLERANCE = {"float64": 1e-4, "float32": 1e-2}
+_TOLERANCE_16 = 0.2
+_SIZES = (32, 96)  # tried where a dimension is not known
+
+
+def same_calls(model: keras.Model, calls: dict[int, Any], copy: keras.Model) -> str | None:
+    """The name of a layer whose calls come in another order in the copy of a graph; None if there is none.
+
+    Args:
+      calls: by the id of each call in the model, that in the copy.
+    """
+    place = {id(node): index for index, node in enumerate(nodes(copy))}
+    places = defaultdict(list)
+    for node in nodes(model):
+        layers = node.operation._flatten_layers() if isinstance(node.operation, keras.Layer) else [node.operation]
+        for layer in layers:
+            places[layer.name, id(layer)].append(place[id(calls[id(node)])])
+    return next((name for (name, _), each in places.items() if each != sorted(each)), None)
+
+
+def same_variables(model: keras.Model, variables: dict[int, Any], copy: keras.Model) -> str | None:
+    """What is wrong with the copy's variables; None if nothing is."""
+    count, wanted = len(copy.variables), len(model.variables)
+    if count != wanted:
+        return f"its copy has {count} variables, not {wanted}"
+    for variable in model.variables:
+        new = variables.get(id(variable))
+        if new is None:
+            return f"its copy has no {variable.path}"
+        if new.shape != variable.shape:
+            return f"{variable.path} has shape {tuple(new.shape)} in its copy, not {tuple(variable.shape)}"
+        if not np.array_equal(*(_bits(each) for each in (new, variable))):
+            return f"{variable.path} has other values in its copy"
+    return None
+
+
+def _bits(variable: Any) -> np.ndarray:
+    """The values, such that those that are not numbers are equal too."""
+    return np.atleast_1d(keras.ops.convert_to_numpy(variable)).view(np.uint8)
+
+
+def same_outputs(model: keras.Model, copy: keras.Model) -> str | None:
+    """How the copy's outputs differ in inference on random inputs; None if they do not, or if that cannot be told."""
+    if not tf.executing_eagerly():
+        return None
+    wanted = inputs = None
+    for size in _SIZES:
+        inputs = _probe(model, size)
+        if inputs is None:
+            return None
+        wanted = _run(model, inputs)
+        if not isinstance(wanted, Exception):
+            break
+    if isinstance(wanted, Exception):
+        return None
+    got = _run(copy, inputs)
+    if isinstance(got, Exception):
+        return f"its copy cannot be called: {got}"
+    if len(got) != len(wanted):
+        return f"its copy has {len(got)} outputs, not {len(wanted)}"
+    difference = max((_difference(*each) for each in zip(got, wanted, strict=True)), default=0)
+    if difference and (again := _run(model, inputs)) and not isinstance(again, Exception):
+        # Such as draw random numbers of their own are not the same twice.
+        difference = 0 if max(_difference(*each) for each in zip(again, wanted, strict=True)) else difference
+    return f"on random inputs its copy's outputs are others, by {difference:.0%} of their norm" if difference else None
+
+
+def _difference(got: Any, wanted: Any) -> float:
+    """Relative to the norm; 0 if within the tolerance, or if it tells nothing."""
+    if not hasattr(wanted, "dtype") or not hasattr(got, "shape"):
+        return 0.0
+    if got.shape != wanted.shape:
+        return np.inf
+    if not wanted.dtype.is_floating:
+        return 0.0  # what is rounded may turn over
+    tolerance = _TOLERANCE.get(wanted.dtype.name, _TOLERANCE_16)
+    got, wanted = (tf.cast(each, tf.float64).numpy() for each in (got, wanted))
+    if not np.isfinite(wanted).all():
+        return 0.0
+    difference = np.linalg.norm(got - wanted) / max(np.linalg.norm(wanted), 1e-30)
+    return 0.0 if difference <= tolerance else float(difference)
+
+
+def _run(model: keras.Model, inputs: Any) -> list[Any] | Exception:
+    """The outputs, or the error; the model's state stays what it was."""
+    state = [(variable, variable.numpy()) for variable in model.non_trainable_variables]
+    try:
+        return keras.tree.flatten(model(inputs, training=False))
+    except Exception as error:
+        return error
+    finally:
+        for variable, value in state:
+            variable.assign(value)
+
+
+def _probe(model: keras.Model, size: int) -> Any:
+    """Random inputs, of one element in a batch and `size` where a dimension is not known; None for unknown inputs."""
+    rng = np.random.default_rng(0)
+    specs = _specs(model)
+    if specs is None or any(spec.shape is None or "string" in spec.dtype for spec in keras.tree.flatten(specs)):
+        return None
+
+    def value(spec: keras.KerasTensor) -> tf.Tensor:
+        batch, *dims = spec.shape or (1,)
+        shape = (batch or 1, *(size if dim is None else dim for dim in dims)) if spec.shape else ()
+        # Whole numbers may be indices.
+        values = rng.random(shape) if "float" in spec.dtype else rng.integers(0, 2, shape)
+        return tf.cast(values, spec.dtype)
+
+    return keras.tree.map_structure(value, specs)
+
+
+def _specs(model: keras.Model) -> Any:
+    try:
+        return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+    except (AttributeError, ValueError):
+        shapes = list((getattr(model, "_build_shapes_dict", None) or {}).values())
+        if len(shapes) != 1 or not isinstance(shapes[0], tuple) or not all(_is_size(each) for each in shapes[0]):
+            return None
+        return keras.KerasTensor(shapes[0], dtype=model.input_dtype)
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or isinstance(value, int)
