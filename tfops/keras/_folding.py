@@ -203,7 +203,9 @@ def _is_float(tensor: Any) -> bool:
 
 
 def _no_activation(operation: Any) -> tuple[str, str]:
-    return "no activation follows that can be folded in", _name(operation)
+    if type(operation).__module__.startswith("keras.src.layers.activations"):
+        return "the activation is not one that can be folded in", _name(operation)
+    return "no activation follows", _name(operation)
 
 
 def _name(operation: Any) -> str:

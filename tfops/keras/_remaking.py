@@ -57,7 +57,7 @@ def _functions(layer: Any) -> dict[str, types.FunctionType]:
         for name, value in vars(each).items()
         if isinstance(value, types.FunctionType)
         and name not in ("build", "quantize")
-        and value.__module__.split(".")[0] not in ("keras", "tensorflow")
+        and value.__module__.split(".")[0] not in ("keras", "tensorflow", "tfops")
     }
 
 

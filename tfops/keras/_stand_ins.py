@@ -21,7 +21,11 @@ class _StandIn(Guarded):
 
     def _stand_for(self, original: Any) -> None:
         # In a closure, or Keras would track it, and look for its state.
-        self.original = lambda: original
+        self._original = lambda: original
+
+    def original(self) -> Any:
+        """What it stands for."""
+        return self._original()
 
     def _compute(self, *args: Any) -> Any:
         inputs = keras.tree.flatten(args)
