@@ -397,7 +397,7 @@ def test_what_layers_hold_besides_weights_is_kept():
 def test_dtype_policies(policy):
     keras.config.set_dtype_policy(policy)
     try:
-        model = _add_then(layers.ReLU(), residual=layers.Conv2D(3, 1))
+        model = _add_then(layers.ReLU(), residual=keras.Sequential([layers.Conv2D(3, 1), Norm(), layers.ReLU()]))
         model.compile("sgd", "mse")
     finally:
         keras.config.set_dtype_policy("float32")

@@ -246,21 +246,21 @@ def test_the_order_of_calls_of_a_nested_model():
 
 def test_unfolding_that_would_change_the_order_of_calls_is_refused():
     """The activation makes one branch longer, and Keras calls the deepest first."""
-    norm = tfops.keras.BatchNormalization(activation="relu", momentum=0.5, name="norm")
-    dense = layers.Dense(2, name="shared")
+    norm = tfops.keras.BatchNormalization(activation="relu", name="norm")
+    shared = Norm(momentum=0.5, name="shared")
     one, two = keras.Input((2,)), keras.Input((2,))
-    bn = Norm(momentum=0.5, name="stat")
-    left = norm(bn(one))
-    right = layers.Dense(2)(layers.Dense(2)(bn(two)))
-    model = keras.Model([one, two], layers.Concatenate()([dense(left), right]))
-    values = [np.full((4, 2), 1.0), np.full((4, 2), 10.0)]
-    try:
-        back = convert(model, to="keras", verbose=0)
-    except ValueError as error:
-        assert "the calls of stat, which has several, would come in another order" in str(error)
-        return
-    want = _moving_means(model, values)["stat/moving_mean"]
-    np.testing.assert_allclose(_moving_means(back, values)["stat/moving_mean"], want)
+    y, z = norm(shared(one)), layers.Dense(2)(shared(two))
+    for tensors, last in (([y, z], "one"), ([z, y], "two")):
+        model = keras.Model([one, two], layers.Concatenate()(tensors))
+        values = [np.full((4, 2), 1.0), np.full((4, 2), 10.0)]
+        want = _moving_means(keras.models.clone_model(model), values)["shared/moving_mean"][0]
+        assert want == {"one": 3.0, "two": 5.25}[last]
+        if last == "one":
+            with pytest.raises(ValueError, match="calls of shared, which has several, would come in another order"):
+                convert(model, to="keras")
+        else:
+            back = convert(model, to="keras", verbose=0)
+            np.testing.assert_allclose(_moving_means(back, values)["shared/moving_mean"], want)
 
 
 @pytest.mark.parametrize("mode", ["full", "activations", "larger_than", "list_of_layers"])

@@ -11,17 +11,18 @@ import keras
 from keras.src.saving.keras_saveable import KerasSaveable
 
 # What compile, fit and their like set; the copy is compiled apart.
-_TRAINING = frozenset(
-    "optimizer loss compiled history stop_training stop_predicting stop_evaluating steps_per_execution train_function "
-    "test_function predict_function _compile_config _compile_loss _compile_metrics _compiled_trainable_state "
-    "_compute_loss_has_training_arg _eval_epoch_iterator _initial_epoch _jit_compile _loss_tracker "
-    "_run_eagerly _distribute_strategy".split()
-)
+_TRAINING = {
+    *("optimizer", "loss", "compiled", "history", "stop_training", "stop_predicting", "stop_evaluating"),
+    *("steps_per_execution", "train_function", "test_function", "predict_function", "_compile_config"),
+    *("_compile_loss", "_compile_metrics", "_compiled_trainable_state", "_compute_loss_has_training_arg"),
+    *("_eval_epoch_iterator", "_initial_epoch", "_jit_compile", "_loss_tracker", "_run_eagerly"),
+}
 # What Keras sets in every layer, but a class may set otherwise.
-_SETTINGS = (
-    "_allow_non_tensor_positional_args _auto_config _call_context_args _call_has_context_arg _convert_input_args "
-    "_dtype_policy _supports_masking activity_regularizer autocast supports_jit unrolled_steps_per_execution"
-).split()
+_SETTINGS = {
+    *("_allow_non_tensor_positional_args", "_auto_config", "_call_context_args", "_call_has_context_arg"),
+    *("_convert_input_args", "_dtype_policy", "_supports_masking", "activity_regularizer", "autocast", "supports_jit"),
+    *("unrolled_steps_per_execution",),
+}
 
 
 def symbolic_tensors(model: keras.Model) -> Iterator[keras.KerasTensor]:
@@ -43,7 +44,7 @@ def carry_over(model: keras.Model, new: keras.Model, known: dict[int, Any]) -> N
     Args:
       known: by the id of each layer, operation, variable and symbolic tensor, what it is in the copy.
     """
-    for name in _SETTINGS:
+    for name in _SETTINGS & set(vars(model)):
         vars(new)[name] = vars(model)[name]
     known = {**known, id(model): new}
     for name, value in list(vars(model).items()):
@@ -59,6 +60,8 @@ def _map(value: Any, known: dict[int, Any]) -> Any:
     """A copy of a value in which all that is known is replaced; what cannot be copied is shared."""
     if id(value) in known:
         return known[id(value)]
+    if isinstance(value, keras.KerasTensor):
+        return value
     # Keras' lists and dictionaries know the layer that tracks them, which a deep copy would copy.
     if isinstance(value, dict):
         pairs = [(_map(key, known), _map(item, known)) for key, item in value.items()]

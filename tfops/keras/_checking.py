@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfops.keras._folding import nodes
+from tfops.keras._folding import called, nodes
 
 # How far outputs may be apart, relative to their norm. This tells copies from other models, not rounding from none.
 _TOLERANCE = {"float64": 1e-4, "float32": 1e-2}
@@ -26,8 +26,7 @@ def same_calls(model: keras.Model, calls: dict[int, Any], copy: keras.Model) -> 
     place = {id(node): index for index, node in enumerate(nodes(copy))}
     places = defaultdict(list)
     for node in nodes(model):
-        layers = node.operation._flatten_layers() if isinstance(node.operation, keras.Layer) else [node.operation]
-        for layer in layers:
+        for layer in called(node):
             places[layer.name, id(layer)].append(place[id(calls[id(node)])])
     return next((name for (name, _), each in places.items() if each != sorted(each)), None)
 

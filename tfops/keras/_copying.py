@@ -14,7 +14,7 @@ from typing import Any
 import keras
 from keras.src.models.functional import Functional
 
-from tfops.keras._attributes import carry_over
+from tfops.keras._attributes import carry_over, symbolic_tensors
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._checking import same_calls, same_outputs, same_variables
 from tfops.keras._folding import Fold, is_graph, is_list, nodes, plan
@@ -41,7 +41,9 @@ class Copier:
         for each in [fold for part in self._folds.values() for fold in part]:
             self._of_norm[id(each.norm)].append(each)
         self._taken = {id(each) for folds in self._folds.values() for fold in folds for each in fold.operations}
+        self._originals: dict[int, Any] = {}  # layers and operations, by their ids
         self._copies: dict[int, Any] = {}  # by the id of the layer or operation
+        self._calls: dict[int, Any] = {}  # by the id of the node
         self._tensors: dict[int, Any] = {}  # by the id of the symbolic tensor
         self._parts: dict[tuple[int, str], keras.Layer] = {}  # additions and activations of unfolded batch norms
         self._names = {layer.name for layer in model._flatten_layers()}
@@ -51,7 +53,9 @@ class Copier:
         with self._model.distribute_strategy.scope():
             with _constructing(self._from, self._to):
                 copy = self._copy(self._model)
-                self._transfer(self._model, copy)
+                for key, layer in list(self._originals.items()):
+                    if isinstance(layer, keras.Layer):
+                        self._transfer(layer, self._copies[key])
             self._carry_over()
             if problem := same_variables(self._model, self.variables, copy):
                 self._refuse(
@@ -78,7 +82,7 @@ class Copier:
         if id(layer) not in self._copies:
             copy = self._make(layer)
             copy._remat_mode = layer._remat_mode
-            self._copies[id(layer)] = copy
+            self._originals[id(layer)], self._copies[id(layer)] = layer, copy
         return self._copies[id(layer)]
 
     def _make(self, layer: Any) -> Any:
@@ -87,16 +91,16 @@ class Copier:
         if is_list(layer):
             return self._make_list(layer)
         if id(layer) in self._of_norm:
-            return self._make_norm(layer)
+            return self._remake(layer, self._to, () if self._to is BatchNormalization else ("activation", "folded"))
         if id(layer) in self._taken:
             return stand_in(self._remake(layer))
         if isinstance(layer, (FoldedLayer, FoldedOperation)) and self._to is not BatchNormalization:
-            return self._remake(layer.original(), layer.name)
+            return self._remake(layer.original())
         return self._remake(layer)
 
-    def _remake(self, layer: Any, name: str | None = None) -> Any:
+    def _remake(self, layer: Any, *args: Any) -> Any:
         try:
-            copy = remake(layer)
+            return remake(layer, *args)
         except Exception as error:
             self._refuse(
                 layer,
@@ -104,14 +108,6 @@ class Copier:
                 f"{reason(error)}",
                 error,
             )
-        copy.name = name or copy.name
-        return copy
-
-    def _make_norm(self, layer: keras.Layer) -> keras.Layer:
-        config = layer.get_config()
-        if self._to is not BatchNormalization:
-            config = {name: value for name, value in config.items() if name not in ("activation", "folded")}
-        return self._to.from_config(config)
 
     def _make_list(self, model: keras.Sequential) -> keras.Sequential:
         for fold in self._folds[id(model)]:
@@ -127,21 +123,17 @@ class Copier:
 
     def _make_graph(self, model: keras.Model) -> keras.Model:
         inputs = keras.tree.map_structure(lambda x: self._copy(x._keras_history.operation).output, model.input)
-        tensors, calls = self._tensors, {}
-        tensors.update(zip(map(id, model.inputs), keras.tree.flatten(inputs), strict=True))
+        self._tensors.update(zip(map(id, model.inputs), keras.tree.flatten(inputs), strict=True))
         folds = {id(fold.call): fold for fold in self._folds[id(model)]}
         for node in nodes(model):
-            args, kwargs = node.arguments.fill_in(tensors)
-            copy = self._copy(node.operation)
-            fold = folds.get(id(node))
-            outputs = copy(*args, **kwargs) if fold is None else self._call_norm(fold, args, kwargs)
-            tensors.update(zip(map(id, node.outputs), keras.tree.flatten(outputs), strict=True))
-            calls[id(node)] = copy._inbound_nodes[-1]
-        outputs = keras.tree.map_structure(lambda x: tensors[id(x)], model.output)
+            self._call(node, folds.get(id(node)))
+        for tensor in symbolic_tensors(model):
+            self._reach(tensor)
+        outputs = keras.tree.map_structure(lambda x: self._tensors[id(x)], model.output)
         # Without the constructor of its class, which would make a graph of its own.
         copy = Functional.__new__(type(model))
         Functional.__init__(copy, inputs, outputs, name=model.name)
-        if name := same_calls(model, calls, copy):
+        if name := same_calls(model, self._calls, copy):
             self._refuse(model, f"the calls of {name}, which has several, would come in another order")
         for each in _own_variables(model):
             copy.add_weight(
@@ -154,6 +146,29 @@ class Copier:
                 name=each.name,
             )
         return copy
+
+    def _call(self, node: Any, fold: Fold | None = None) -> None:
+        """Makes a call of a graph once more, or takes that which has been made for another graph."""
+        if id(node) in self._calls:
+            return
+        args, kwargs = node.arguments.fill_in(self._tensors)
+        copy = self._copy(node.operation)
+        outputs = copy(*args, **kwargs) if fold is None else self._call_norm(fold, args, kwargs)
+        self._tensors.update(zip(map(id, node.outputs), keras.tree.flatten(outputs), strict=True))
+        self._calls[id(node)] = copy._inbound_nodes[-1]
+
+    def _reach(self, tensor: keras.KerasTensor) -> None:
+        """Makes the calls that lead to a tensor which is no output, but an attribute."""
+        operation, index, _ = tensor._keras_history
+        if id(tensor) in self._tensors or operation is None:
+            return
+        node = operation._inbound_nodes[index]
+        if node.is_input:
+            self._tensors[id(tensor)] = self._copy(operation).output
+            return
+        for each in node.input_tensors:
+            self._reach(each)
+        self._call(node)
 
     def _call_norm(self, fold: Fold, args: Any, kwargs: dict[str, Any]) -> Any:
         copy = self._copy(fold.norm)
@@ -195,7 +210,8 @@ class Copier:
         copy.name, copy._path = layer.name, layer._path
         copy._remat_mode = layer._remat_mode
         policy, new_policy = layer.dtype_policy.name, copy.dtype_policy.name
-        if policy != new_policy and not is_graph(layer) and not isinstance(layer, keras.layers.InputLayer):
+        carried = id(layer) in self._folds or isinstance(layer, keras.layers.InputLayer)
+        if policy != new_policy and not carried:
             self._refuse(
                 layer,
                 f"its dtype policy is {policy}, but that of a copy is {new_policy}. "
@@ -266,9 +282,9 @@ class Copier:
                 known[id(generator)] = keras.random.SeedGenerator.from_config(generator.get_config())
                 self._transfer_seed(generator, known[id(generator)])
             carry_over(model, copy, known)
-            # Weights are listed in the order of layers: those that have been attached stay where they were.
-            places = {id(known[id(layer)]): place for place, layer in enumerate(model._layers)}
-            copy._layers.sort(key=lambda layer: places.get(id(layer), len(places)))
+            if is_graph(model):  # weights are listed in this order, with the layers that are attached to the graph
+                places = {id(known[id(layer)]): place for place, layer in enumerate(model._layers)}
+                copy._layers.sort(key=lambda layer: places.get(id(layer), len(places)))
 
     # ------------------------------------------------------------------------------------------------------------------
     # What is told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -14,6 +14,7 @@ from tfops.keras._attributes import symbolic_tensors
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._tags import still_to_come
 
+_CLASSES = keras.layers.BatchNormalization, BatchNormalization
 _NUMBERS = {0: "no", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 
@@ -54,21 +55,31 @@ def nodes(model: keras.Model) -> list[Any]:
     return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
 
 
+def called(node: Any) -> list[Any]:
+    """The layer or operation that is called, and the layers in it."""
+    return node.operation._flatten_layers() if isinstance(node.operation, keras.Layer) else [node.operation]
+
+
 def plan(model: keras.Model, to_fold: bool) -> dict[int, list[Fold]]:
     """For each graph and Sequential in the model, by its id, what each call of a batch norm in it takes in."""
     parts = list(_parts(model, set()))
-    # Whoever keeps a tensor as an attribute is going to read it.
-    kept = {id(tensor) for part in parts for tensor in symbolic_tensors(part)}
-    folds = {id(part): list(_folds(part, to_fold, kept)) for part in parts}
-    # The calls of a Sequential have no arguments: what is folded in there is a matter of the layer, at all of its calls.
-    calls = defaultdict(list)
+    shared = _Shared(filter(is_graph, parts))
+    folds = {}
+    for part in parts:
+        look = _Graph(part, shared) if is_graph(part) else _List(part)
+        # The last first: of two batch norms that are added, the later takes the addition in.
+        calls = [call for call in reversed(look.calls) if type(look.layer(call)) in _CLASSES]
+        folds[id(part)] = [look.fold(Fold(look.layer(call), call), to_fold) for call in calls]
+    # The calls of a Sequential have no arguments: what is folded in there is a matter of the layer, at all its calls.
+    of_norm = defaultdict(set)
     for part in parts:
         for fold in folds[id(part)]:
-            calls[id(fold.norm)].append((is_list(part), fold.kinds))
+            of_norm[id(fold.norm)].add((is_list(part), fold.kinds))
     for part in filter(is_list, parts):
+        alike = [len(of_norm[id(fold.norm)]) == 1 for fold in folds[id(part)]]
         folds[id(part)] = [
-            fold if len(set(calls[id(fold.norm)])) == 1 else fold.without("its calls differ")
-            for fold in folds[id(part)]
+            fold if same else fold.without("its calls differ")
+            for fold, same in zip(folds[id(part)], alike, strict=True)
         ]
     return folds
 
@@ -83,22 +94,11 @@ def _parts(model: Any, seen: set[int]) -> Iterator[keras.Model]:
         yield from _parts(layer, seen)
 
 
-def _folds(model: keras.Model, to_fold: bool, kept: set[int]) -> Iterator[Fold]:
-    look = _Graph(model, kept) if is_graph(model) else _List(model)
-    # The last first: of two batch norms that are added, the later takes the addition in.
-    for call in reversed(look.calls):
-        norm = look.layer(call)
-        if type(norm) not in (keras.layers.BatchNormalization, BatchNormalization):
-            continue
-        fold = Fold(norm, call)
-        if not to_fold:
-            yield fold
-        elif norm.activity_regularizer is not None:
-            yield fold.without("it has an activity regularizer")
-        elif getattr(norm, "activation", None) is not None:
-            yield fold.without("it has an activation of its own")
-        else:
-            yield look.extend(fold)
+def _obstacle(norm: keras.Layer) -> str:
+    """Why a batch norm takes nothing in, whatever follows."""
+    if norm.activity_regularizer is not None:
+        return "it has an activity regularizer"
+    return "it has an activation of its own" if getattr(norm, "activation", None) is not None else ""
 
 
 class _List:
@@ -111,7 +111,9 @@ class _List:
     def layer(self, call: int) -> keras.Layer:
         return self._layers[call]
 
-    def extend(self, fold: Fold) -> Fold:
+    def fold(self, fold: Fold, to_fold: bool) -> Fold:
+        if not to_fold or (why := _obstacle(fold.norm)):
+            return fold.without(why if to_fold else "")
         if getattr(fold.norm, "folded", None) is not None:
             return fold.without("it has been folded before")
         call = fold.call + 1
@@ -126,29 +128,51 @@ class _List:
         return fold.with_(after, activation)
 
 
+class _Shared:
+    """What is known of all graphs of a model together: these may have calls in common."""
+
+    def __init__(self, graphs: Iterable[keras.Model]):
+        self.readers: dict[int, dict[int, list[Any]]] = defaultdict(dict)  # the calls that read each symbolic tensor
+        self.kept: set[int] = set()  # tensors that are outputs, or that are kept as attributes to be read
+        self.taken: set[int] = set()  # additions
+        self.folds: dict[int, Fold] = {}  # by the batch norm's call
+        tensors = [tensor for graph in graphs for tensor in symbolic_tensors(graph)]
+        self.kept.update(map(id, tensors))
+        seen = set()
+        while tensors:  # what leads to them, in a graph or beside it
+            operation, index, _ = tensors.pop()._keras_history
+            node = operation._inbound_nodes[index] if operation is not None else None
+            if node is None or id(node) in seen:
+                continue
+            seen.add(id(node))
+            for tensor in node.input_tensors:
+                self.readers[id(tensor)][id(node)] = node
+            tensors.extend(node.input_tensors)
+
+
 class _Graph:
     """A functional model."""
 
-    def __init__(self, model: keras.Model, kept: set[int]):
+    def __init__(self, model: keras.Model, shared: _Shared):
         self.calls = nodes(model)
-        self._readers: dict[int, list[Any]] = defaultdict(list)
-        for node in self.calls:
-            for tensor in node.input_tensors:
-                self._readers[id(tensor)].append(node)
-        self._kept = kept  # with the outputs, which are attributes too
-        self._taken: set[int] = set()  # additions
+        self._shared = shared
         self._place = {id(node): place for place, node in enumerate(self.calls)}
         # The calls in which each layer takes part, in itself or in a model that is called.
         self._calls_of: dict[int, list[Any]] = defaultdict(list)
         for node in self.calls:
-            layers = node.operation._flatten_layers() if isinstance(node.operation, keras.Layer) else [node.operation]
-            for layer in layers:
+            for layer in called(node):
                 self._calls_of[id(layer)].append(node)
 
     def layer(self, call: Any) -> Any:
         return call.operation
 
-    def extend(self, fold: Fold) -> Fold:
+    def fold(self, fold: Fold, to_fold: bool) -> Fold:
+        if id(fold.call) not in self._shared.folds:
+            why = _obstacle(fold.norm) if to_fold else ""
+            self._shared.folds[id(fold.call)] = fold.without(why) if why or not to_fold else self._extend(fold)
+        return self._shared.folds[id(fold.call)]
+
+    def _extend(self, fold: Fold) -> Fold:
         node = fold.call
         if still_to_come(node.outputs[0]):
             return fold.without("it has been folded before")
@@ -157,7 +181,7 @@ class _Graph:
         if after is not None and kind_of(after.operation) == "Add":
             fold = self._add(fold, after)
             if fold.kinds:
-                self._taken.add(id(after))
+                self._shared.taken.add(id(after))
                 before = after.outputs[0]
                 after, _ = self._reader(before, fold)
         activation = None if after is None else activation_of(after.operation)
@@ -167,8 +191,8 @@ class _Graph:
 
     def _reader(self, tensor: Any, fold: Fold) -> tuple[Any, Fold]:
         """The only call that reads the tensor, or None; and the fold, which says why there is nothing to take in."""
-        readers = self._readers[id(tensor)]
-        if id(tensor) in self._kept:
+        readers = list(self._shared.readers[id(tensor)].values())
+        if id(tensor) in self._shared.kept:
             return None, fold.without("its result is an output")
         if len(readers) != 1:
             names = ", ".join(_name(node.operation) for node in readers)
@@ -180,9 +204,9 @@ class _Graph:
         name, tensor = addition.operation.name, fold.call.outputs[0]
         if "residual" in fold.call.arguments.kwargs:
             return fold.without("it has a residual already", name)
-        if id(addition) in self._taken:
+        if id(addition) in self._shared.taken:
             return fold.without("another batch norm takes the addition", name)
-        if len(addition.input_tensors) != 2:
+        if len(addition.input_tensors) != 2 or addition.input_tensors[0] is addition.input_tensors[1]:
             return fold.without("the addition is not of two tensors", name)
         one, other = addition.input_tensors
         if one.shape != other.shape:

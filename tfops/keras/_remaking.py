@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import keras
@@ -12,8 +13,14 @@ import keras
 _DEFAULTS = [keras.Layer.from_config.__func__, keras.Model.from_config.__func__]
 
 
-def remake(layer: Any) -> Any:
-    """A new layer, model or operation of the same class and config."""
+def remake(layer: Any, cls: type | None = None, without: Collection[str] = ()) -> Any:
+    """A new layer, model or operation of the same config.
+
+    Args:
+      cls: the class; the layer's own if None.
+      without: what to leave out of the config.
+    """
+    cls = cls or type(layer)
     if type(layer) is keras.layers.Lambda:
         # Its config has the function's code, without what that refers to.
         return keras.layers.Lambda(
@@ -29,13 +36,14 @@ def remake(layer: Any) -> Any:
         if functions:  # a config has their code at best, and Keras warns of that
             warnings.simplefilter("ignore")
         config = layer.get_config()
-    parameters = inspect.signature(type(layer).__init__).parameters.values()
-    if type(layer).from_config.__func__ in _DEFAULTS and all(each.kind is not each.VAR_KEYWORD for each in parameters):
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    if cls.from_config.__func__ in _DEFAULTS and all(each.kind is not each.VAR_KEYWORD for each in parameters):
         # Keras puts these into every config, for classes too that do not take them.
         ignored = {"name", "trainable", "dtype"} - {each.name for each in parameters}
-        config = {name: value for name, value in config.items() if name not in ignored}
+        without = {*without, *ignored}
+    config = {name: functions.get(name, value) for name, value in config.items() if name not in without}
     try:
-        new = type(layer).from_config({**config, **{name: functions[name] for name in functions if name in config}})
+        new = cls.from_config(config)
     except Exception as error:
         if functions:
             names = ", ".join(f"{name}={function.__name__}" for name, function in functions.items())
