@@ -232,6 +232,23 @@ def test_the_order_of_a_shared_layers_calls():
     assert _folds(_check_order(model, values), "other") == ["relu", "relu"]
 
 
+def test_the_output_of_a_shared_layer_is_that_of_its_first_call():
+    """Which need not be the one that Keras makes first when it runs the model."""
+    conv = layers.Conv2D(3, 1, name="conv")
+    x = keras.Input((4, 4, 3))
+    y, z = conv(x), conv(layers.ReLU()(Norm()(layers.Dense(3)(x))))
+    model = keras.Model(x, layers.ReLU()(layers.Concatenate()([z, y])))
+    fused = convert(model, verbose=0)
+    for each in (fused, convert(fused, to="keras", verbose=0)):
+        got, want = (keras.Model(m.input, m.get_layer("conv").output)(_images()) for m in (each, model))
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+        assert _inputs(each, "conv") == _inputs(model, "conv")
+
+
+def _inputs(model, name):
+    return [node.input_tensors[0]._keras_history.operation.name for node in model.get_layer(name)._inbound_nodes]
+
+
 def test_the_order_of_calls_of_a_nested_model():
     norm = Norm(momentum=0.5, name="norm")
     x = keras.Input((2,))

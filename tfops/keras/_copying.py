@@ -17,7 +17,7 @@ from keras.src.models.functional import Functional
 from tfops.keras._attributes import carry_over, symbolic_tensors
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._checking import same_calls, same_outputs, same_variables
-from tfops.keras._folding import Fold, is_graph, is_list, nodes, plan
+from tfops.keras._folding import Fold, is_graph, is_list, nodes_as_made, plan
 from tfops.keras._remaking import reason, remake
 from tfops.keras._reporting import Report
 from tfops.keras._stand_ins import FoldedLayer, FoldedOperation, stand_in
@@ -125,7 +125,7 @@ class Copier:
         inputs = keras.tree.map_structure(lambda x: self._copy(x._keras_history.operation).output, model.input)
         self._tensors.update(zip(map(id, model.inputs), keras.tree.flatten(inputs), strict=True))
         folds = {id(fold.call): fold for fold in self._folds[id(model)]}
-        for node in nodes(model):
+        for node in nodes_as_made(model):
             self._call(node, folds.get(id(node)))
         for tensor in symbolic_tensors(model):
             self._reach(tensor)
@@ -246,6 +246,7 @@ class Copier:
 
     def _transfer_seed(self, generator: keras.random.SeedGenerator, copy: keras.random.SeedGenerator) -> None:
         copy.state.assign(generator.state)
+        copy.name, copy.state._path = generator.name, generator.state.path
         self.variables[id(generator.state)] = copy.state
 
     def _sublayers(self, layer: keras.Layer, copy: keras.Layer) -> Iterator[tuple[keras.Layer, keras.Layer]]:

@@ -55,6 +55,24 @@ def nodes(model: keras.Model) -> list[Any]:
     return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
 
 
+def nodes_as_made(model: keras.Model) -> Iterator[Any]:
+    """The same in an order in which they can have been made: of each layer the first call first, as `output` is its."""
+    waiting = nodes(model)
+    inside = {id(node) for node in waiting}
+    done: set[int] = set()
+    while waiting:
+        later = []
+        for node in waiting:
+            earlier = node.operation._inbound_nodes[: node.operation._inbound_nodes.index(node)]
+            before = {id(each) for each in (*earlier, *node.parent_nodes)} & inside
+            if before <= done:
+                done.add(id(node))
+                yield node
+            else:
+                later.append(node)
+        waiting = later
+
+
 def called(node: Any) -> list[Any]:
     """The layer or operation that is called, and the layers in it."""
     return node.operation._flatten_layers() if isinstance(node.operation, keras.Layer) else [node.operation]
