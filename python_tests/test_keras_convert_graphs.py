@@ -1,4 +1,4 @@
-"""What `convert` folds and what it does not, in every kind of model; what it keeps; what it refuses."""
+"""What `convert` folds and what it does not, in every kind of model; and what it keeps."""
 
 from __future__ import annotations
 
@@ -452,78 +452,3 @@ def test_names_of_what_is_unfolded():
     names = [layer.name for layer in back.layers[1:]]
     assert sorted(names) == ["norm", "norm_add", "norm_add_", "norm_leaky_relu"]
     np.testing.assert_allclose(back(_images()), model(_images()), atol=1e-5)
-
-
-def test_verbose(capsys):
-    inputs = keras.Input((4, 4, 3))
-    y = [layers.Conv2D(5, 1)(inputs), Norm(name="shortcut")(layers.Conv2D(5, 1)(inputs))]
-    y = layers.Add(name="add")([y[1], Norm(name="main")(y[0])])
-    y = layers.Conv2D(2, 1, name="conv")(Norm(name="other")(layers.ReLU(name="relu")(y)))
-    model = keras.Model(inputs, y, name="net")
-    fused = convert(model, verbose=2)
-    assert capsys.readouterr().out.splitlines() == [
-        "net: 3 batch norms replaced: 1 with addition and ReLU, 2 alone (another batch norm takes the addition: 1; no "
-        "activation follows: 1)",
-        "  shortcut  alone: another batch norm takes the addition (add)",
-        "  main      addition and ReLU: add, relu",
-        "  other     alone: no activation follows (conv (Conv2D))",
-    ]
-    convert(fused, to="keras", verbose=2)
-    assert capsys.readouterr().out.splitlines() == [
-        "net: 3 batch norms replaced: 1 that had addition and ReLU, 2 alone",
-        "  shortcut  alone",
-        "  main      addition and ReLU: add, relu",
-        "  other     alone",
-    ]
-    convert(model, fold=False)
-    assert capsys.readouterr().out == "net: 3 batch norms replaced\n"
-    convert(fused, verbose=0)
-    assert capsys.readouterr().out == ""
-    y = Derived(name="derived")(Norm(name="norm")(inputs))
-    convert(keras.Model(inputs, [y, keras.ops.tanh(y), layers.ReLU()(y)], name="net"))
-    assert capsys.readouterr().out == (
-        "net: 1 of 2 batch norms replaced: 1 alone (no activation follows); left as they are, because their classes "
-        "derive from Keras': derived (Derived)\n"
-    )
-    convert(keras.Model(inputs, layers.ReLU()(inputs), name="none"))
-    assert capsys.readouterr().out == "none: there are no batch norms to replace\n"
-
-
-class NoConfig(keras.Model):
-    def __init__(self, head):
-        super().__init__()
-        self.head, self.norm = head, Norm()
-
-    def call(self, x):
-        return self.head(self.norm(x))
-
-
-class Fused(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.norm = tfops.keras.BatchNormalization(activation="relu")
-
-    def call(self, x):
-        return self.norm(x)
-
-
-def test_refusals():
-    with pytest.raises(TypeError, match=r"model must be a keras\.Model, but it is <Dense"):
-        convert(layers.Dense(2))
-    with pytest.raises(ValueError, match="to must be one of 'tfops', 'keras', but it is 'onnx'"):
-        convert(_add_then(), to="onnx")
-    with pytest.raises(ValueError, match="verbose must be 0, 1 or 2, but it is 3"):
-        convert(_add_then(), verbose=3)
-    with pytest.raises(ValueError, match=r"cannot convert no_config\w* \(NoConfig\): it cannot be copied"):
-        convert(NoConfig(layers.Dense(2)))
-    with pytest.raises(ValueError, match=r"cannot convert fused\w* \(Fused\).* has the fused activation 'relu'"):
-        convert(Fused(), to="keras")
-    model = Net(5)
-    model.head = None
-    model.extra = Norm()
-    model.block(tf.zeros((2, 4, 4, 5)))
-    with pytest.raises(
-        ValueError, match=r"cannot convert net\w* \(Net\): it holds \d+ layers, but its class makes \d+"
-    ):
-        convert(model)
-    assert type(Norm()) is Norm  # after all these errors
