@@ -82,8 +82,8 @@ def test_one_line(capsys):
     )
     _, line = _line(fused, capsys, to="keras")
     assert line == (
-        "many: 7 batch norms replaced: 1 that had ReLU6, 1 that had LeakyReLU, 1 that had addition, 1 that had addition "
-        "and SiLU, 3 alone"
+        "many: 7 batch norms replaced: 1 that had ReLU6, 1 that had LeakyReLU, 1 that had addition, 1 that had "
+        "addition and SiLU, 3 alone"
     )
 
 
