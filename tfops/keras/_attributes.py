@@ -25,12 +25,12 @@ _SETTINGS = {
 }
 
 
-def symbolic_tensors(model: keras.Model) -> Iterator[keras.KerasTensor]:
-    """Those that are attributes of the model, or in lists, tuples, sets and dictionaries that are."""
+def held(model: keras.Model, kind: type) -> Iterator[Any]:
+    """The objects of a class that are attributes of the model, or in lists, tuples, sets and dictionaries that are."""
     values = list(vars(model).values())
     while values:
         value = values.pop()
-        if isinstance(value, keras.KerasTensor):
+        if isinstance(value, kind):
             yield value
         elif isinstance(value, dict):
             values.extend(value.values())

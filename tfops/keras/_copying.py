@@ -14,10 +14,10 @@ from typing import Any
 import keras
 from keras.src.models.functional import Functional
 
-from tfops.keras._attributes import carry_over, symbolic_tensors
+from tfops.keras._attributes import carry_over, held
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._checking import same_calls, same_outputs, same_variables
-from tfops.keras._folding import Fold, is_graph, is_list, nodes_as_made, plan
+from tfops.keras._folding import Fold, is_graph, is_list, nodes_as_made, plan, sublayers
 from tfops.keras._remaking import reason, remake
 from tfops.keras._reporting import Report
 from tfops.keras._stand_ins import FoldedLayer, FoldedOperation, stand_in
@@ -81,7 +81,8 @@ class Copier:
         """The copy of a layer, model or operation: always the same one, so that what is shared stays so."""
         if id(layer) not in self._copies:
             copy = self._make(layer)
-            copy._remat_mode = layer._remat_mode
+            if hasattr(layer, "_remat_mode"):  # which in older Keras only layers have
+                copy._remat_mode = layer._remat_mode
             self._originals[id(layer)], self._copies[id(layer)] = layer, copy
         return self._copies[id(layer)]
 
@@ -127,7 +128,7 @@ class Copier:
         folds = {id(fold.call): fold for fold in self._folds[id(model)]}
         for node in nodes_as_made(model):
             self._call(node, folds.get(id(node)))
-        for tensor in symbolic_tensors(model):
+        for tensor in held(model, keras.KerasTensor):
             self._reach(tensor)
         outputs = keras.tree.map_structure(lambda x: self._tensors[id(x)], model.output)
         # Without the constructor of its class, which would make a graph of its own.
@@ -250,17 +251,16 @@ class Copier:
         self.variables[id(generator.state)] = copy.state
 
     def _sublayers(self, layer: keras.Layer, copy: keras.Layer) -> Iterator[tuple[keras.Layer, keras.Layer]]:
-        sublayers = _sublayers(layer)
+        inside, made = sublayers(layer), sublayers(copy)
         if id(layer) in self._folds:
-            # With those that are attached to a graph without being part of it.
-            return ((each, self._copy_or_share(each)) for each in sublayers)
-        if len(sublayers) != len(_sublayers(copy)):
+            return ((each, self._copy_or_share(each)) for each in inside)
+        if len(inside) != len(made):
             self._refuse(
                 layer,
-                f"it holds {len(sublayers)} layers, but its class makes {len(_sublayers(copy))} when it is copied by "
+                f"it holds {len(inside)} layers, but its class makes {len(made)} when it is copied by "
                 "from_config(get_config()), which it may have to override",
             )
-        return zip(sublayers, _sublayers(copy), strict=True)
+        return zip(inside, made, strict=True)
 
     def _copy_or_share(self, layer: keras.Layer) -> keras.Layer:
         """The copy of a layer; the layer itself if it has no state and cannot be copied."""
@@ -285,7 +285,9 @@ class Copier:
             carry_over(model, copy, known)
             if is_graph(model):  # weights are listed in this order, with the layers that are attached to the graph
                 places = {id(known[id(layer)]): place for place, layer in enumerate(model._layers)}
-                copy._layers.sort(key=lambda layer: places.get(id(layer), len(places)))
+                ordered = sorted(copy._layers, key=lambda layer: places.get(id(layer), len(places)))
+                if ordered != list(copy._layers):
+                    copy._layers[:] = ordered
 
     # ------------------------------------------------------------------------------------------------------------------
     # What is told
@@ -312,12 +314,6 @@ class Copier:
         folds = [fold for node in layer._inbound_nodes if (fold := folded_into(node.outputs[0]))[0]]
         kinds, names = folds[0] if folds else ((layer.folded,) if layer.folded else (), ())
         return (*parts, *kinds), (*parts.values(), *names)
-
-
-def _sublayers(layer: keras.Layer) -> list[keras.Layer]:
-    if isinstance(layer, keras.Sequential):
-        return layer.layers  # without the input layer, which it gets when it is built
-    return layer._flatten_layers(include_self=False, recursive=False)
 
 
 def _own_variables(layer: keras.Layer) -> list[Any]:

@@ -10,7 +10,7 @@ import keras
 from keras.src.models.functional import Functional
 
 from tfops.keras._activations import activation_of, kind_of
-from tfops.keras._attributes import symbolic_tensors
+from tfops.keras._attributes import held
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._tags import still_to_come
 
@@ -47,6 +47,16 @@ def is_graph(layer: Any) -> bool:
 
 def is_list(layer: Any) -> bool:
     return type(layer) is keras.Sequential
+
+
+def sublayers(layer: keras.Layer) -> list[keras.Layer]:
+    """The layers in a layer; in a graph with those that are attached to it without being a part of it."""
+    if isinstance(layer, keras.Sequential):
+        return layer.layers  # without the input layer, which it gets when it is built
+    inside = layer._flatten_layers(include_self=False, recursive=False)
+    if is_graph(layer):  # older Keras does not list them
+        inside += [each for each in held(layer, keras.Layer) if not any(each is other for other in inside)]
+    return inside
 
 
 def nodes(model: keras.Model) -> list[Any]:
@@ -108,7 +118,7 @@ def _parts(model: Any, seen: set[int]) -> Iterator[keras.Model]:
         return
     seen.add(id(model))
     yield model
-    for layer in model._layers:  # with those attached to a graph
+    for layer in sublayers(model):
         yield from _parts(layer, seen)
 
 
@@ -154,7 +164,7 @@ class _Shared:
         self.kept: set[int] = set()  # tensors that are outputs, or that are kept as attributes to be read
         self.taken: set[int] = set()  # additions
         self.folds: dict[int, Fold] = {}  # by the batch norm's call
-        tensors = [tensor for graph in graphs for tensor in symbolic_tensors(graph)]
+        tensors = [tensor for graph in graphs for tensor in held(graph, keras.KerasTensor)]
         self.kept.update(map(id, tensors))
         seen = set()
         while tensors:  # what leads to them, in a graph or beside it
