@@ -18,7 +18,7 @@ from tfops.keras._attributes import carry_over, held
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._checking import same_calls, same_outputs, same_variables
 from tfops.keras._folding import Fold, is_graph, is_list, nodes_as_made, plan, sublayers
-from tfops.keras._remaking import reason, remake
+from tfops.keras._remaking import RemakeError, reason, remake
 from tfops.keras._reporting import Report
 from tfops.keras._stand_ins import FoldedLayer, FoldedOperation, stand_in
 from tfops.keras._tags import folded_into
@@ -102,11 +102,10 @@ class Copier:
     def _remake(self, layer: Any, *args: Any) -> Any:
         try:
             return remake(layer, *args)
-        except Exception as error:
+        except RemakeError as error:
             self._refuse(
                 layer,
-                "it cannot be copied by from_config(get_config()), which its class may have to override: "
-                f"{reason(error)}",
+                f"it cannot be copied by from_config(get_config()), which its class may have to override: {error}",
                 error,
             )
 
@@ -232,7 +231,9 @@ class Copier:
                     copy.load_assets(folder)
             pairs = list(zip(_own_variables(layer), _own_variables(copy), strict=True))
         except Exception as error:
-            self._refuse(layer, f"its copy does not take its state: {reason(error)}", error)
+            self._refuse(
+                layer, f"its copy does not take its state, as if its config did not tell all: {reason(error)}", error
+            )
         for variable, new in pairs:
             new._path = variable.path
             new.trainable = variable.trainable

@@ -13,15 +13,36 @@ import keras
 _DEFAULTS = [keras.Layer.from_config.__func__, keras.Model.from_config.__func__]
 
 
+class RemakeError(ValueError):
+    """Says in a line why an object cannot be made from its config."""
+
+
 def remake(layer: Any, cls: type | None = None, without: Collection[str] = ()) -> Any:
     """A new layer, model or operation of the same config.
 
     Args:
       cls: the class; the layer's own if None.
       without: what to leave out of the config.
+
+    Raises:
+      RemakeError: that cannot be done.
     """
-    cls = cls or type(layer)
-    if type(layer) is keras.layers.Lambda:
+    functions = _functions(layer)
+    try:
+        return _remake(layer, cls or type(layer), without, functions)
+    except Exception as error:
+        text = reason(error)
+        if functions:
+            names = ", ".join(f"{name}={function.__name__}" for name, function in functions.items())
+            text = (
+                f"it has plain functions ({names}), which a config cannot hold. Make them classes that are registered "
+                f"by keras.saving.register_keras_serializable ({text})"
+            )
+        raise RemakeError(text) from error
+
+
+def _remake(layer: Any, cls: type, without: Collection[str], functions: dict[str, types.FunctionType]) -> Any:
+    if cls is keras.layers.Lambda:
         # Its config has the function's code, without what that refers to.
         return keras.layers.Lambda(
             layer.function,
@@ -31,7 +52,6 @@ def remake(layer: Any, cls: type | None = None, without: Collection[str] = ()) -
             name=layer.name,
             dtype=layer.dtype_policy,
         )
-    functions = _functions(layer)
     with warnings.catch_warnings():
         if functions:  # a config has their code at best, and Keras warns of that
             warnings.simplefilter("ignore")
@@ -39,19 +59,8 @@ def remake(layer: Any, cls: type | None = None, without: Collection[str] = ()) -
     parameters = inspect.signature(cls.__init__).parameters.values()
     if cls.from_config.__func__ in _DEFAULTS and all(each.kind is not each.VAR_KEYWORD for each in parameters):
         # Keras puts these into every config, for classes too that do not take them.
-        ignored = {"name", "trainable", "dtype"} - {each.name for each in parameters}
-        without = {*without, *ignored}
-    config = {name: functions.get(name, value) for name, value in config.items() if name not in without}
-    try:
-        new = cls.from_config(config)
-    except Exception as error:
-        if functions:
-            names = ", ".join(f"{name}={function.__name__}" for name, function in functions.items())
-            raise ValueError(
-                f"{reason(error)}. It has plain functions ({names}), which a config cannot hold: make them classes "
-                "that are registered, as keras.saving.register_keras_serializable says"
-            ) from error
-        raise
+        without = {*without, *({"name", "trainable", "dtype"} - {each.name for each in parameters})}
+    new = cls.from_config({name: functions.get(name, value) for name, value in config.items() if name not in without})
     new.name = layer.name  # which the config may leave out
     return new
 
@@ -74,5 +83,7 @@ def reason(error: Exception) -> str:
     text = str(error).strip()
     for announcement in ("Exception encountered: ", "Error encountered during deserialization: "):
         text = text.rpartition(announcement)[2]
-    text = text.splitlines()[0] if text else type(error).__name__
-    return (text if len(text) <= 200 else text[:200].rpartition(" ")[0] + " ...").rstrip(".")
+    text = " ".join(text.split("\n\n")[0].split()) or type(error).__name__
+    if len(text) > 200:
+        text = text[:200].rpartition(". ")[0] or text[:200].rpartition(" ")[0] + " .."
+    return text.removesuffix(".")
