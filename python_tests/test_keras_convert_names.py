@@ -132,11 +132,15 @@ def test_what_is_there_is_what_it_was():
 @pytest.mark.parametrize(
     ("name", "attribute", "message"),
     [
-        ("first", "output", "first has no output of its own: first_relu is computed together with the batch norm"),
-        ("right", "output", "right has no output of its own: plus and silu are computed together"),
-        ("plus", "output", "plus has no output of its own: silu is computed together .* The output of silu is there"),
-        ("plus", "input", "right has no output of its own: plus and silu are computed together"),
-        ("silu", "input", "plus has no output of its own: silu is computed together"),
+        ("first", "output", "the output of first is not computed: first_relu is folded into the batch norm first"),
+        ("right", "output", "the output of right is not computed: plus and silu are folded into the batch norm right"),
+        (
+            "plus",
+            "output",
+            "the output of plus is not computed: silu is folded into the batch norm right. The output of silu is",
+        ),
+        ("plus", "input", "the output of right is not computed: plus and silu are folded into the batch norm right"),
+        ("silu", "input", "the output of plus is not computed: silu is folded into the batch norm right"),
         ("first_relu", "input", r"tfops\.keras\.convert\(\.\.\., fold=False\) keeps the others"),
     ],
 )
@@ -151,9 +155,11 @@ def test_operations_say_so_too():
     fused = _fused()
     *_, add, relu, _ = fused.operations
     assert not isinstance(add, layers.Layer)
-    with pytest.raises(ValueError, match=f"{add.name} has no output of its own: {relu.name} is computed together"):
+    with pytest.raises(
+        ValueError, match=f"the output of {add.name} is not computed: {relu.name} is folded into the batch norm last"
+    ):
         _ = add.output
-    with pytest.raises(ValueError, match=f"last has no output of its own: {add.name} and {relu.name} are computed"):
+    with pytest.raises(ValueError, match=f"the output of last is not computed: {add.name} and {relu.name} are"):
         _ = fused.get_layer("last").output
     assert relu.output.shape == (None, 4, 4, 6)
 
@@ -184,9 +190,9 @@ def test_layers_of_a_sequential_called_by_hand(name):
         y = layer(y)
     np.testing.assert_allclose(y, model(x), rtol=0, atol=1e-6)
     np.testing.assert_allclose(fused.layers[1](x), model.layers[1](x), rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="norm has no output of its own: activation is computed together"):
+    with pytest.raises(ValueError, match="the output of norm is not computed: activation is folded"):
         _ = fused.get_layer("norm").output
-    with pytest.raises(ValueError, match="norm has no output of its own"):
+    with pytest.raises(ValueError, match="the output of norm is not computed"):
         _ = fused.get_layer("activation").input
     part = keras.Model(fused.inputs, fused.get_layer("activation").output)
     np.testing.assert_allclose(part(x), model(x), rtol=0, atol=1e-6)

@@ -45,7 +45,8 @@ def carry_over(model: keras.Model, new: keras.Model, known: dict[int, Any]) -> N
       known: by the id of each layer, operation, variable and symbolic tensor, what it is in the copy.
     """
     for name in _SETTINGS & set(vars(model)):
-        vars(new)[name] = vars(model)[name]
+        value = vars(model)[name]
+        vars(new)[name] = value.copy() if isinstance(value, (dict, set)) else value
     known = {**known, id(model): new}
     for name, value in list(vars(model).items()):
         if name not in _TRAINING and name not in vars(new) and not name.startswith("_self_"):

@@ -48,6 +48,11 @@ def same_variables(model: keras.Model, variables: dict[int, Any], copy: keras.Mo
     return None
 
 
+def same_order(model: keras.Model, variables: dict[int, Any], copy: keras.Model) -> bool:
+    """Whether files and lists of the model's weights fit the copy."""
+    return [id(variables[id(each)]) for each in model.weights] == [id(each) for each in copy.weights]
+
+
 def _bits(variable: Any) -> np.ndarray:
     """The values, such that those that are not numbers are equal too."""
     return np.atleast_1d(keras.ops.convert_to_numpy(variable)).view(np.uint8)

@@ -16,7 +16,7 @@ from keras.src.models.functional import Functional
 
 from tfops.keras._attributes import carry_over, held
 from tfops.keras._batch_normalization import BatchNormalization
-from tfops.keras._checking import same_calls, same_outputs, same_variables
+from tfops.keras._checking import same_calls, same_order, same_outputs, same_variables
 from tfops.keras._folding import Fold, is_graph, is_list, nodes_as_made, plan, sublayers
 from tfops.keras._remaking import RemakeError, reason, remake
 from tfops.keras._reporting import Report
@@ -62,6 +62,8 @@ class Copier:
                     self._model,
                     f"{problem}. Layers have been added to it, removed, or shared, and its config does not tell",
                 )
+            if not self._parts and not same_order(self._model, self.variables, copy):
+                self._refuse(self._model, "its copy has the weights in another order; files of weights would not fit")
             if problem := same_outputs(self._model, copy):
                 self._refuse(
                     self._model,

@@ -55,9 +55,9 @@ class Guarded:
         for tensor in tensors if isinstance(tensors, list) else [tensors]:
             if follows := folded_into(tensor)[1]:
                 raise ValueError(
-                    f"{tensor._keras_history.operation.name} has no output of its own: {' and '.join(follows)} "
-                    f"{'is' if len(follows) == 1 else 'are'} computed together with the batch norm. The output of "
-                    f"{follows[-1]} is there; tfops.keras.convert(..., fold=False) keeps the others"
+                    f"the output of {tensor._keras_history.operation.name} is not computed: {' and '.join(follows)} "
+                    f"{'is' if len(follows) == 1 else 'are'} folded into the batch norm {_norm(tensor).name}. The "
+                    f"output of {follows[-1]} is there; tfops.keras.convert(..., fold=False) keeps the others"
                 )
         return tensors
 
@@ -83,3 +83,11 @@ def folded_into(tensor: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         names.append(reader.operation.name)
         tensor = reader.outputs[0]
     return kinds, tuple(names)
+
+
+def _norm(tensor: Any) -> Any:
+    """The batch norm that something is folded into, at the tensor or before it."""
+    operation, index, _ = tensor._keras_history
+    if hasattr(operation, "folded"):
+        return operation
+    return next(_norm(x) for x in operation._inbound_nodes[index].input_tensors if still_to_come(x))
