@@ -288,14 +288,15 @@ def test_unfolding_that_would_change_the_order_of_calls_is_refused():
 
 @pytest.mark.parametrize("mode", ["full", "activations", "larger_than", "list_of_layers"])
 def test_remat_scope(mode):
-    def net(sequential):
-        with keras.RematScope(mode=mode, output_size_threshold=1, layer_names=["norm", "conv", "relu"]):
+    def net(sequential, scope=mode):
+        keras.utils.set_random_seed(0)
+        with keras.RematScope(mode=scope, output_size_threshold=1, layer_names=["norm", "conv", "relu"]):
             stack = [layers.Conv2D(3, 1, name="conv"), Norm(name="norm"), layers.Activation("silu", name="silu")]
         if sequential:
             return keras.Sequential([keras.Input((4, 4, 3)), *stack])
         x = keras.Input((4, 4, 3))
-        y = stack[1](stack[0](x))
-        return keras.Model(x, layers.Dense(2)(stack[2](layers.Add()([y, x]))))
+        y = layers.Add()([stack[1](stack[0](x)), layers.Dense(3, name="shortcut")(x)])
+        return keras.Model(x, layers.Dense(2)(stack[2](y)))
 
     for sequential in (False, True):
         model = net(sequential)
@@ -305,15 +306,27 @@ def test_remat_scope(mode):
             modes = [layer._remat_mode and layer._remat_mode.mode for layer in each.layers]
             assert modes == [layer._remat_mode and layer._remat_mode.mode for layer in model.layers]
             assert mode in modes
-        x = _images()
         results = []
-        for each in (model, fused, back):
+        for each in (net(sequential, None), fused, back):  # none is lost, whatever is computed again
             with tf.GradientTape() as tape:
-                loss = tf.reduce_sum(each(x, training=True) ** 3)
+                loss = tf.reduce_sum(each(_images(), training=True) ** 3)
             results.append(tape.gradient(loss, each.trainable_variables))
         for got in results[1:]:
             for value, want in zip(got, results[0], strict=True):
                 np.testing.assert_allclose(value, want, rtol=1e-3, atol=1e-3)
+
+
+def test_residuals_have_gradients_in_a_remat_scope():
+    x, residual = _images(5, 3), _images(5, 3) + 1.0
+    results = []
+    for mode in (None, "full"):
+        with keras.RematScope(mode=mode):
+            norm = tfops.keras.BatchNormalization(activation="silu")
+        with tf.GradientTape() as tape:
+            tape.watch([x, residual])
+            loss = tf.reduce_sum(norm(x, residual=residual, training=True) ** 3)
+        results.append(tape.gradient(loss, [x, residual]))
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])

@@ -76,7 +76,15 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
             return layer_call  # nothing is computed yet; the addition's call of this layer is rematerialized
         if getattr(self._remat_mode, "mode", None) == "activations":
             return layer_call  # the kernels keep nothing for the activation, which is not a function here
-        return super().rematerialized_call(layer_call, *args, **kwargs)
+        if kwargs.get("residual") is None:
+            return super().rematerialized_call(layer_call, *args, **kwargs)
+
+        # tf.recompute_grad gives no gradients to arguments that are passed by name.
+        def by_position(inputs: Any, residual: Any, **others: Any) -> Any:
+            return layer_call(inputs, residual=residual, **others)
+
+        call = super().rematerialized_call(by_position, *args, **kwargs)
+        return lambda inputs, residual, **others: call(inputs, residual, **others)
 
     def call(
         self,
