@@ -316,16 +316,22 @@ def test_remat_scope(mode):
                 np.testing.assert_allclose(value, want, rtol=1e-3, atol=1e-3)
 
 
-def test_residuals_have_gradients_in_a_remat_scope():
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_residuals_have_gradients_in_a_remat_scope(graph):
     x, residual = _images(5, 3), _images(5, 3) + 1.0
     results = []
     for mode in (None, "full"):
         with keras.RematScope(mode=mode):
             norm = tfops.keras.BatchNormalization(activation="silu")
-        with tf.GradientTape() as tape:
-            tape.watch([x, residual])
-            loss = tf.reduce_sum(norm(x, residual=residual, training=True) ** 3)
-        results.append(tape.gradient(loss, [x, residual]))
+        norm.build(x.shape)
+
+        def gradients(norm=norm):
+            with tf.GradientTape() as tape:
+                tape.watch([x, residual])
+                loss = tf.reduce_sum(norm(x, residual=residual, training=True) ** 3)
+            return tape.gradient(loss, [x, residual])
+
+        results.append((tf.function(gradients) if graph else gradients)())
     np.testing.assert_allclose(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 

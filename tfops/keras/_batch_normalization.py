@@ -76,15 +76,15 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
             return layer_call  # nothing is computed yet; the addition's call of this layer is rematerialized
         if getattr(self._remat_mode, "mode", None) == "activations":
             return layer_call  # the kernels keep nothing for the activation, which is not a function here
-        if kwargs.get("residual") is None:
-            return super().rematerialized_call(layer_call, *args, **kwargs)
+        # tf.recompute_grad gives no gradients to arguments that are passed by name, and takes none in graphs.
+        names = [name for name in ("inputs", "residual") if kwargs.get(name) is not None]
+        others = {name: value for name, value in kwargs.items() if name not in names}
 
-        # tf.recompute_grad gives no gradients to arguments that are passed by name.
-        def by_position(inputs: Any, residual: Any, **others: Any) -> Any:
-            return layer_call(inputs, residual=residual, **others)
+        def by_position(*tensors: Any) -> Any:
+            return layer_call(*tensors[: len(args)], **dict(zip(names, tensors[len(args) :], strict=True)), **others)
 
         call = super().rematerialized_call(by_position, *args, **kwargs)
-        return lambda inputs, residual, **others: call(inputs, residual, **others)
+        return lambda *_, **__: call(*args, *(kwargs[name] for name in names))
 
     def call(
         self,

@@ -65,6 +65,18 @@ def nodes(model: keras.Model) -> list[Any]:
     return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
 
 
+def leading(tensors: Iterable[keras.KerasTensor]) -> Iterator[Any]:
+    """The calls that lead to symbolic tensors, in a graph or beside it."""
+    tensors, seen = list(tensors), set()
+    while tensors:
+        operation, index, _ = tensors.pop()._keras_history
+        node = operation._inbound_nodes[index] if operation is not None else None
+        if node is not None and id(node) not in seen:
+            seen.add(id(node))
+            tensors.extend(node.input_tensors)
+            yield node
+
+
 def nodes_as_made(model: keras.Model) -> Iterator[Any]:
     """The same in an order in which they can have been made: of each layer the first call first, as `output` is its."""
     waiting = nodes(model)
@@ -120,6 +132,9 @@ def _parts(model: Any, seen: set[int]) -> Iterator[keras.Model]:
     yield model
     for layer in sublayers(model):
         yield from _parts(layer, seen)
+    if is_graph(model):
+        for node in leading(held(model, keras.KerasTensor)):
+            yield from _parts(node.operation, seen)
 
 
 def _obstacle(norm: keras.Layer) -> str:
@@ -164,18 +179,11 @@ class _Shared:
         self.kept: set[int] = set()  # tensors that are outputs, or that are kept as attributes to be read
         self.taken: set[int] = set()  # additions
         self.folds: dict[int, Fold] = {}  # by the batch norm's call
-        tensors = [tensor for graph in graphs for tensor in held(graph, keras.KerasTensor)]
-        self.kept.update(map(id, tensors))
-        seen = set()
-        while tensors:  # what leads to them, in a graph or beside it
-            operation, index, _ = tensors.pop()._keras_history
-            node = operation._inbound_nodes[index] if operation is not None else None
-            if node is None or id(node) in seen:
-                continue
-            seen.add(id(node))
-            for tensor in node.input_tensors:
-                self.readers[id(tensor)][id(node)] = node
-            tensors.extend(node.input_tensors)
+        for graph in graphs:
+            self.kept.update(map(id, held(graph, keras.KerasTensor)))
+            for node in leading(held(graph, keras.KerasTensor)):
+                for tensor in node.input_tensors:
+                    self.readers[id(tensor)][id(node)] = node
 
 
 class _Graph:
