@@ -71,21 +71,6 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
         folded = kwargs.get("folded") or self.folded
         return y if folded is None or _has_addition(folded) else tag_applied(y, folded)
 
-    def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
-        if _has_addition(kwargs.get("folded")):
-            return layer_call  # nothing is computed yet; the addition's call of this layer is rematerialized
-        if getattr(self._remat_mode, "mode", None) == "activations":
-            return layer_call  # the kernels keep nothing for the activation, which is not a function here
-        # tf.recompute_grad gives no gradients to arguments that are passed by name, and takes none in graphs.
-        names = [name for name in ("inputs", "residual") if kwargs.get(name) is not None]
-        others = {name: value for name, value in kwargs.items() if name not in names}
-
-        def by_position(*tensors: Any) -> Any:
-            return layer_call(*tensors[: len(args)], **dict(zip(names, tensors[len(args) :], strict=True)), **others)
-
-        call = super().rematerialized_call(by_position, *args, **kwargs)
-        return lambda *_, **__: call(*args, *(kwargs[name] for name in names))
-
     def call(
         self,
         inputs: Any,
@@ -148,6 +133,29 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
                 self.moving_mean.assign(tf.cast(mean, self.moving_mean.dtype))
                 self.moving_variance.assign(tf.cast(variance, self.moving_variance.dtype))
         return tf.cast(y, self.compute_dtype)
+
+    def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
+        """`layer_call`, recomputed for the gradient where the layer's `keras.RematScope` has it so.
+
+        `tf.recompute_grad`, which Keras uses, has gradients for what is given by position alone. In graphs it takes no
+        keywords, and adds zeros to what it is given: that is the inputs and the residual here, and nothing else.
+        """
+        if _has_addition(kwargs.get("folded")):
+            return layer_call  # which computes nothing; the addition calls the layer again
+        recomputes = super().rematerialized_call(layer_call, *args, **kwargs) is not layer_call
+        if not recomputes or self._remat_mode.mode == "activations":  # of which the kernels keep nothing in any case
+            return layer_call
+
+        def recomputed_call(
+            inputs: Any, training: Any = None, mask: Any = None, residual: Any = None, **options: Any
+        ) -> Any:
+            def call(inputs: Any, residual: Any = None) -> Any:
+                return layer_call(inputs, training=training, mask=mask, residual=residual, **options)
+
+            tensors = [inputs] if residual is None else [inputs, residual]
+            return tf.recompute_grad(call)(*tensors)
+
+        return recomputed_call
 
     def _data(self, inputs: Any) -> tf.Tensor:
         """The inputs in a type that has kernels, as wide as theirs and as the compute type."""
