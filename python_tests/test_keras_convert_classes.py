@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 import warnings
 
 import keras
@@ -361,13 +360,16 @@ def test_plain_functions_that_cannot_be_put_in_are_named():
     assert len(str(caught.value)) < 600
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="the newest Keras for it takes no functions as regularizers")
 def test_plain_functions_as_regularizers():
     def penalty(w):
         return 3.0 * tf.reduce_sum(w)
 
     x = keras.Input((3,))
-    model = keras.Model(x, layers.Dense(2, bias_regularizer=penalty)(Norm(gamma_regularizer=penalty, name="norm")(x)))
+    try:
+        y = layers.Dense(2, bias_regularizer=penalty)(Norm(gamma_regularizer=penalty, name="norm")(x))
+    except ValueError:
+        pytest.skip("older Keras takes no functions as regularizers")
+    model = keras.Model(x, y)
     fused = convert(model, verbose=0)
     assert fused.get_layer("norm").gamma_regularizer is penalty
     np.testing.assert_allclose(sum(fused.losses), 9.0)
