@@ -246,12 +246,13 @@ def measure(name: str, xla: bool, budget: float) -> dict[str, Any]:
             seconds[column].append(seconds_of(steps[column], images, labels))
 
     norms = [layer for layer in models["fused"].layers if isinstance(layer, tfops.keras.BatchNormalization)]
+    folded = [node.arguments.kwargs.get("folded", "add") for layer in norms for node in layer._inbound_nodes]
     return {
         "network": name,
         "image": network.shape,
         "batch": network.batch,
         "batch_norms": count(original, keras.layers.BatchNormalization),
-        "folded_activations": sum(layer.activation is not None for layer in norms),
+        "folded_activations": sum(what != "add" for what in folded),
         "folded_additions": count(original, keras.layers.Add) - count(models["fused"], keras.layers.Add),
         "error": error,
         "first_seconds": first,

@@ -82,13 +82,10 @@ def _assert_same(got, want, inputs, tolerance=TOLERANCE):
 
 def _folds(model):
     """How many batch norms have an addition alone, an addition and an activation, an activation alone."""
-    counts = [0, 0, 0]
-    for node in [node for layer in model.layers for node in layer._inbound_nodes]:
-        if isinstance(node.operation, tfops.keras.BatchNormalization):
-            added, activation = "residual" in node.arguments.kwargs, node.operation.activation is not None
-            if added or activation:
-                counts[0 if not activation else 1 if added else 2] += 1
-    return tuple(counts)
+    calls = [node.arguments.kwargs for layer in model.layers for node in layer._inbound_nodes]
+    folded = [kwargs["folded"] for kwargs in calls if "folded" in kwargs]
+    added = [what for what in folded if what.startswith("add")]
+    return added.count("add"), len(added) - added.count("add"), len(folded) - len(added)
 
 
 # Ten seconds each, and their graphs are like the others'.
@@ -109,9 +106,11 @@ def test_applications(name, float64):
     back = convert(fused, to="keras", verbose=0)
     assert not [layer for layer in back._flatten_layers() if isinstance(layer, tfops.keras.BatchNormalization)]
     for each in (fused, back):
-        by_path = {variable.path: variable.numpy() for variable in each.weights}
-        for variable, weight in zip(model.weights, weights, strict=True):
-            np.testing.assert_array_equal(by_path[variable.path], weight)
+        assert [layer.name for layer in each.layers] == [layer.name for layer in model.layers]
+        assert [variable.path for variable in each.weights] == [variable.path for variable in model.weights]
+        for got, want in zip(each.get_weights(), weights, strict=True):
+            np.testing.assert_array_equal(got, want)
+    assert [type(layer) for layer in back.layers] == [type(layer) for layer in model.layers]
     # The original is as it was.
     assert model.get_config() == config
     for got, want in zip(model.get_weights(), weights, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
@@ -12,6 +13,7 @@ from tfops._arguments import ACTIVATIONS, param_type
 from tfops._batch_norm import fused_batch_norm
 from tfops._phases import Statistics, batch_statistics, normalize, replicas
 from tfops.keras._recomputing import is_recomputed
+from tfops.keras._tags import Guarded, tag_applied, tag_pending
 
 
 def check_backend(backend: str) -> None:
@@ -26,7 +28,7 @@ check_backend(keras.backend.backend())
 
 
 @keras.saving.register_keras_serializable(package="tfops")
-class BatchNormalization(keras.layers.BatchNormalization):
+class BatchNormalization(Guarded, keras.layers.BatchNormalization):
     """`keras.layers.BatchNormalization` with the fused kernels, and with activation and residual addition in them.
 
     Takes every argument of Keras' layer, with the same defaults, and holds the same weights under the same names. As
@@ -42,6 +44,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
       inputs, training, mask: as in Keras.
       residual: a tensor of the inputs' shape, added before the activation.
       inputs_mask: where Keras puts the inputs' own mask if there is a residual; `mask` goes before it.
+      folded: what `convert` has folded into this call, of the layers that follow: an activation, which is applied, and
+        the layer that follows passes it on; "add", or "add+" and an activation: then the inputs are passed on, and the
+        addition that follows normalizes them.
+
+    The attribute `folded` is that of all calls which do not tell; `convert` sets it in Sequential models, where calls
+    have no arguments.
     """
 
     def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any):
@@ -49,6 +57,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, but it is {activation!r}")
         super().__init__(*args, **kwargs)
         self.activation = activation
+        self.folded: str | None = None
         self.supports_jit = _xla.supports_jit()
 
     # Keras tells the arguments of build and compute_output_shape by name: those of call, and "_shape".
@@ -58,11 +67,28 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def compute_output_shape(self, inputs_shape: Any, residual_shape: Any = None) -> Any:
         return super().compute_output_shape(inputs_shape)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        y = super().__call__(*args, **kwargs)
+        # Not in call, because a RematScope hands out other tensors than those which that returns.
+        folded = kwargs.get("folded") or self.folded
+        return y if folded is None or _has_addition(folded) else tag_applied(y, folded)
+
     def call(
-        self, inputs: Any, training: bool | None = None, mask: Any = None, residual: Any = None, inputs_mask: Any = None
+        self,
+        inputs: Any,
+        training: bool | None = None,
+        mask: Any = None,
+        residual: Any = None,
+        inputs_mask: Any = None,
+        folded: str | None = None,
     ) -> Any:
-        training = bool(training) and self.trainable
         mask = inputs_mask if mask is None else mask
+        folded = folded or self.folded
+        if _has_addition(folded):
+            later = folded.partition("+")[2] or None
+            rest = functools.partial(self, inputs, training=training, mask=mask, folded=later)
+            return tag_pending(tf.cast(inputs, self.compute_dtype), rest)
+        training = bool(training) and self.trainable
         x = self._data(inputs)
         if mask is not None and len(mask.shape) != len(x.shape) - 1:
             raise ValueError(
@@ -76,7 +102,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         settings = {
             "axis": self.axis,
             "epsilon": self.epsilon,
-            "activation": self.activation,
+            "activation": folded or self.activation,
             "residual": None if residual is None else tf.cast(residual, x.dtype),
         }
         renorm = getattr(self, "renorm", False)  # not in older Keras, such as Python 3.10's newest
@@ -117,6 +143,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         `tf.recompute_grad`, which Keras uses, has gradients for what is given by position alone. In graphs it takes no
         keywords, and adds zeros to what it is given: that is the inputs and the residual here, and nothing else.
         """
+        if _has_addition(kwargs.get("folded")):
+            return layer_call  # which computes nothing; the addition calls the layer again
         recomputes = super().rematerialized_call(layer_call, *args, **kwargs) is not layer_call
         if not recomputes or self._remat_mode.mode == "activations":  # of which the kernels keep nothing in any case
             return layer_call
@@ -162,6 +190,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
         average(self.moving_variance, moving_variance, 0.0)
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        # Without one, the config is one for Keras' layer too.
-        return config if self.activation is None else {**config, "activation": self.activation}
+        # Without an activation, the config is one for Keras' layer too.
+        own = {"activation": self.activation, "folded": self.folded}
+        return {**super().get_config(), **{name: value for name, value in own.items() if value is not None}}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> BatchNormalization:
+        config = dict(config)
+        folded = config.pop("folded", None)
+        layer = super().from_config(config)
+        layer.folded = folded
+        return layer
+
+
+def _has_addition(folded: str | None) -> bool:
+    return folded is not None and folded.startswith("add")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import keras
 
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._compiling import compile_like
-from tfops.keras._copying import Copier, Report
+from tfops.keras._copying import Copier
+from tfops.keras._reporting import describe
 
 CLASSES = {"tfops": BatchNormalization, "keras": keras.layers.BatchNormalization}
 
@@ -18,46 +17,55 @@ def convert(model: keras.Model, to: str = "tfops", *, fold: bool = True, verbose
 
     Every `keras.layers.BatchNormalization`, but no class derived from it, becomes a `tfops.keras.BatchNormalization`:
     in functional and Sequential models, in models and layers inside them, and in subclassed models and layers. In
-    functional and Sequential models a batch norm also takes in
+    functional models, whatever their class, and in Sequential models a batch norm also takes in
 
     - the addition that follows, `keras.layers.Add` of two tensors or `x + y`, if both are of one shape and dtype (where
       a dimension is not known, it is taken to be the same);
     - then, or at once, the activation that follows: relu, relu6, leaky_relu with a slope of 0.2, or silu, as one of
-      Keras' layers or operations,
+      Keras' layers or operations (in a Sequential model the activation alone)
 
-    where nothing else reads what comes before, and that is not an output of the model. A layer that is called several
-    times takes in the same at every call, or nothing. In a model with several outputs, the layers that make these
-    stay, because losses and metrics go by their names.
+    where nothing else reads what comes before, and that is not an output of the model, nor an attribute of it.
 
-    The given model is left as it is. The copy's layers have the same names (those that were folded in are gone), its
-    weights the same names, paths, values and `trainable`. Where additions are folded in, `copy.weights` may be in
-    another order.
+    The given model is left as it is. The copy has the same layers and operations in the same order, with the same
+    names, weights, paths, values, `trainable` and RematScope; so weights files, `.keras` files, lists of weights and
+    checkpoints go from one to the other. In the place of what was folded in, a `FoldedLayer` or `FoldedOperation`
+    passes on what the batch norm has computed. What is no longer computed cannot be read: the `output` of a batch norm
+    or addition whose result is only there after a later layer raises ValueError, and says which layer's output is
+    there. Layers that are called by hand do what they did: in a functional model what is folded is its calls.
 
     If the model is compiled, so is the copy: with the same losses, with metrics of its own, and with an optimizer of
     its own in the same state, however deep that is wrapped. Optimizers and metrics are copied by their configs. A
     `compile` of the class' own is called with what the model is compiled with, or its `compile_from_config`, if it has
-    one. Where that cannot be, a warning says what is to be done by hand.
+    one. Where that cannot be, a warning says what is to be done by hand. All is made under the model's `tf.distribute`
+    strategy.
 
-    Subclassed models and layers are copied by `from_config(get_config())`, while their classes get tfops' layer where
-    they construct Keras'. When such a model is saved and loaded, it has Keras' batch norms: convert it again.
+    A functional model of a class of its own keeps its class, its methods and its attributes: the graph is copied,
+    without calling the class's constructor. Models whose class overrides `call`, other subclassed models, and layers
+    are copied by `from_config(get_config())`, while their classes get tfops' layer where they construct Keras'. When a
+    model that has a config of its own is saved and loaded, that config makes Keras' batch norms, with the right
+    weights: convert it again.
+
+    Every copy is checked: its variables are compared, and its outputs in inference, on random inputs of one element, if
+    the model can be called on such.
 
     Args:
       model: any Keras model.
-      to: "tfops", or "keras" for the way back: every `tfops.keras.BatchNormalization` becomes Keras' own, followed by
-        an `Add` and an `Activation` for what was fused in it. Their names are the batch norm's with "_add" and, for
-        instance, "_relu".
-      fold: whether batch norms take in anything. Without, all layers remain, and weights are in the same order.
-      verbose: 0 prints nothing; 1 a line that says how many batch norms were replaced and what was folded in; 2 also
-        a line for each of them, with the names of what was folded in, or why nothing was.
+      to: "tfops", or "keras" for the way back: every `tfops.keras.BatchNormalization` becomes Keras' own, and what was
+        folded in is what it was. What was fused without `convert` becomes an `Add` and an `Activation` after it, whose
+        names are the batch norm's with "_add" and, for instance, "_relu".
+      fold: whether batch norms take in anything.
+      verbose: 0 prints nothing; 1 a line that says how many batch norms were replaced, what was folded in, and why
+        others are alone; 2 also a line for each of them, with names.
 
     Returns:
       a model of the same class.
 
     Raises:
       TypeError: model is not a Keras model.
-      ValueError: to or verbose is none of the above; a layer or the model cannot be copied by its config, or the copy
-        has other variables, because the config does not tell all; or, with to="keras", a batch norm with a fused
-        activation is inside a subclassed model or layer.
+      ValueError: to or verbose is none of the above; a layer or the model cannot be copied by its config; the copy has
+        other variables or other outputs, because the config does not tell all; or, with to="keras", a batch norm with a
+        fused activation is inside a subclassed model or layer, or the layers that it becomes would change the order in
+        which Keras makes the calls of a layer that has several.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model, but it is {model!r}")
@@ -69,17 +77,5 @@ def convert(model: keras.Model, to: str = "tfops", *, fold: bool = True, verbose
     copy, reports = copier.run()
     compile_like(model, copy, copier.variables)
     if verbose:
-        print(_describe(model.name, to, reports, verbose > 1))
+        print(describe(model.name, to, reports, verbose > 1))
     return copy
-
-
-def _describe(name: str, to: str, reports: list[Report], each: bool) -> str:
-    """What was done, in a line; and a line for each batch norm."""
-    verb, other = ("folded in", "nothing") if to == "tfops" else ("unfolded", "nothing fused")
-    kinds = Counter(" and ".join(report.kinds) or other for report in reports)
-    counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
-    lines = [f"{name}: {len(reports)} batch norms replaced" + (f"; {verb}: {counts}" if reports else "")]
-    if each and reports:
-        width = max(len(report.name) for report in reports)
-        lines += [f"  {report.name:<{width}}  {report.text}" for report in reports]
-    return "\n".join(lines)

@@ -9,26 +9,30 @@ import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
+from keras.src.models.functional import Functional
 
+from tfops.keras._attributes import carry_over, held
 from tfops.keras._batch_normalization import BatchNormalization
-from tfops.keras._folding import Fold, is_graph, is_list, nodes, plan
-
-
-class Report(NamedTuple):
-    """What became of a batch norm."""
-
-    name: str
-    kinds: list[str]  # of what was folded in, or unfolded
-    text: str
+from tfops.keras._checking import same_calls, same_order, same_outputs, same_variables
+from tfops.keras._folding import Fold, is_graph, is_list, nodes_as_made, plan, sublayers
+from tfops.keras._remaking import RemakeError, reason, remake
+from tfops.keras._reporting import Report
+from tfops.keras._stand_ins import FoldedLayer, FoldedOperation, stand_in
+from tfops.keras._tags import folded_into
 
 
 class Copier:
-    """One conversion of a model to batch norms of class `to`."""
+    """One conversion of a model to batch norms of class `to`.
+
+    Attributes:
+      variables: by the id of each variable of the model, that of the copy, once `run` is done.
+    """
 
     def __init__(self, model: keras.Model, to: type[keras.Layer], fold: bool):
+        self.variables: dict[int, Any] = {}
         self._model = model
         self._to = to
         self._from = keras.layers.BatchNormalization if to is BatchNormalization else BatchNormalization
@@ -36,32 +40,41 @@ class Copier:
         self._of_norm: dict[int, list[Fold]] = defaultdict(list)  # the same, of each batch norm
         for each in [fold for part in self._folds.values() for fold in part]:
             self._of_norm[id(each.norm)].append(each)
+        self._taken = {id(each) for folds in self._folds.values() for fold in folds for each in fold.operations}
+        self._originals: dict[int, Any] = {}  # layers and operations, by their ids
         self._copies: dict[int, Any] = {}  # by the id of the layer or operation
+        self._calls: dict[int, Any] = {}  # by the id of the node
+        self._tensors: dict[int, Any] = {}  # by the id of the symbolic tensor
         self._parts: dict[tuple[int, str], keras.Layer] = {}  # additions and activations of unfolded batch norms
         self._names = {layer.name for layer in model._flatten_layers()}
         self._pairs: dict[int, tuple[keras.Layer, keras.Layer]] = {}  # layers whose state has been copied
 
     def run(self) -> tuple[keras.Model, list[Report]]:
-        with _constructing(self._from, self._to):
-            copy = self._copy(self._model)
-            self._transfer(self._model, copy)
-        count, wanted = len(copy.variables), len(self._model.variables)
-        if count != wanted:
-            raise ValueError(
-                f"cannot convert {_describe(self._model)}: its copy has {count} variables, not {wanted}. Layers have "
-                "been added to it, removed, or shared, and its config does not tell"
-            )
-        reports = [self._report(layer) for layer, _ in self._pairs.values() if self._is_replaced(layer)]
-        return copy, reports
+        with self._model.distribute_strategy.scope():
+            with _constructing(self._from, self._to):
+                copy = self._copy(self._model)
+                for key, layer in list(self._originals.items()):
+                    if isinstance(layer, keras.Layer):
+                        self._transfer(layer, self._copies[key])
+            self._carry_over()
+            if problem := same_variables(self._model, self.variables, copy):
+                self._refuse(
+                    self._model,
+                    f"{problem}. Layers have been added to it, removed, or shared, and its config does not tell",
+                )
+            if not self._parts and not same_order(self._model, self.variables, copy):
+                self._refuse(self._model, "its copy has the weights in another order; files of weights would not fit")
+            if problem := same_outputs(self._model, copy):
+                self._refuse(
+                    self._model,
+                    f"{problem}. The config of a class must tell all that its instances are made with; if it does, "
+                    "convert(..., fold=False) may help",
+                )
+        return copy, [report for layer, _ in self._pairs.values() for report in self._reports(layer)]
 
-    @property
-    def variables(self) -> dict[int, Any]:
-        """What became of each variable of the model, by its id."""
-        return {
-            id(variable): new
-            for layer, copy in self._pairs.values()
-            for variable, new in zip(_own_variables(layer), _own_variables(copy), strict=True)
-        }
+    def _refuse(self, layer: Any, problem: str, error: Exception | None = None) -> None:
+        model, part = (f"{each.name} ({type(each).__name__})" for each in (self._model, layer))
+        raise ValueError(f"cannot convert {model}: {'' if layer is self._model else part + ': '}{problem}") from error
 
     # ------------------------------------------------------------------------------------------------------------------
     # Copies without state
@@ -69,7 +82,10 @@ class Copier:
     def _copy(self, layer: Any) -> Any:
         """The copy of a layer, model or operation: always the same one, so that what is shared stays so."""
         if id(layer) not in self._copies:
-            self._copies[id(layer)] = self._make(layer)
+            copy = self._make(layer)
+            if hasattr(layer, "_remat_mode"):  # which in older Keras only layers have
+                copy._remat_mode = layer._remat_mode
+            self._originals[id(layer)], self._copies[id(layer)] = layer, copy
         return self._copies[id(layer)]
 
     def _make(self, layer: Any) -> Any:
@@ -78,75 +94,90 @@ class Copier:
         if is_list(layer):
             return self._make_list(layer)
         if id(layer) in self._of_norm:
-            return self._make_norm(layer)
-        if type(layer) is keras.layers.Lambda:
-            # Its config has the function's code, without what that refers to.
-            return keras.layers.Lambda(
-                layer.function,
-                output_shape=layer._output_shape,
-                mask=layer.mask,
-                arguments=layer.arguments,
-                name=layer.name,
-                dtype=layer.dtype_policy,
-            )
-        try:
-            copy = _remake(layer)
-            copy.name = layer.name  # which the config may leave out
-            return copy
-        except Exception as error:
-            raise ValueError(
-                f"cannot convert {_describe(layer)}: it cannot be copied by from_config(get_config()), which its class "
-                f"may have to override. {str(error).strip()}"
-            ) from error
+            return self._remake(layer, self._to, () if self._to is BatchNormalization else ("activation", "folded"))
+        if id(layer) in self._taken:
+            return stand_in(self._remake(layer))
+        if isinstance(layer, (FoldedLayer, FoldedOperation)) and self._to is not BatchNormalization:
+            return self._remake(layer.original())
+        return self._remake(layer)
 
-    def _make_norm(self, layer: keras.Layer) -> keras.Layer:
-        config = layer.get_config()
-        activation = config.pop("activation", None)
-        if self._to is BatchNormalization:
-            config["activation"] = activation or self._of_norm[id(layer)][0].activation
-        return self._to.from_config(config)
+    def _remake(self, layer: Any, *args: Any) -> Any:
+        try:
+            return remake(layer, *args)
+        except RemakeError as error:
+            self._refuse(
+                layer,
+                f"it cannot be copied by from_config(get_config()), which its class may have to override: {error}",
+                error,
+            )
 
     def _make_list(self, model: keras.Sequential) -> keras.Sequential:
+        for fold in self._folds[id(model)]:
+            if fold.kinds:
+                self._copy(fold.norm).folded = fold.kinds[0]
         # The input layer, if there is one, is not among model.layers.
         copies = [self._copy(each) for each in model._layers[:1] if isinstance(each, keras.layers.InputLayer)]
-        left_out = {call for fold in self._folds[id(model)] for call in fold.calls[1:]}
-        for call, layer in enumerate(model.layers):
-            if call not in left_out:
-                copies.append(self._copy(layer))
-                if self._is_fused(layer):
-                    copies.append(self._part(layer, layer.activation))
-        copy = keras.Sequential(copies, name=model.name)
-        copy._dtype_policy = model._dtype_policy  # its setter may quantize
-        return copy
+        for layer in model.layers:
+            copies.append(self._copy(layer))
+            if self._is_fused(layer):
+                copies.append(self._part(layer, layer.activation))
+        return keras.Sequential(copies, name=model.name)
 
     def _make_graph(self, model: keras.Model) -> keras.Model:
         inputs = keras.tree.map_structure(lambda x: self._copy(x._keras_history.operation).output, model.input)
-        pairs = zip(model.inputs, keras.tree.flatten(inputs), strict=True)
-        tensors = {id(old): new for old, new in pairs}
-        # A batch norm with an addition is called when that would be: all tensors are there then.
-        sites = {id(fold.addition or fold.calls[0]): fold for fold in self._folds[id(model)]}
-        folded = {id(call) for fold in sites.values() for call in fold.calls}
-        for node in nodes(model):
-            if fold := sites.get(id(node)):
-                tensors[id(fold.calls[-1].outputs[0])] = self._call_norm(fold, tensors)
-            elif id(node) not in folded:
-                args, kwargs = node.arguments.fill_in(tensors)
-                outputs = self._copy(node.operation)(*args, **kwargs)
-                pairs = zip(node.outputs, keras.tree.flatten(outputs), strict=True)
-                tensors.update((id(old), new) for old, new in pairs)
-        outputs = keras.tree.map_structure(lambda x: tensors[id(x)], model.output)
-        copy = type(model)(inputs, outputs, name=model.name)
-        copy._dtype_policy = model._dtype_policy  # its setter may quantize
+        self._tensors.update(zip(map(id, model.inputs), keras.tree.flatten(inputs), strict=True))
+        folds = {id(fold.call): fold for fold in self._folds[id(model)]}
+        for node in nodes_as_made(model):
+            self._call(node, folds.get(id(node)))
+        for tensor in held(model, keras.KerasTensor):
+            self._reach(tensor)
+        outputs = keras.tree.map_structure(lambda x: self._tensors[id(x)], model.output)
+        # Without the constructor of its class, which would make a graph of its own.
+        copy = Functional.__new__(type(model))
+        Functional.__init__(copy, inputs, outputs, name=model.name)
+        if name := same_calls(model, self._calls, copy):
+            self._refuse(model, f"the calls of {name}, which has several, would come in another order")
+        for each in _own_variables(model):
+            copy.add_weight(
+                shape=each.shape,
+                dtype=each.dtype,
+                initializer="zeros",
+                trainable=each.trainable,
+                regularizer=each.regularizer,
+                constraint=each.constraint,
+                name=each.name,
+            )
         return copy
 
-    def _call_norm(self, fold: Fold, tensors: dict[int, Any]) -> Any:
-        args, kwargs = fold.calls[0].arguments.fill_in(tensors)
+    def _call(self, node: Any, fold: Fold | None = None) -> None:
+        """Makes a call of a graph once more, or takes that which has been made for another graph."""
+        if id(node) in self._calls:
+            return
+        args, kwargs = node.arguments.fill_in(self._tensors)
+        copy = self._copy(node.operation)
+        outputs = copy(*args, **kwargs) if fold is None else self._call_norm(fold, args, kwargs)
+        self._tensors.update(zip(map(id, node.outputs), keras.tree.flatten(outputs), strict=True))
+        self._calls[id(node)] = copy._inbound_nodes[-1]
+
+    def _reach(self, tensor: keras.KerasTensor) -> None:
+        """Makes the calls that lead to a tensor which is no output, but an attribute."""
+        operation, index, _ = tensor._keras_history
+        if id(tensor) in self._tensors or operation is None:
+            return
+        node = operation._inbound_nodes[index]
+        if node.is_input:
+            self._tensors[id(tensor)] = self._copy(operation).output
+            return
+        for each in node.input_tensors:
+            self._reach(each)
+        self._call(node)
+
+    def _call_norm(self, fold: Fold, args: Any, kwargs: dict[str, Any]) -> Any:
         copy = self._copy(fold.norm)
         if self._to is BatchNormalization:
-            if fold.residual is not None:
-                kwargs["residual"] = tensors[id(fold.residual)]
-            return copy(*args, **kwargs)
+            return copy(*args, **kwargs, folded="+".join(fold.kinds)) if fold.kinds else copy(*args, **kwargs)
         arguments = inspect.signature(fold.norm.call).bind(*args, **kwargs).arguments
+        arguments.pop("folded", None)  # what follows does that again
         residual = arguments.pop("residual", None)
         y = copy(arguments.pop("inputs"), **arguments)
         if residual is not None:
@@ -174,16 +205,19 @@ class Copier:
 
     def _transfer(self, layer: keras.Layer, copy: keras.Layer) -> None:
         """Gives the copy, and all layers in it, the state of the layer and of those in it."""
-        if id(layer) in self._pairs:
+        if id(layer) in self._pairs or layer is copy:
             return
         self._pairs[id(layer)] = layer, copy
         # What Keras has numbered is numbered as in the original, and named after the scopes that it was made in.
         copy.name, copy._path = layer.name, layer._path
+        copy._remat_mode = layer._remat_mode
         policy, new_policy = layer.dtype_policy.name, copy.dtype_policy.name
-        if policy != new_policy and not isinstance(layer, keras.layers.InputLayer):
-            raise ValueError(
-                f"cannot convert {_describe(layer)}: its dtype policy is {policy}, but that of a copy is {new_policy}. "
-                "Set the policy that the model was made with, or have its config tell"
+        carried = id(layer) in self._folds or isinstance(layer, keras.layers.InputLayer)
+        if policy != new_policy and not carried:
+            self._refuse(
+                layer,
+                f"its dtype policy is {policy}, but that of a copy is {new_policy}. "
+                "Set the policy that the model was made with, or have its config tell",
             )
         if layer.built and not copy.built:
             with warnings.catch_warnings():
@@ -199,73 +233,94 @@ class Copier:
                     copy.load_assets(folder)
             pairs = list(zip(_own_variables(layer), _own_variables(copy), strict=True))
         except Exception as error:
-            raise ValueError(f"cannot convert {_describe(layer)}: its copy does not take its state: {error}") from error
+            self._refuse(
+                layer, f"its copy does not take its state, as if its config did not tell all: {reason(error)}", error
+            )
         for variable, new in pairs:
             new._path = variable.path
             new.trainable = variable.trainable
-        for generator, new in zip(layer._seed_generators, copy._seed_generators, strict=True):
-            new.state.assign(generator.state)
+            self.variables[id(variable)] = new
+        if not is_graph(layer):  # whose generators are attributes of an instance, which are copied last
+            for generator, new in zip(layer._seed_generators, copy._seed_generators, strict=True):
+                self._transfer_seed(generator, new)
         # Its setter would set all sublayers'.
         copy._trainable = layer._trainable
         for sublayer, new in self._sublayers(layer, copy):
             self._transfer(sublayer, new)
 
+    def _transfer_seed(self, generator: keras.random.SeedGenerator, copy: keras.random.SeedGenerator) -> None:
+        copy.state.assign(generator.state)
+        copy.name, copy.state._path = generator.name, generator.state.path
+        self.variables[id(generator.state)] = copy.state
+
     def _sublayers(self, layer: keras.Layer, copy: keras.Layer) -> Iterator[tuple[keras.Layer, keras.Layer]]:
-        sublayers = _sublayers(layer)
+        inside, made = sublayers(layer), sublayers(copy)
         if id(layer) in self._folds:
-            return ((each, self._copies[id(each)]) for each in sublayers if id(each) in self._copies)
-        if len(sublayers) != len(_sublayers(copy)):
-            raise ValueError(
-                f"cannot convert {_describe(layer)}: it holds {len(sublayers)} layers, but its class makes "
-                f"{len(_sublayers(copy))} when it is copied by from_config(get_config())"
+            return ((each, self._copy_or_share(each)) for each in inside)
+        if len(inside) != len(made):
+            self._refuse(
+                layer,
+                f"it holds {len(inside)} layers, but its class makes {len(made)} when it is copied by "
+                "from_config(get_config()), which it may have to override",
             )
-        return zip(sublayers, _sublayers(copy), strict=True)
+        return zip(inside, made, strict=True)
+
+    def _copy_or_share(self, layer: keras.Layer) -> keras.Layer:
+        """The copy of a layer; the layer itself if it has no state and cannot be copied."""
+        try:
+            return self._copy(layer)
+        except ValueError:
+            if layer.variables or any(isinstance(each, self._from) for each in layer._flatten_layers()):
+                raise
+            self._copies[id(layer)] = layer
+            return layer
+
+    def _carry_over(self) -> None:
+        """Gives the copies of graphs and Sequentials what else these hold."""
+        known = {id(layer): copy for layer, copy in self._pairs.values()}
+        known = {**self._copies, **self._tensors, **self.variables, **known}
+        for model, copy in list(self._pairs.values()):
+            if model is copy or id(model) not in self._folds:
+                continue
+            for generator in model._seed_generators:
+                known[id(generator)] = keras.random.SeedGenerator.from_config(generator.get_config())
+                self._transfer_seed(generator, known[id(generator)])
+            carry_over(model, copy, known)
+            if is_graph(model):  # weights are listed in this order, with the layers that are attached to the graph
+                places = {id(known[id(layer)]): place for place, layer in enumerate(model._layers)}
+                ordered = sorted(copy._layers, key=lambda layer: places.get(id(layer), len(places)))
+                if ordered != list(copy._layers):
+                    copy._layers[:] = ordered
 
     # ------------------------------------------------------------------------------------------------------------------
     # What is told
 
-    def _is_replaced(self, layer: keras.Layer) -> bool:
-        return type(layer) is self._from or any(fold.folded for fold in self._of_norm.get(id(layer), ()))
+    def _reports(self, layer: keras.Layer) -> Iterator[Report]:
+        if not isinstance(layer, keras.layers.BatchNormalization):
+            return
+        folds = self._of_norm.get(id(layer), ())
+        if type(layer) not in (keras.layers.BatchNormalization, BatchNormalization):
+            if isinstance(layer, self._from):
+                yield Report(layer.name, kept=type(layer).__name__)
+        elif self._to is not BatchNormalization:
+            if type(layer) is self._from:
+                yield Report(layer.name, *self._unfolded(layer))
+        elif fold := next((fold for fold in folds if fold.kinds), None):
+            yield Report(layer.name, fold.kinds, tuple(name for fold in folds for name in fold.names))
+        elif type(layer) is self._from:
+            why = (folds[0].why, folds[0].detail) if folds else ("inside a subclassed model or layer", "")
+            yield Report(layer.name, why=why[0], detail=why[1])
 
-    def _report(self, layer: keras.Layer) -> Report:
-        if self._to is not BatchNormalization:
-            parts = {what: part.name for (norm, what), part in self._parts.items() if norm == id(layer)}
-            return Report(layer.name, list(parts), ", ".join(parts.values()) or "nothing fused")
-        if id(layer) not in self._of_norm:
-            return Report(layer.name, [], "nothing: it is inside a subclassed model or layer")
-        folds = self._of_norm[id(layer)]
-        kinds = ["add"] if folds[0].addition else []
-        kinds += [folds[0].activation] if folds[0].activation else []
-        names = ", ".join(name for fold in folds for name in fold.folded)
-        return Report(layer.name, kinds, f"{' and '.join(kinds)}: {names}" if kinds else f"nothing: {folds[0].note}")
-
-
-def _describe(layer: Any) -> str:
-    return f"{layer.name} ({type(layer).__name__})"
-
-
-def _sublayers(layer: keras.Layer) -> list[keras.Layer]:
-    if isinstance(layer, keras.Sequential):
-        return layer.layers  # without the input layer, which it gets when it is built
-    return layer._flatten_layers(include_self=False, recursive=False)
+    def _unfolded(self, layer: keras.Layer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What was folded into the layer or fused in it, and the names of the layers that do it now."""
+        parts = {what: part.name for (norm, what), part in self._parts.items() if norm == id(layer)}
+        folds = [fold for node in layer._inbound_nodes if (fold := folded_into(node.outputs[0]))[0]]
+        kinds, names = folds[0] if folds else ((layer.folded,) if layer.folded else (), ())
+        return (*parts, *kinds), (*parts.values(), *names)
 
 
 def _own_variables(layer: keras.Layer) -> list[Any]:
     return layer._trainable_variables + layer._non_trainable_variables
-
-
-_DEFAULTS = [keras.Layer.from_config.__func__, keras.Model.from_config.__func__]
-
-
-def _remake(layer: Any) -> Any:
-    """A new layer, model or operation of the same class and config."""
-    config = layer.get_config()
-    parameters = inspect.signature(type(layer).__init__).parameters.values()
-    if type(layer).from_config.__func__ in _DEFAULTS and all(each.kind is not each.VAR_KEYWORD for each in parameters):
-        # Keras puts these into every config, for classes too that do not take them.
-        ignored = {"name", "trainable", "dtype"} - {each.name for each in parameters}
-        config = {name: value for name, value in config.items() if name not in ignored}
-    return type(layer).from_config(config)
 
 
 _lock = threading.RLock()  # a class may convert what it holds when it is copied

@@ -3,75 +3,125 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import keras
-import tensorflow as tf
-from keras.src.models.functional import Functional, functional_like_constructor
+from keras.src.models.functional import Functional
 
+from tfops.keras._activations import activation_of, kind_of
+from tfops.keras._attributes import held
 from tfops.keras._batch_normalization import BatchNormalization
+from tfops.keras._tags import still_to_come
 
-_FUNCTIONS = [
-    (keras.activations.relu, "relu"),
-    (keras.activations.relu6, "relu6"),
-    (keras.activations.leaky_relu, "leaky_relu"),
-    (keras.activations.silu, "silu"),
-    (tf.nn.relu, "relu"),
-    (tf.nn.relu6, "relu6"),
-    (tf.nn.leaky_relu, "leaky_relu"),
-    (tf.nn.silu, "silu"),
-]
+_CLASSES = keras.layers.BatchNormalization, BatchNormalization
+_NUMBERS = {0: "no", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 
 class Fold(NamedTuple):
-    """What one call of a batch norm takes in; nothing, if `note` says why."""
+    """What one call of a batch norm takes in; nothing, if `why` says so."""
 
     norm: keras.Layer
-    calls: list[Any]  # that of the batch norm, then those folded in: nodes of a graph, or indices into a Sequential
-    folded: list[str]  # the names of the layers and operations folded in
-    activation: str | None
-    addition: Any  # the node that adds, or None
-    residual: Any  # what it adds: a tensor of the graph, or None
-    note: str
+    call: Any  # a node of a graph, or an index into a Sequential's layers
+    operations: tuple[Any, ...] = ()  # the layers and operations that follow and are folded in
+    kinds: tuple[str, ...] = ()  # what these do: "add", an activation, or both
+    why: str = ""  # a reason that batch norms have in common
+    detail: str = ""  # what is particular to this one
+
+    def without(self, why: str, detail: str = "") -> Fold:
+        """The batch norm alone."""
+        return Fold(self.norm, self.call, why=why, detail=detail)
+
+    def with_(self, operation: Any, kind: str) -> Fold:
+        return Fold(self.norm, self.call, (*self.operations, operation), (*self.kinds, kind))
 
     @property
-    def kind(self) -> tuple[str | None, bool]:
-        return self.activation, self.residual is not None
-
-    def without(self, note: str) -> Fold:
-        """The batch norm alone."""
-        return Fold(self.norm, self.calls[:1], [], None, None, None, note)
+    def names(self) -> tuple[str, ...]:
+        return tuple(operation.name for operation in self.operations)
 
 
 def is_graph(layer: Any) -> bool:
-    """Whether it is a functional model which its class can make from new inputs and outputs."""
-    return isinstance(layer, Functional) and functional_like_constructor(type(layer))
+    """Whether the layer is a functional model, of whatever class, that computes what its graph says."""
+    return isinstance(layer, Functional) and type(layer).call is Functional.call
 
 
 def is_list(layer: Any) -> bool:
     return type(layer) is keras.Sequential
 
 
+def sublayers(layer: keras.Layer) -> list[keras.Layer]:
+    """The layers in a layer; in a graph with those that are attached to it without being a part of it."""
+    if isinstance(layer, keras.Sequential):
+        return layer.layers  # without the input layer, which it gets when it is built
+    inside = layer._flatten_layers(include_self=False, recursive=False)
+    if is_graph(layer):  # older Keras does not list them
+        inside += [each for each in held(layer, keras.Layer) if not any(each is other for other in inside)]
+    return inside
+
+
 def nodes(model: keras.Model) -> list[Any]:
-    """The calls that make up a functional model, each after those that it depends on."""
+    """The calls that make up a functional model, in the order in which Keras makes them."""
     by_depth = model._nodes_by_depth
     return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
 
 
-def plan(model: keras.Model, to_fold: bool) -> dict[int, list[Fold]]:
-    """For each graph and Sequential in the model, by its id, what each call of a batch norm in it takes in.
+def leading(tensors: Iterable[keras.KerasTensor]) -> Iterator[Any]:
+    """The calls that lead to symbolic tensors, in a graph or beside it."""
+    tensors, seen = list(tensors), set()
+    while tensors:
+        operation, index, _ = tensors.pop()._keras_history
+        node = operation._inbound_nodes[index] if operation is not None else None
+        if node is not None and id(node) not in seen:
+            seen.add(id(node))
+            tensors.extend(node.input_tensors)
+            yield node
 
-    A layer that is called several times takes in the same at all of its calls, or nothing.
-    """
-    folds = {id(part): list(_folds(part, part is model, to_fold)) for part in _parts(model, set())}
-    kinds = defaultdict(set)
-    for fold in [fold for part in folds.values() for fold in part]:
-        kinds[id(fold.norm)].add(fold.kind)
-    return {
-        part: [fold if len(kinds[id(fold.norm)]) == 1 else fold.without("its calls differ") for fold in of_part]
-        for part, of_part in folds.items()
-    }
+
+def nodes_as_made(model: keras.Model) -> Iterator[Any]:
+    """The same in an order in which they can have been made: of each layer the first call first, as `output` is its."""
+    waiting = nodes(model)
+    inside = {id(node) for node in waiting}
+    done: set[int] = set()
+    while waiting:
+        later = []
+        for node in waiting:
+            earlier = node.operation._inbound_nodes[: node.operation._inbound_nodes.index(node)]
+            before = {id(each) for each in (*earlier, *node.parent_nodes)} & inside
+            if before <= done:
+                done.add(id(node))
+                yield node
+            else:
+                later.append(node)
+        waiting = later
+
+
+def called(node: Any) -> list[Any]:
+    """The layer or operation that is called, and the layers in it."""
+    return node.operation._flatten_layers() if isinstance(node.operation, keras.Layer) else [node.operation]
+
+
+def plan(model: keras.Model, to_fold: bool) -> dict[int, list[Fold]]:
+    """For each graph and Sequential in the model, by its id, what each call of a batch norm in it takes in."""
+    parts = list(_parts(model, set()))
+    shared = _Shared(filter(is_graph, parts))
+    folds = {}
+    for part in parts:
+        look = _Graph(part, shared) if is_graph(part) else _List(part)
+        # The last first: of two batch norms that are added, the later takes the addition in.
+        calls = [call for call in reversed(look.calls) if type(look.layer(call)) in _CLASSES]
+        folds[id(part)] = [look.fold(Fold(look.layer(call), call), to_fold) for call in calls]
+    # The calls of a Sequential have no arguments: what is folded in there is a matter of the layer, at all its calls.
+    of_norm = defaultdict(set)
+    for part in parts:
+        for fold in folds[id(part)]:
+            of_norm[id(fold.norm)].add((is_list(part), fold.kinds))
+    for part in filter(is_list, parts):
+        alike = [len(of_norm[id(fold.norm)]) == 1 for fold in folds[id(part)]]
+        folds[id(part)] = [
+            fold if same else fold.without("its calls differ")
+            for fold, same in zip(folds[id(part)], alike, strict=True)
+        ]
+    return folds
 
 
 def _parts(model: Any, seen: set[int]) -> Iterator[keras.Model]:
@@ -80,52 +130,18 @@ def _parts(model: Any, seen: set[int]) -> Iterator[keras.Model]:
         return
     seen.add(id(model))
     yield model
-    for layer in model.layers:
+    for layer in sublayers(model):
         yield from _parts(layer, seen)
+    if is_graph(model):
+        for node in leading(held(model, keras.KerasTensor)):
+            yield from _parts(node.operation, seen)
 
 
-def _folds(model: keras.Model, outermost: bool, to_fold: bool) -> Iterator[Fold]:
-    look = _Graph(model, outermost) if is_graph(model) else _List(model)
-    # The last first: of two batch norms that are added, the later takes the addition in, and remains the later.
-    for call in reversed(look.calls):
-        norm = look.layer(call)
-        if not _is_norm(norm):
-            continue
-        fold = Fold(norm, [call], [], None, None, None, "")
-        if not to_fold:
-            yield fold
-        elif norm.activity_regularizer is not None:
-            yield fold.without("it has an activity regularizer")
-        elif getattr(norm, "activation", None) is not None:
-            yield fold.without("it has an activation")
-        else:
-            yield look.extend(fold)
-
-
-def _is_norm(layer: Any) -> bool:
-    return type(layer) in (keras.layers.BatchNormalization, BatchNormalization)
-
-
-def _kind(operation: Any) -> str:
-    """The class name of one of Keras' own layers or operations that has no loss of its own, else ""."""
-    if getattr(operation, "activity_regularizer", None) is not None:
-        return ""
-    return type(operation).__name__ if type(operation).__module__.split(".")[0] == "keras" else ""
-
-
-def activation_of(operation: Any) -> str | None:
-    """tfops' name of the activation that a layer or operation applies; None if there is none."""
-    kind = _kind(operation)
-    if kind == "Activation":
-        return next((name for function, name in _FUNCTIONS if function is operation.activation), None)
-    if kind in ("Relu", "Relu6", "Silu"):
-        return kind.lower()
-    if kind in ("LeakyReLU", "LeakyRelu"):
-        return "leaky_relu" if operation.negative_slope == 0.2 else None
-    if kind == "ReLU" and operation.threshold == 0:
-        bounds = operation.negative_slope, operation.max_value
-        return {(0, None): "relu", (0, 6): "relu6", (0.2, None): "leaky_relu"}.get(bounds)
-    return None
+def _obstacle(norm: keras.Layer) -> str:
+    """Why a batch norm takes nothing in, whatever follows."""
+    if norm.activity_regularizer is not None:
+        return "it has an activity regularizer"
+    return "it has an activation of its own" if getattr(norm, "activation", None) is not None else ""
 
 
 class _List:
@@ -138,90 +154,119 @@ class _List:
     def layer(self, call: int) -> keras.Layer:
         return self._layers[call]
 
-    def extend(self, fold: Fold) -> Fold:
-        call = fold.calls[0] + 1
+    def fold(self, fold: Fold, to_fold: bool) -> Fold:
+        if not to_fold or (why := _obstacle(fold.norm)):
+            return fold.without(why if to_fold else "")
+        if getattr(fold.norm, "folded", None) is not None:
+            return fold.without("it has been folded before")
+        call = fold.call + 1
         if call == len(self._layers):
-            return fold.without("its result is the model's")
+            return fold.without("its result is an output")
         after = self._layers[call]
         activation = activation_of(after)
-        if activation is None or after.compute_dtype != fold.norm.compute_dtype:
-            return fold.without(_read_by([after]))
-        return fold._replace(calls=[*fold.calls, call], folded=[after.name], activation=activation)
+        if activation is None:
+            return fold.without(*_no_activation(after))
+        if after.compute_dtype != fold.norm.compute_dtype:
+            return fold.without("the activation has another dtype", after.name)
+        return fold.with_(after, activation)
+
+
+class _Shared:
+    """What is known of all graphs of a model together: these may have calls in common."""
+
+    def __init__(self, graphs: Iterable[keras.Model]):
+        self.readers: dict[int, dict[int, list[Any]]] = defaultdict(dict)  # the calls that read each symbolic tensor
+        self.kept: set[int] = set()  # tensors that are outputs, or that are kept as attributes to be read
+        self.taken: set[int] = set()  # additions
+        self.folds: dict[int, Fold] = {}  # by the batch norm's call
+        for graph in graphs:
+            self.kept.update(map(id, held(graph, keras.KerasTensor)))
+            for node in leading(held(graph, keras.KerasTensor)):
+                for tensor in node.input_tensors:
+                    self.readers[id(tensor)][id(node)] = node
 
 
 class _Graph:
     """A functional model."""
 
-    def __init__(self, model: keras.Model, outermost: bool):
+    def __init__(self, model: keras.Model, shared: _Shared):
         self.calls = nodes(model)
-        self._readers: dict[int, list[Any]] = defaultdict(list)
+        self._shared = shared
+        self._place = {id(node): place for place, node in enumerate(self.calls)}
+        # The calls in which each layer takes part, in itself or in a model that is called.
+        self._calls_of: dict[int, list[Any]] = defaultdict(list)
         for node in self.calls:
-            for tensor in node.input_tensors:
-                self._readers[id(tensor)].append(node)
-        self._outputs = {id(tensor) for tensor in model.outputs}
-        # Losses and metrics are given by the names of the layers that make the outputs, where these are several.
-        self._named_outputs = self._outputs if outermost and len(model.outputs) > 1 else set()
-        self._taken: set[int] = set()  # additions
+            for layer in called(node):
+                self._calls_of[id(layer)].append(node)
 
     def layer(self, call: Any) -> Any:
         return call.operation
 
-    def extend(self, fold: Fold) -> Fold:
-        node = fold.calls[0]
-        if "residual" in node.arguments.kwargs or len(node.arguments.args) > 3:
-            return fold.without("it has a residual")
-        first = node.outputs[0]
-        after, note = self._reader(first)
-        if after is not None and _kind(after.operation) == "Add":
-            residual, note = self._residual(after, first)
-            if residual is not None:
-                fold = self._take(fold, after)._replace(addition=after, residual=residual)
-                self._taken.add(id(after))
-                after, _ = self._reader(after.outputs[0])
-        if after is not None and (activation := activation_of(after.operation)):
-            if self._is_like(after.outputs[0], first):
-                fold = self._take(fold, after)._replace(activation=activation)
-            else:
-                note = f"{after.operation.name} gives another dtype, or is an output and keeps its name"
-        return fold if fold.folded else fold.without(note)
+    def fold(self, fold: Fold, to_fold: bool) -> Fold:
+        if id(fold.call) not in self._shared.folds:
+            why = _obstacle(fold.norm) if to_fold else ""
+            self._shared.folds[id(fold.call)] = fold.without(why) if why or not to_fold else self._extend(fold)
+        return self._shared.folds[id(fold.call)]
 
-    def _take(self, fold: Fold, node: Any) -> Fold:
-        return fold._replace(calls=[*fold.calls, node], folded=[*fold.folded, node.operation.name])
+    def _extend(self, fold: Fold) -> Fold:
+        node = fold.call
+        if still_to_come(node.outputs[0]):
+            return fold.without("it has been folded before")
+        before = node.outputs[0]
+        after, fold = self._reader(before, fold)
+        if after is not None and kind_of(after.operation) == "Add":
+            fold = self._add(fold, after)
+            if fold.kinds:
+                self._shared.taken.add(id(after))
+                before = after.outputs[0]
+                after, _ = self._reader(before, fold)
+        activation = None if after is None else activation_of(after.operation)
+        if activation is not None and after.outputs[0].dtype != before.dtype:
+            return fold if fold.kinds else fold.without("the activation has another dtype", after.operation.name)
+        return fold if activation is None else fold.with_(after.operation, activation)
 
-    def _reader(self, tensor: Any) -> tuple[Any, str]:
-        """The only call that reads the tensor, or None and why there is none."""
-        readers = self._readers[id(tensor)]
-        if id(tensor) in self._outputs:
-            return None, "its result is an output"
-        note = _read_by([node.operation for node in readers])
-        return (readers[0] if len(readers) == 1 else None), note
+    def _reader(self, tensor: Any, fold: Fold) -> tuple[Any, Fold]:
+        """The only call that reads the tensor, or None; and the fold, which says why there is nothing to take in."""
+        readers = list(self._shared.readers[id(tensor)].values())
+        if id(tensor) in self._shared.kept:
+            return None, fold.without("its result is an output")
+        if len(readers) != 1:
+            names = ", ".join(_name(node.operation) for node in readers)
+            return None, fold.without(f"read by {_NUMBERS.get(len(readers), len(readers))} layers", names)
+        return readers[0], fold.without(*_no_activation(readers[0].operation))
 
-    def _residual(self, addition: Any, tensor: Any) -> tuple[Any, str]:
-        """The other of the two tensors that are added, or None and why it cannot be a residual."""
-        name = addition.operation.name
-        if id(addition) in self._taken:
-            return None, f"{name} is in another batch norm"
-        if len(addition.input_tensors) != 2:
-            return None, f"{name} does not add two tensors"
-        residual = addition.input_tensors[1 if addition.input_tensors[0] is tensor else 0]
-        if residual.shape != tensor.shape:
-            return None, f"{name} adds shapes {tensor.shape} and {residual.shape}"
-        if residual.dtype != tensor.dtype or not self._is_like(addition.outputs[0], tensor):
-            return None, f"{name} adds other dtypes, or is an output and keeps its name"
-        if _has_mask(tensor) or _has_mask(residual):
-            return None, f"{name} joins masks"
-        return residual, ""
-
-    def _is_like(self, after: Any, before: Any) -> bool:
-        """Whether one layer may make `after` in place of two: nothing but the values differs."""
-        same = after.dtype == before.dtype and _has_mask(after) == _has_mask(before)
-        return same and id(after) not in self._named_outputs
-
-
-def _has_mask(tensor: Any) -> bool:
-    return getattr(tensor, "_keras_mask", None) is not None
+    def _add(self, fold: Fold, addition: Any) -> Fold:
+        """With the addition of two tensors, of which one is what the batch norm gives."""
+        name, tensor = addition.operation.name, fold.call.outputs[0]
+        if "residual" in fold.call.arguments.kwargs:
+            return fold.without("it has a residual already", name)
+        if id(addition) in self._shared.taken:
+            return fold.without("another batch norm takes the addition", name)
+        if len(addition.input_tensors) != 2 or addition.input_tensors[0] is addition.input_tensors[1]:
+            return fold.without("the addition is not of two tensors", name)
+        one, other = addition.input_tensors
+        if one.shape != other.shape:
+            return fold.without("the addition broadcasts", f"{name} adds shapes {one.shape} and {other.shape}")
+        if one.dtype != other.dtype or addition.outputs[0].dtype != tensor.dtype:
+            return fold.without("the addition has another dtype", name)
+        if fold.norm.compute_dtype != tensor.dtype or not _is_float(fold.call.input_tensors[0]):
+            return fold.without("its input is not of its dtype", name)
+        # It will be called where the addition is. No other call of it may come in between.
+        places = [self._place[id(node)] for node in self._calls_of[id(fold.norm)]]
+        if any(self._place[id(fold.call)] < place < self._place[id(addition)] for place in places):
+            return fold.without("its calls would be in another order", name)
+        return fold.with_(addition.operation, "add")
 
 
-def _read_by(operations: list[Any]) -> str:
-    names = [f"{operation.name} ({type(operation).__name__})" for operation in operations]
-    return f"read by {', '.join(names)}" if names else "nothing reads its result"
+def _is_float(tensor: Any) -> bool:
+    return "float" in keras.backend.standardize_dtype(tensor.dtype)
+
+
+def _no_activation(operation: Any) -> tuple[str, str]:
+    if type(operation).__module__.startswith("keras.src.layers.activations"):
+        return "the activation is not one that can be folded in", _name(operation)
+    return "no activation follows", _name(operation)
+
+
+def _name(operation: Any) -> str:
+    return f"{operation.name} ({type(operation).__name__})"

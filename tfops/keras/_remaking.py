@@ -1,0 +1,89 @@
+"""Makes a layer, a model or an operation once more, from its config."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+import keras
+
+_DEFAULTS = [keras.Layer.from_config.__func__, keras.Model.from_config.__func__]
+
+
+class RemakeError(ValueError):
+    """Says in a line why an object cannot be made from its config."""
+
+
+def remake(layer: Any, cls: type | None = None, without: Collection[str] = ()) -> Any:
+    """A new layer, model or operation of the same config.
+
+    Args:
+      cls: the class; the layer's own if None.
+      without: what to leave out of the config.
+
+    Raises:
+      RemakeError: that cannot be done.
+    """
+    functions = _functions(layer)
+    try:
+        return _remake(layer, cls or type(layer), without, functions)
+    except Exception as error:
+        text = reason(error)
+        if functions:
+            names = ", ".join(f"{name}={function.__name__}" for name, function in functions.items())
+            text = (
+                f"it has plain functions ({names}), which a config cannot hold. Make them classes that are registered "
+                f"by keras.saving.register_keras_serializable ({text})"
+            )
+        raise RemakeError(text) from error
+
+
+def _remake(layer: Any, cls: type, without: Collection[str], functions: dict[str, types.FunctionType]) -> Any:
+    if cls is keras.layers.Lambda:
+        # Its config has the function's code, without what that refers to.
+        return keras.layers.Lambda(
+            layer.function,
+            output_shape=layer._output_shape,
+            mask=layer.mask,
+            arguments=layer.arguments,
+            name=layer.name,
+            dtype=layer.dtype_policy,
+        )
+    with warnings.catch_warnings():
+        if functions:  # a config has their code at best, and Keras warns of that
+            warnings.simplefilter("ignore")
+        config = layer.get_config()
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    if cls.from_config.__func__ in _DEFAULTS and all(each.kind is not each.VAR_KEYWORD for each in parameters):
+        # Keras puts these into every config, for classes too that do not take them.
+        without = {*without, *({"name", "trainable", "dtype"} - {each.name for each in parameters})}
+    new = cls.from_config({name: functions.get(name, value) for name, value in config.items() if name not in without})
+    new.name = layer.name  # which the config may leave out
+    return new
+
+
+def _functions(layer: Any) -> dict[str, types.FunctionType]:
+    """The attributes of the layer, and of those in it, that are functions of the user's own."""
+    layers = layer._flatten_layers() if isinstance(layer, keras.Layer) else [layer]
+    return {
+        name: value
+        for each in reversed(layers)
+        for name, value in vars(each).items()
+        if isinstance(value, types.FunctionType)
+        and name not in ("build", "quantize")
+        and value.__module__.split(".")[0] not in ("keras", "tensorflow", "tfops")
+    }
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in a line, without the configs and arrays that Keras puts into it."""
+    text = str(error).strip()
+    for announcement in ("Exception encountered: ", "Error encountered during deserialization: "):
+        text = text.rpartition(announcement)[2]
+    text = " ".join(text.split("\n\n")[0].split()) or type(error).__name__
+    if len(text) > 200:
+        text = text[:200].rpartition(". ")[0] or text[:200].rpartition(" ")[0] + " .."
+    return text.removesuffix(".")

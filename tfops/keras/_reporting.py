@@ -1,0 +1,62 @@
+"""What a conversion says that it has done."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+_WORDS = {"add": "addition", "relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "silu": "SiLU"}
+
+
+class Report(NamedTuple):
+    """What became of a batch norm."""
+
+    name: str
+    kinds: tuple[str, ...] = ()  # of what was folded in, or taken out
+    names: tuple[str, ...] = ()  # of the layers and operations that do this
+    why: str = ""  # it is alone, in words that batch norms have in common
+    detail: str = ""
+    kept: str = ""  # its class, if that is why it has been left as it was
+
+
+def describe(name: str, to: str, reports: list[Report], each: bool) -> str:
+    """What was done, in a line; and a line for each batch norm."""
+    done = [report for report in reports if not report.kept]
+    kept = [report for report in reports if report.kept]
+    if not reports:
+        return f"{name}: there are no batch norms to replace"
+    count = f"{len(done)} of {len(reports)}" if kept else str(len(done))
+    line = f"{name}: {count} batch norm{'s' if len(reports) > 1 else ''} replaced"
+    kinds = Counter(_join(report.kinds) for report in done if report.kinds)
+    alone = [report for report in done if not report.kinds]
+    folded = [f"{number} {'with' if to == 'tfops' else 'that had'} {kind}" for kind, number in kinds.most_common()]
+    if alone and (folded or any(report.why for report in alone)):
+        reasons = Counter(report.why for report in alone if report.why).most_common()
+        text = reasons[0][0] if len(reasons) == 1 else "; ".join(f"{why}: {number}" for why, number in reasons)
+        folded.append(f"{len(alone)} alone" + (f" ({text})" if text else ""))
+    line += f": {', '.join(folded)}" if folded else ""
+    if kept:
+        origin = "Keras'" if to == "tfops" else "tfops'"
+        line += f"; left as they are, because their classes derive from {origin}: {_list(kept)}"
+    if not each:
+        return line
+    width = max(len(report.name) for report in reports)
+    return "\n".join([line, *(f"  {report.name:<{width}}  {_tell(report)}" for report in reports)])
+
+
+def _tell(report: Report) -> str:
+    if report.kept:
+        return f"left as it is: a {report.kept}"
+    if report.kinds:
+        return _join(report.kinds) + (f": {', '.join(report.names)}" if report.names else "")
+    return "alone" + (f": {report.why}" if report.why else "") + (f" ({report.detail})" if report.detail else "")
+
+
+def _join(kinds: Iterable[str]) -> str:
+    return " and ".join(_WORDS[kind] for kind in kinds)
+
+
+def _list(kept: list[Report]) -> str:
+    names = [f"{report.name} ({report.kept})" for report in kept]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,93 @@
+"""What passes between a batch norm and the stand-ins of the layers that were folded into it.
+
+Where an activation follows a batch norm, the batch norm applies it, and the stand-in in the activation's place passes
+the result on. Where an addition follows, its other summand is not there yet when the batch norm is called: the batch
+norm passes its input on, and the stand-in in the addition's place calls it once more, with the residual. Each tells the
+next by an attribute of the tensor, as Keras does for masks: nothing else connects them, so that configs, clones, parts
+of models and layers called by hand need no special care. A tensor without the attribute is like any other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+
+def tag_applied(x: Any, activation: str) -> Any:
+    """Tells that the activation, which comes next, has been applied to the tensor."""
+    x._tfops_applied = activation
+    return x
+
+
+def applied(x: Any) -> str | None:
+    return getattr(x, "_tfops_applied", None)
+
+
+def tag_pending(x: Any, rest: Callable[..., tf.Tensor]) -> Any:
+    """A tensor that stands for `rest(residual=...)`, which the addition that comes next calls."""
+    x = tf.identity(x)  # what is given may be read elsewhere
+    x._tfops_pending = rest
+    return x
+
+
+def pending(x: Any) -> Callable[..., tf.Tensor] | None:
+    return getattr(x, "_tfops_pending", None)
+
+
+class Guarded:
+    """A layer or operation whose `input` and `output` raise where a fold has changed what these tensors are."""
+
+    @property
+    def input(self) -> Any:
+        return self._guarded(super().input)
+
+    @property
+    def output(self) -> Any:
+        return self._guarded(super().output)
+
+    def _guarded(self, tensors: Any) -> Any:
+        # Keras counts an operation's outputs when it makes a model; that is no use of them.
+        if sys._getframe(2).f_globals["__name__"] == "keras.src.ops.function":
+            return tensors
+        for tensor in tensors if isinstance(tensors, list) else [tensors]:
+            if follows := folded_into(tensor)[1]:
+                raise ValueError(
+                    f"the output of {tensor._keras_history.operation.name} is not computed: {' and '.join(follows)} "
+                    f"{'is' if len(follows) == 1 else 'are'} folded into the batch norm {_norm(tensor).name}. The "
+                    f"output of {follows[-1]} is there; tfops.keras.convert(..., fold=False) keeps the others"
+                )
+        return tensors
+
+
+def still_to_come(tensor: Any) -> list[str]:
+    """What has been folded into the tensor, or will be, of the calls that follow: "add", an activation, or both."""
+    operation, index, _ = tensor._keras_history
+    if not isinstance(operation, Guarded):
+        return []
+    node = operation._inbound_nodes[index]
+    if hasattr(operation, "folded"):  # a batch norm
+        folded = node.arguments.kwargs.get("folded") or operation.folded
+        return folded.split("+") if folded else []
+    return next((rest[1:] for x in node.input_tensors if (rest := still_to_come(x))), [])
+
+
+def folded_into(tensor: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is `still_to_come`, and the names of the layers and operations in whose place that is."""
+    kinds, names = tuple(still_to_come(tensor)), []
+    for _ in kinds:
+        readers = tensor._keras_history.operation._outbound_nodes
+        reader = next(node for node in readers if any(x is tensor for x in node.input_tensors))
+        names.append(reader.operation.name)
+        tensor = reader.outputs[0]
+    return kinds, tuple(names)
+
+
+def _norm(tensor: Any) -> Any:
+    """The batch norm that something is folded into, at the tensor or before it."""
+    operation, index, _ = tensor._keras_history
+    if hasattr(operation, "folded"):
+        return operation
+    return next(_norm(x) for x in operation._inbound_nodes[index].input_tensors if still_to_come(x))
