@@ -25,12 +25,11 @@ TFOPS_INLINE F FiniteOrZero(F shift) {
   return shift - shift == F{} ? shift : F{};
 }
 
-// The mean of two sets, from the mean of each, the share that the second has in the whole, and `step`, which is their
-// difference times that share. Without a finite difference, as with infinities, the mean comes from the means
-// themselves.
-template <typename F, typename Share>
-TFOPS_INLINE F MergedMean(F a, F b, F step, Share share) {
-  return step - step == F{} ? a + step : a * (1 - share) + b * share;
+// The mean of two sets, from the mean of each and `step`, which is their difference times the share that the second has
+// in the whole. That is not finite where one of them is not, and then so is their sum, in the same way.
+template <typename F>
+TFOPS_INLINE F MergedMean(F a, F b, F step) {
+  return a + (step - step == F{} ? step : b);
 }
 
 // Of `count` numbers x, from sum(x - shift) and sum((x - shift)^2).
@@ -54,7 +53,7 @@ TFOPS_INLINE Moments<F> Merge(const Moments<F>& a, const Moments<F>& b) {
   const F count = a.count + b.count;
   const F weight = b.count / count;
   const F delta = b.mean - a.mean;
-  return {count, MergedMean(a.mean, b.mean, delta * weight, weight), a.m2 + b.m2 + delta * delta * (a.count * weight)};
+  return {count, MergedMean(a.mean, b.mean, delta * weight), a.m2 + b.m2 + delta * delta * (a.count * weight)};
 }
 
 TFOPS_INLINE double InverseStd(double variance, double epsilon) { return 1.0 / sqrt(variance + epsilon); }

@@ -165,7 +165,7 @@ void FinishMomentsOf(const MomentsJob& job, int64_t begin, int64_t end) {
       const bool both = count[c] > 0 && added > 0;  // else no delta, whose square might overflow
       const double share = added > 0 ? added / (count[c] + added) : 0;
       const double delta = both ? mean[slot + c] - mean[c] : 0;
-      mean[c] = count[c] > 0 ? MergedMean(mean[c], mean[slot + c], delta * share, share) : mean[slot + c];
+      mean[c] = count[c] > 0 ? MergedMean(mean[c], mean[slot + c], delta * share) : mean[slot + c];
       m2[c] += m2[slot + c] + delta * delta * (count[c] * share);
       count[c] += added;
     }

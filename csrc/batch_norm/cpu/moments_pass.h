@@ -62,7 +62,7 @@ struct RunningMoments {
         old_m2.part[k] = chain_m2;
       } else {
         const Vec<double> delta = chain_mean - old_mean.part[k];
-        old_mean.part[k] = MergedMean(old_mean.part[k], chain_mean, delta * weights.share, weights.share);
+        old_mean.part[k] = MergedMean(old_mean.part[k], chain_mean, delta * weights.share);
         old_m2.part[k] += chain_m2 + delta * delta * weights.cross;
       }
     }
@@ -356,13 +356,15 @@ double MergePartials(const Job& job, int64_t begin, int64_t end) {
       }
       count += added;
     });
-    bool finite = true;
+    int64_t strange = 0;  // how many are not finite
     for (int64_t c = first; c < last; ++c) {
-      deviation[c - first] += mean[c];
-      finite &= FiniteOrZero(deviation[c - first]) == deviation[c - first];
+      const double merged = mean[c] + deviation[c - first];
+      deviation[c - first] = merged;
+      strange += merged - merged != 0;
     }
-    for (int64_t c = first; c < last && !finite; ++c) {
-      if (FiniteOrZero(deviation[c - first]) != deviation[c - first]) deviation[c - first] = AverageOfPartials(job, c);
+    for (int64_t c = first; c < last && strange > 0; ++c) {
+      double& merged = deviation[c - first];
+      if (merged - merged != 0) merged = AverageOfPartials(job, c);
     }
     for (int64_t c = first; c < last; ++c) mean[c] = deviation[c - first];
   }

@@ -29,7 +29,7 @@ struct PartialMoments {
     const F delta = static_cast<F>(other.mean - mean);
     const F weight = other.count / (count + other.count);
     const double step = static_cast<double>(delta * weight);
-    mean = count == F(0) ? other.mean : MergedMean(mean, other.mean, step, static_cast<double>(weight));
+    mean = count == F(0) ? other.mean : MergedMean(mean, other.mean, step);
     m2 = count == F(0) ? other.m2 : m2 + other.m2 + delta * delta * (count * weight);
     count += other.count;
   }
