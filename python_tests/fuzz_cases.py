@@ -167,8 +167,7 @@ def draw(seed: int, number: int) -> Call:
         attributes["exponential_avg_factor"] = d.among((1.0, 0.25, 0.0))
         attributes["unbiased"] = d.chance(0.5)
     for name in {"epsilon", "exponential_avg_factor"} & attributes.keys():
-        lost = attributes[name] - float(np.float32(attributes[name]))
-        attributes[f"{name}_remainder"] = lost if dtype == np.float64 else 0.0
+        attributes[f"{name}_bits"] = int(np.float64(attributes[name]).view(np.int64)) if dtype == np.float64 else 0
     call = Call(op, {}, attributes)
     has_residual = d.chance(0.5)
     if op in ("TrainingGrad", "InferenceGrad"):
@@ -268,6 +267,8 @@ def _break(d: _Draw, call: Call) -> None:
         }
         attribute = d.among([a for a in bad if a in call.attributes])
         call.attributes[attribute] = d.among(bad[attribute])
+        if f"{attribute}_bits" in call.attributes:
+            call.attributes[f"{attribute}_bits"] = 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -282,10 +283,11 @@ _ELEMENTS = {"running": "mean|variance", "drunning": "dmean|dvariance"}
 
 
 def attribute_value(call: Call, name: str) -> float:
-    """As the ops read it: two float32 attributes, added in double."""
+    """As the ops read it: the bits of a double go before a float32."""
+    if bits := call.attributes.get(f"{name}_bits"):
+        return float(np.int64(bits).view(np.float64))
     with np.errstate(all="ignore"):
-        parts = [call.attributes.get(name, 1), call.attributes.get(f"{name}_remainder", 0)]
-        return float(np.float64(np.float32(parts[0])) + np.float64(np.float32(parts[1])))
+        return float(np.float32(call.attributes.get(name, 1)))
 
 
 def find_faults(call: Call) -> list[str]:

@@ -218,8 +218,22 @@ GOOD = {
         ({"mean": np.ones(0, np.float32), "exponential_avg_factor": 0.5}, r"mean must have shape \[3\]"),
         ({"variance": np.ones(0, np.float32), "is_training": False}, r"variance must have shape \[3\]"),
         ({"mean": np.array(["a"] * 3)}, "mean must be of dtype float32, but it is string"),
+        ({"mean": np.array(["a", 1.0, 2.0], object)}, "mean must hold numbers"),
+        ({"mean": np.float64(1)}, r"mean must have shape \[3\]"),
         ({"offset": [1.0, "a", 2.0]}, "offset cannot be made a tensor of dtype float32"),
-        ({"epsilon": None}, "epsilon must be a number that is known when the op is made, but it is None"),
+        ({"x": None}, "x cannot be made a tensor"),
+        ({"x": tf.ragged.constant([[1.0], [2.0, 3.0]])}, "x cannot be made a tensor: it is a RaggedTensor"),
+        ({"axis": "x"}, "axis must be an integer, but it is 'x'"),
+        ({"axis": 1.7}, "axis must be an integer, but it is 1.7"),
+        ({"epsilon": [0.1]}, "epsilon must be a number that is known when the op is made, but it is"),
+        ({"epsilon": "0.1"}, "epsilon must be a number that is known when the op is made, but it is '0.1'"),
+        ({"epsilon": 10**400}, "epsilon must be a number that is known when the op is made"),
+        ({"exponential_avg_factor": 1.0001}, "exponential_avg_factor must be in .* but it is 1.0001"),
+        ({"unbiased": None}, "unbiased must be a bool, but it is None"),
+        ({"is_training": "False"}, "is_training must be a bool, but it is 'False'"),
+        ({"is_training": []}, r"is_training must be a bool, but it is \[\]"),
+        ({"activation": ["relu"]}, "activation must be one of .* but it is "),
+        ({"data_format": b"\xff"}, "data_format must be one of .* but it is "),
         ({"exponential_avg_factor": "a"}, "exponential_avg_factor must be a number"),
         ({"data_format": b"CHWN"}, "data_format must be one of .* but it is b'CHWN'"),
         ({"residual": np.ones((4, 1), np.float32)}, "residual"),
@@ -244,6 +258,8 @@ def test_bad_arguments_are_named(changes, message):
     with pytest.raises((*INVALID, TypeError), match=message) as raised:
         tfops.fused_batch_norm(**{**GOOD, **changes})
     assert "running" not in str(raised.value)  # which the op calls two of the arguments
+    with pytest.raises((*INVALID, TypeError), match=message.partition(" must ")[0]):
+        tfops.reference.fused_batch_norm(**{**GOOD, **changes})
     if not {"mean", "axis", "data_format", "activation", "is_training"} & set(changes):
         with pytest.raises((*INVALID, TypeError), match=message) as raised:
             tf.function(lambda: tfops.fused_batch_norm(**{**GOOD, **changes}))()

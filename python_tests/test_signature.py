@@ -22,6 +22,8 @@ STATISTICS = {
     "tuple and array": (tuple(MEAN.tolist()), VARIANCE),
     "float16": (MEAN.astype(np.float16), VARIANCE.astype(np.float16)),
     "integers": (np.arange(5), np.arange(1, 6)),
+    "bools": (np.arange(5) > 2, np.ones(5, bool)),
+    "objects": (MEAN.astype(object), VARIANCE.astype(object)),
     "a variable": (tf.Variable(MEAN), VARIANCE),
 }
 
@@ -88,6 +90,29 @@ def test_numbers(number):
             np.testing.assert_array_equal(g, w)
 
 
+def test_none_is_the_default_of_tensorflows_op():
+    statistics = (MEAN, VARIANCE)
+    _same((X, SCALE, OFFSET, *statistics), {"epsilon": None})
+    _same((X, SCALE, OFFSET, *statistics), {"is_training": None})
+    _same((X, SCALE, OFFSET, *statistics), {"exponential_avg_factor": None})
+    _same((X, SCALE, OFFSET, *statistics, None, None, None, None, None), {})
+
+
+@pytest.mark.parametrize("keywords", [{"is_training": False}, {}, {"exponential_avg_factor": 0.5}], ids=str)
+def test_what_graphs_know_of_shapes(keywords):
+    """All that TensorFlow's function knows."""
+    unknown = tf.TensorSpec([None])
+    shapes = []
+    for function in (tfops.fused_batch_norm, tf.compat.v1.nn.fused_batch_norm):
+
+        def run(x, scale, mean, function=function):
+            return function(x, scale, scale, mean, mean, **keywords)
+
+        traced = tf.function(run, input_signature=[tf.TensorSpec([None, 4, None, 3]), unknown, unknown])
+        shapes.append([each.shape.as_list() for each in traced.get_concrete_function().structured_outputs])
+    assert shapes[0] == shapes[1]
+
+
 def test_numbers_that_are_not_known():
     @tf.function
     def run(epsilon):
@@ -119,7 +144,7 @@ def test_eager_calls_go_the_fast_way(monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # float64 is float64: epsilon and exponential_avg_factor are not rounded to the ops' float32 attributes.
 
-EPSILONS = (1e-3, 1e-5, 1.1e-7, 0.1)
+EPSILONS = (1e-3, 1.1e-7, 0.1)
 
 
 def _wide(seed=0, shape=(6, 5)):
@@ -175,7 +200,18 @@ def test_float64_layer(options):
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-11 * (np.abs(want).max() + 1))
 
 
-def test_a_graph_without_the_remainders():
+@pytest.mark.parametrize("epsilon", [1e-50, 1e-42, 1.1e-38, 1e-32, 3e40])
+def test_float64_epsilons_that_float32_does_not_have(epsilon):
+    x = tf.constant(np.sqrt(epsilon) * np.random.default_rng(0).standard_normal((6, 3)))
+    one, zero = tf.ones(3, x.dtype), tf.zeros(3, x.dtype)
+    for training in (True, False):
+        arguments = (x, one, zero, zero, one * epsilon, epsilon)
+        got = tfops.fused_batch_norm(*arguments, is_training=training, axis=-1)[0]
+        want = tfops.reference.fused_batch_norm(*arguments, is_training=training, axis=-1)[0]
+        np.testing.assert_allclose(got, want, rtol=1e-13)
+
+
+def test_a_graph_without_the_bits():
     """Files written before there were any load, and mean what they meant: a float32 epsilon."""
     wide = _wide()[:5]
     graph = tf.Graph()
@@ -184,8 +220,8 @@ def test_a_graph_without_the_remainders():
         y = tfops.fused_batch_norm(x, *vectors, epsilon=0.1, is_training=False, axis=-1, name="norm")[0]
     definition = graph.as_graph_def()
     node = next(node for node in definition.node if node.op == "Tfops>BatchNormInference")
-    assert node.attr["epsilon_remainder"].f != 0
-    del node.attr["epsilon_remainder"]
+    assert node.attr["epsilon_bits"].i != 0
+    del node.attr["epsilon_bits"]
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         (got,) = tf.import_graph_def(definition, return_elements=[y.name])
         got = session.run(got)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import struct
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,19 +30,25 @@ class Arguments(NamedTuple):
     epsilon: float
     exponential_avg_factor: float
     axis: int
+    activation: str | None
     is_training: bool | tf.Tensor
+    unbiased: bool
 
 
-def float_attribute(name: str, value: float, dtype: tf.DType) -> dict[str, float]:
-    """A number as the ops' attributes: a float32, and beside float64 data what that loses (csrc/tensorflow/ops.cc).
+def float_attribute(name: str, value: float, dtype: tf.DType) -> dict[str, Any]:
+    """A number as the ops' attributes: a float32, and beside float64 data its bits (csrc/tensorflow/ops.cc).
 
     None is left to its default: TensorFlow's fast way to call an op eagerly does not know these.
     """
     if dtype is not tf.float64:
-        return {name: value, f"{name}_remainder": 0.0}
-    with np.errstate(over="ignore", invalid="ignore"):
-        rounded = float(np.float32(value))
-        return {name: rounded, f"{name}_remainder": value - rounded}
+        return {name: value, f"{name}_bits": 0}
+    return {name: value, f"{name}_bits": struct.unpack("q", struct.pack("d", value))[0]}
+
+
+def value_of(attributes: dict[str, Any], name: str) -> float:
+    """The number as the kernels take it. (An eager op's attributes are as they were given, not rounded yet.)"""
+    bits = attributes[f"{name}_bits"]
+    return struct.unpack("d", struct.pack("q", bits))[0] if bits else float(np.float32(attributes[name]))
 
 
 # What is a tensor already, or a bool, is looked at first and is done with: eager calls on small tensors take little
@@ -65,26 +73,52 @@ def _statistic(name: str, value: Any, dtype: tf.DType) -> tf.Tensor | None:
     """As TensorFlow's function, which takes NumPy's statistics in any number type."""
     if value is None:
         return None
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
-        value = value.astype(dtype.as_numpy_dtype)
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "fiubO":
+        try:
+            value = value.astype(dtype.as_numpy_dtype)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} must hold numbers: {error}") from error
     return _tensor(name, value, dtype)
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: Any, default: float) -> float:
+    """None is the default of TensorFlow's op."""
     if isinstance(value, float):
         return value
+    if value is None:
+        return default
     static = tf.get_static_value(value) if tf.is_tensor(value) else value
     try:
+        if isinstance(static, (str, bytes)):
+            raise TypeError
         return float(static)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name} must be a number that is known when the op is made, but it is {value!r}") from error
 
 
-def _format(value: Any) -> str:
-    name = "NHWC" if value is None else tf.compat.as_str_any(value)
-    if name not in _AXIS_OF_FORMAT:
-        raise ValueError(f"data_format must be one of {', '.join(_AXIS_OF_FORMAT)} or None, but it is {value!r}")
-    return name
+def _bool(name: str, value: Any) -> bool:
+    if isinstance(value, (bool, np.bool_, int, np.integer)) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return bool(value)
+    raise TypeError(f"{name} must be a bool, but it is {value!r}")
+
+
+def _axis(axis: Any, data_format: Any) -> int:
+    if axis is not None:
+        try:
+            return operator.index(axis)
+        except TypeError as error:
+            raise TypeError(f"axis must be an integer, but it is {axis!r}") from error
+    name = "NHWC" if data_format is None else data_format
+    name = name.decode(errors="replace") if isinstance(name, bytes) else name
+    if not isinstance(name, str) or name not in _AXIS_OF_FORMAT:
+        raise ValueError(f"data_format must be one of {', '.join(_AXIS_OF_FORMAT)} or None, but it is {data_format!r}")
+    return _AXIS_OF_FORMAT[name]
+
+
+def _activation(activation: Any) -> str | None:
+    if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
+        return activation
+    raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, but it is {activation!r}")
 
 
 def _unless_empty(statistic: tf.Tensor | None) -> tf.Tensor | None:
@@ -96,15 +130,17 @@ def _unless_empty(statistic: tf.Tensor | None) -> tf.Tensor | None:
 
 
 def _is_training(value: Any) -> bool | tf.Tensor:
-    """A bool if it is known by now, else a scalar bool tensor."""
+    """A bool if it is known by now, else a scalar bool tensor. None is True, the default of TensorFlow's op."""
     if isinstance(value, bool):
         return value
+    if value is None:
+        return True
     if not tf.is_tensor(value):
-        return bool(value)
-    if value.dtype != tf.bool or value.shape.rank not in (0, None):
+        return _bool("is_training", value)
+    if tf.as_dtype(value.dtype).base_dtype != tf.bool or tf.TensorShape(value.shape).rank not in (0, None):
         raise ValueError(f"is_training must be a bool or a scalar bool tensor, but it is {value}")
     static = tf.get_static_value(value)
-    return value if static is None else bool(static)
+    return tf.convert_to_tensor(value) if static is None else bool(static)
 
 
 def convert(
@@ -117,26 +153,26 @@ def convert(
     data_format: Any,
     is_training: Any,
     exponential_avg_factor: Any,
-    axis: int | None,
-    activation: str | None,
+    axis: Any,
+    activation: Any,
     residual: Any,
+    unbiased: Any,
 ) -> Arguments:
     """All tensors as tensors. Raises TypeError or ValueError, naming the argument and its value."""
     if not isinstance(x, tf.Tensor):
-        x = tf.convert_to_tensor(x, name="x")
+        try:
+            x = tf.convert_to_tensor(x, name="x")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"x cannot be made a tensor: it is a {type(x).__name__}") from error
     dtype = x.dtype
     if dtype not in _DATA_TYPES:
         if dtype.base_dtype not in _DATA_TYPES:
             names = ", ".join(each.name for each in _DATA_TYPES)
             raise TypeError(f"x must be of dtype {names}, but it is {dtype.name}")
         x, dtype = tf.identity(x), dtype.base_dtype  # a reference
-    if axis is None:
-        axis = _AXIS_OF_FORMAT[_format(data_format)]
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, but it is {activation!r}")
     training = _is_training(is_training)
-    epsilon = _number("epsilon", epsilon)
-    exponential_avg_factor = _number("exponential_avg_factor", exponential_avg_factor)
+    epsilon = _number("epsilon", epsilon, 0.0001)
+    exponential_avg_factor = _number("exponential_avg_factor", exponential_avg_factor, 1.0)
     needs_statistics = training is not True or exponential_avg_factor != 1.0
     if needs_statistics and (mean is None or variance is None):
         raise ValueError(
@@ -161,6 +197,8 @@ def convert(
         dtype=dtype,
         epsilon=epsilon,
         exponential_avg_factor=exponential_avg_factor,
-        axis=int(axis),
+        axis=_axis(axis, data_format),
+        activation=_activation(activation),
         is_training=training,
+        unbiased=_bool("unbiased", unbiased),
     )

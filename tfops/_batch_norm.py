@@ -18,11 +18,11 @@ def fused_batch_norm(
     offset: Any,
     mean: Any = None,
     variance: Any = None,
-    epsilon: float = 0.001,
+    epsilon: float | None = 0.001,
     data_format: str | None = "NHWC",
-    is_training: bool | tf.Tensor = True,
+    is_training: bool | tf.Tensor | None = True,
     name: str | None = None,
-    exponential_avg_factor: float = 1.0,
+    exponential_avg_factor: float | None = 1.0,
     *,
     axis: int | None = None,
     activation: str | None = None,
@@ -45,12 +45,12 @@ def fused_batch_norm(
         training with exponential_avg_factor != 1, the running ones; else not needed, and one of them, or both, may be
         missing or empty.
       epsilon: >= 0; added to the variance. It is rounded to float32, as TensorFlow's op does, unless x is float64. With
-        0, a channel without variance comes out NaN.
+        0, a channel without variance comes out NaN. None: 0.0001, as in TensorFlow's op.
       data_format: "NHWC" (or None), "NDHWC" or "NWC": channels are the last dimension; "NCHW", "NCDHW" or "NCW": the
         second.
-      is_training: a Python bool, or a scalar bool tensor (which may be a placeholder).
+      is_training: a Python bool, or a scalar bool tensor (which may be a placeholder). None: True.
       name: of the op.
-      exponential_avg_factor: f in [0, 1]; rounded as epsilon is.
+      exponential_avg_factor: f in [0, 1] (None: 1); rounded as epsilon is.
       axis: of the channels, in [-rank, rank), in place of data_format.
       activation: None, "relu", "relu6", "leaky_relu" (slope 0.2) or "silu".
       residual: added before the activation; of x's shape and dtype.
@@ -79,8 +79,10 @@ def fused_batch_norm(
         axis,
         activation,
         residual,
+        unbiased,
     )
-    x, scale, offset, mean, variance, residual, dtype, epsilon, exponential_avg_factor, axis, training = arguments
+    x, scale, offset, mean, variance, residual, dtype, epsilon, exponential_avg_factor, *rest = arguments
+    axis, activation, training, unbiased = rest
     common = {
         "residual": [] if residual is None else [residual],
         "axis": axis,
@@ -102,9 +104,13 @@ def fused_batch_norm(
 
     def infer() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         y = ops.tfops_batch_norm_inference(x, scale, offset, mean, variance, **common)
-        if type(y) is type(mean) is type(variance):
+        if tf.executing_eagerly():
             return y, mean, variance
-        return y, tf.identity(mean), tf.identity(variance)  # what a graph returns should be of the graph
+        # What a graph returns should be of the graph, and of a shape that is known as far as it can be.
+        statistics = tf.identity(mean), tf.identity(variance)
+        for statistic in statistics:
+            statistic.set_shape([None if y.shape.rank is None else y.shape[axis]])
+        return y, *statistics
 
     try:
         if isinstance(training, bool):

@@ -11,15 +11,14 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from tfops import _second_derivatives as second
-from tfops._arguments import param_type
+from tfops._arguments import param_type, value_of
 from tfops._library import ops
 
-_SHARED = ("axis", "epsilon", "epsilon_remainder", "activation")
-_TRAINING = ("exponential_avg_factor", "exponential_avg_factor_remainder", "unbiased")
+_SHARED = ("axis", "epsilon", "epsilon_bits", "activation")
+_TRAINING = ("exponential_avg_factor", "exponential_avg_factor_bits", "unbiased")
 
 
 def _register(op_type: str) -> Callable[[Callable], Callable]:
@@ -37,11 +36,6 @@ def _attributes(op: tf.Operation, names: tuple[str, ...]) -> dict[str, Any]:
     values = {name: op.get_attr(name) for name in names}
     values["activation"] = tf.compat.as_str(values["activation"])  # which is bytes in graphs
     return values
-
-
-def _value(attributes: dict[str, Any], name: str) -> float:
-    """The attribute as the kernels take it. (An eager op's attributes are as they were given, not rounded yet.)"""
-    return float(np.float32(attributes[name])) + float(np.float32(attributes[f"{name}_remainder"]))
 
 
 def _split(lists: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -74,7 +68,7 @@ def _training_grad(op: tf.Operation, dy: Any, dmean: Any, dvariance: Any, *_: An
     if running:
         # A tape tells which inputs it has no use for: most often these.
         unused = getattr(op, "skip_input_indices", None) or ()
-        kept = 1.0 - _value(attributes, "exponential_avg_factor")
+        kept = 1.0 - value_of(attributes, "exponential_avg_factor")
         for i, gradient in ((3, dmean), (4, dvariance)):
             if i in unused:
                 gradients.append(None)
@@ -124,7 +118,7 @@ def _has_dresidual(op: tf.Operation, attributes: dict[str, Any]) -> bool:
 
 
 def _normalization(attributes: dict[str, Any], *inputs: tf.Tensor | None) -> second.Normalization:
-    return second.Normalization(*inputs, attributes["axis"], _value(attributes, "epsilon"), attributes["activation"])
+    return second.Normalization(*inputs, attributes["axis"], value_of(attributes, "epsilon"), attributes["activation"])
 
 
 @_register("Tfops>BatchNormTrainingGrad")
@@ -140,7 +134,7 @@ def _training_grad_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
         mask if has_dresidual and not residual else None,
         drunning,
         _wide(upstream if has_dresidual else upstream[:-1], param),
-        _value(attributes, "exponential_avg_factor"),
+        value_of(attributes, "exponential_avg_factor"),
         attributes["unbiased"],
     )
     gradients = _like(gradients, [*inputs, *drunning, *residual])

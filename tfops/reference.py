@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfops._arguments import convert
+from tfops._arguments import Arguments, convert
 
 _ACTIVATIONS = {
     None: tf.identity,
@@ -23,11 +23,11 @@ def fused_batch_norm(
     offset: Any,
     mean: Any = None,
     variance: Any = None,
-    epsilon: float = 0.001,
+    epsilon: float | None = 0.001,
     data_format: str | None = "NHWC",
-    is_training: bool | tf.Tensor = True,
+    is_training: bool | tf.Tensor | None = True,
     name: str | None = None,
-    exponential_avg_factor: float = 1.0,
+    exponential_avg_factor: float | None = 1.0,
     *,
     axis: int | None = None,
     activation: str | None = None,
@@ -36,7 +36,7 @@ def fused_batch_norm(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """What `tfops.fused_batch_norm` computes, with the same arguments and results, op by op.
 
-    x must have a known rank. Raises TypeError and ValueError as the fused op does.
+    x must have a known rank. Raises TypeError and ValueError as the fused op does, where shapes are known.
     """
     with tf.name_scope(name or "ReferenceBatchNorm"):
         arguments = convert(
@@ -52,8 +52,11 @@ def fused_batch_norm(
             axis,
             activation,
             residual,
+            unbiased,
         )
-        x, scale, offset, mean, variance, residual, dtype, epsilon, exponential_avg_factor, axis, training = arguments
+        x, scale, offset, mean, variance, residual, dtype, epsilon, exponential_avg_factor, *rest = arguments
+        axis, activation, training, unbiased = rest
+        _check(arguments)
         param = scale.dtype
         channel_axis = axis % x.shape.rank
         others = [i for i in range(x.shape.rank) if i != channel_axis]
@@ -84,3 +87,23 @@ def fused_batch_norm(
         if isinstance(training, bool):
             return train() if training else infer()
         return tuple(tf.cond(training, train, infer))
+
+
+def _check(arguments: Arguments) -> None:
+    """What broadcasting and plain arithmetic would let pass."""
+    x, axis = arguments.x, arguments.axis
+    rank = x.shape.rank
+    if rank is None or rank < 2:
+        raise ValueError(f"x must have a known rank >= 2, but its rank is {rank}")
+    if not -rank <= axis < rank:
+        raise ValueError(f"axis must be in [-rank, rank) = [{-rank}, {rank}), but it is {axis}")
+    for name in ("scale", "offset", "mean", "variance"):
+        vector = getattr(arguments, name)
+        if vector is not None and not vector.shape.is_compatible_with([x.shape[axis]]):
+            raise ValueError(f"{name} must have shape [{x.shape[axis]}], but it has {vector.shape}")
+    if arguments.residual is not None and not arguments.residual.shape.is_compatible_with(x.shape):
+        raise ValueError(f"residual must have the shape of x, {x.shape}, but it has {arguments.residual.shape}")
+    if not 0 <= arguments.epsilon < float("inf"):
+        raise ValueError(f"epsilon must be finite and >= 0, but it is {arguments.epsilon}")
+    if not 0 <= arguments.exponential_avg_factor <= 1:
+        raise ValueError(f"exponential_avg_factor must be in [0, 1], but it is {arguments.exponential_avg_factor}")

@@ -1,7 +1,11 @@
 // The checks and derived quantities of a Problem.
 
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <limits>
+#include <string>
+#include <utility>
 
 #include "csrc/batch_norm/activation.h"
 #include "csrc/batch_norm/batch_norm.h"
@@ -10,6 +14,16 @@ namespace tfops {
 namespace {
 
 constexpr int64_t kMaxElements = int64_t{1} << 62;
+
+// The shortest number that reads as this one.
+std::string Shown(double value) {
+  char text[32];
+  for (int digits = 6; digits <= 17; ++digits) {
+    std::snprintf(text, sizeof(text), "%.*g", digits, value);
+    if (std::strtod(text, nullptr) == value) break;
+  }
+  return text;
+}
 
 Status InvalidArgument(std::string message) { return {StatusCode::kInvalidArgument, std::move(message)}; }
 
@@ -40,11 +54,11 @@ Status Fold(const int64_t* dims, int rank, int64_t axis, Problem* problem) {
 
 Status Validate(const Problem& problem) {
   if (!std::isfinite(problem.epsilon) || !(problem.epsilon >= 0)) {
-    return InvalidArgument("epsilon must be finite and >= 0, but it is " + std::to_string(problem.epsilon));
+    return InvalidArgument("epsilon must be finite and >= 0, but it is " + Shown(problem.epsilon));
   }
   if (!(problem.exponential_avg_factor >= 0 && problem.exponential_avg_factor <= 1)) {
     return InvalidArgument("exponential_avg_factor must be in [0, 1], but it is " +
-                           std::to_string(problem.exponential_avg_factor));
+                           Shown(problem.exponential_avg_factor));
   }
   return {};
 }

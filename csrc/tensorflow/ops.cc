@@ -249,14 +249,14 @@ absl::Status GradientNormalizeShapes(InferenceContext* context) {
 
 }  // namespace
 
-// epsilon and exponential_avg_factor are 32-bit attributes. With float64 data the _remainder of each holds what its
-// value loses to that: the op adds both in double, which leaves 48 bits, a relative error of 4e-15.
+// epsilon and exponential_avg_factor are 32-bit attributes. Beside float64 data the _bits of each, unless they are 0,
+// are those of the double that it was before it was rounded, and go before it.
 #define TFOPS_COMMON_ATTRIBUTES                                             \
   Attr("T: {half, bfloat16, float, double}")                                \
       .Attr("U: {float, double}")                                           \
       .Attr("axis: int = -1")                                               \
       .Attr("epsilon: float = 0.001")                                       \
-      .Attr("epsilon_remainder: float = 0")                                 \
+      .Attr("epsilon_bits: int = 0")                                        \
       .Attr("activation: {'', 'relu', 'relu6', 'leaky_relu', 'silu'} = ''") \
       .Attr("num_residuals: int >= 0 = 0")
 
@@ -275,7 +275,7 @@ REGISTER_OP("Tfops>BatchNormTraining")
     .Output("mask: uint8")
     .TFOPS_COMMON_ATTRIBUTES.Attr("num_running: int >= 0 = 0")
     .Attr("exponential_avg_factor: float = 1.0")
-    .Attr("exponential_avg_factor_remainder: float = 0")
+    .Attr("exponential_avg_factor_bits: int = 0")
     .Attr("unbiased: bool = true")
     .SetShapeFn(TrainingShapes);
 
@@ -297,7 +297,7 @@ REGISTER_OP("Tfops>BatchNormTrainingGrad")
     .Output("dresidual: T")
     .TFOPS_COMMON_ATTRIBUTES.Attr("num_running: int >= 0 = 0")
     .Attr("exponential_avg_factor: float = 1.0")
-    .Attr("exponential_avg_factor_remainder: float = 0")
+    .Attr("exponential_avg_factor_bits: int = 0")
     .Attr("unbiased: bool = true")
     .Attr("has_residual: bool = false")
     .SetShapeFn(TrainingGradShapes);

@@ -3,6 +3,7 @@
 #ifndef TFOPS_TENSORFLOW_PROBLEM_H_
 #define TFOPS_TENSORFLOW_PROBLEM_H_
 
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -105,13 +106,15 @@ absl::Status ReadTypes(Context* context, Attributes* attributes) {
   return context->GetAttr("axis", &attributes->axis);
 }
 
-// Reads a double: the attribute of that name, and what this one, a float, leaves of it in the next.
+// Reads a double: from the float attribute of that name, or from the bits that the next one has.
 template <typename Context>
 absl::Status ReadDouble(Context* context, const std::string& name, double* value) {
-  float rounded = 0, remainder = 0;
+  float rounded = 0;
+  int64_t bits = 0;
   TF_RETURN_IF_ERROR(context->GetAttr(name, &rounded));
-  TF_RETURN_IF_ERROR(context->GetAttr(name + "_remainder", &remainder));
-  *value = static_cast<double>(rounded) + static_cast<double>(remainder);
+  TF_RETURN_IF_ERROR(context->GetAttr(name + "_bits", &bits));
+  *value = rounded;
+  if (bits != 0) std::memcpy(value, &bits, sizeof(bits));
   return absl::OkStatus();
 }
 
