@@ -81,8 +81,8 @@ def fused_batch_norm(
         residual,
         unbiased,
     )
-    x, scale, offset, mean, variance, residual, dtype, epsilon, exponential_avg_factor, *rest = arguments
-    axis, activation, training, unbiased = rest
+    x, scale, offset, mean, variance, residual = arguments[:6]
+    dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased = arguments[6:]
     common = {
         "residual": [] if residual is None else [residual],
         "axis": axis,

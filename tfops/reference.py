@@ -54,8 +54,8 @@ def fused_batch_norm(
             residual,
             unbiased,
         )
-        x, scale, offset, mean, variance, residual, dtype, epsilon, exponential_avg_factor, *rest = arguments
-        axis, activation, training, unbiased = rest
+        x, scale, offset, mean, variance, residual = arguments[:6]
+        dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased = arguments[6:]
         _check(arguments)
         param = scale.dtype
         channel_axis = axis % x.shape.rank
