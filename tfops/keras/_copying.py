@@ -18,7 +18,7 @@ from tfops.keras._attributes import carry_over, held
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._checking import same_calls, same_order, same_outputs, same_variables
 from tfops.keras._folding import Fold, is_graph, is_list, nodes_as_made, plan, sublayers
-from tfops.keras._remaking import RemakeError, reason, remake
+from tfops.keras._remaking import RemakeError, carry_settings, reason, remake
 from tfops.keras._reporting import Report
 from tfops.keras._stand_ins import FoldedLayer, FoldedOperation, stand_in
 from tfops.keras._tags import folded_into
@@ -85,6 +85,8 @@ class Copier:
             copy = self._make(layer)
             if hasattr(layer, "_remat_mode"):  # which in older Keras only layers have
                 copy._remat_mode = layer._remat_mode
+            if isinstance(layer, keras.Layer):
+                _carry_settings(layer, copy)  # before the copy is called
             self._originals[id(layer)], self._copies[id(layer)] = layer, copy
         return self._copies[id(layer)]
 
@@ -211,6 +213,7 @@ class Copier:
         # What Keras has numbered is numbered as in the original, and named after the scopes that it was made in.
         copy.name, copy._path = layer.name, layer._path
         copy._remat_mode = layer._remat_mode
+        carry_settings(layer, copy)
         policy, new_policy = layer.dtype_policy.name, copy.dtype_policy.name
         carried = id(layer) in self._folds or isinstance(layer, keras.layers.InputLayer)
         if policy != new_policy and not carried:
@@ -321,6 +324,17 @@ class Copier:
 
 def _own_variables(layer: keras.Layer) -> list[Any]:
     return layer._trainable_variables + layer._non_trainable_variables
+
+
+def _carry_settings(layer: keras.Layer, copy: keras.Layer) -> None:
+    """Also to the layers inside, as far as the copy has made them."""
+    carry_settings(layer, copy)
+    if is_graph(layer) or is_list(layer):
+        return  # whose layers are copied one by one
+    inside, made = sublayers(layer), sublayers(copy)
+    if len(inside) == len(made):
+        for each, new in zip(inside, made, strict=True):
+            _carry_settings(each, new)
 
 
 _lock = threading.RLock()  # a class may convert what it holds when it is copied
