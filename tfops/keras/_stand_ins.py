@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfops.keras._activations import activation_of
+from tfops.keras._activations import activation_of, kind_of
 from tfops.keras._tags import Guarded, applied, pending, tag_applied
 
 
@@ -26,6 +26,9 @@ class _StandIn(Guarded):
     def original(self) -> Any:
         """What it stands for."""
         return self._original()
+
+    def takes_in(self, kind: str) -> bool:
+        return kind == ("add" if kind_of(self.original()) == "Add" else activation_of(self.original()))
 
     def _compute(self, *args: Any) -> Any:
         inputs = keras.tree.flatten(args)
