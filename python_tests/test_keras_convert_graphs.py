@@ -465,7 +465,7 @@ def test_additions_that_turn_out_to_broadcast_say_so(graph):
     inputs = [keras.Input((None, 3)), keras.Input((None, 3))]
     model = keras.Model(inputs, layers.ReLU()(layers.Add(name="sum")([inputs[1], Norm()(inputs[0])])))
     fused = convert(model, verbose=0)
-    message = r"the addition sum adds shapes \(6, 1, 3\) and \(6, 4, 3\), but .* convert\(\.\.\., fold=False\) keeps"
+    message = r"the addition sum adds shapes \(6, 1, 3\) and \(6, 4, 3\), but .*convert\(\.\.\., fold=False\) keeps"
     with pytest.raises(ValueError, match=message):
         (tf.function(fused) if graph else fused)([_images(6, 4, 3), _images(6, 1, 3)])
     assert convert(model, fold=False, verbose=0)([_images(6, 4, 3), _images(6, 1, 3)]).shape == (6, 4, 3)

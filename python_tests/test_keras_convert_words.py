@@ -172,7 +172,7 @@ def test_copies_can_be_unfolded(capsys):
     model = keras.Model(x, y, name="net")
     fused = convert(model, verbose=0)
     plain, line = _line(fused, capsys, fold=False)
-    assert line == "net: 2 batch norms unfolded: 1 that had addition and ReLU, 1 that had ReLU"
+    assert line == "net: 2 batch norms unfolded: 1 that had ReLU, 1 that had addition and ReLU"
     kinds = [type(layer) for layer in plain._flatten_layers() if layer.name in ("inner", "norm", "sum", "inner_relu")]
     assert sorted(each.__name__ for each in kinds) == ["Add", "BatchNormalization", "BatchNormalization", "ReLU"]
     assert type(plain.get_layer("norm")) is tfops.keras.BatchNormalization
@@ -183,4 +183,4 @@ def test_copies_can_be_unfolded(capsys):
     _, line = _line(plain, capsys, fold=False)
     assert line == "net: there are no batch norms to replace"
     _, line = _line(convert(plain, verbose=0), capsys, to="keras")
-    assert line == "net: 2 batch norms replaced: 1 that had addition and ReLU, 1 that had ReLU"
+    assert line == "net: 2 batch norms replaced: 1 that had ReLU, 1 that had addition and ReLU"
