@@ -418,3 +418,36 @@ def test_variables_are_told():
     fused, _ = copier.run()
     assert [id(copier.variables[id(variable)]) for variable in model.variables] == [id(v) for v in fused.variables]
     assert len({id(variable) for variable in copier.variables.values()}) == len(model.variables)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_settings_that_no_config_holds(wrapped):
+    """In 16 bits, what is cast before it is normalized is infinite."""
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        x = keras.Input((2, 4))
+        unit = layers.UnitNormalization(autocast=False, name="unit")
+        first = layers.ReLU()(Norm(autocast=False, name="first")(x))
+        other = Norm()(layers.TimeDistributed(unit, autocast=False)(x) if wrapped else unit(x))
+        model = keras.Model(x, [first, other])
+    finally:
+        keras.config.set_dtype_policy("float32")
+    model.get_layer("first").moving_mean.assign([1e5] * 4)
+    model.get_layer("first").supports_masking = False
+    images = tf.constant(3e5, shape=(3, 2, 4)) * [[[0.333334]], [[1.0]], [[0.5]]]
+    fused = convert(model, verbose=0)
+    assert _folds(fused) == ["relu"]
+    for each in (fused, convert(fused, to="keras", verbose=0)):
+        assert not each.get_layer("first").supports_masking
+        for got, want in zip(each(images), model(images), strict=True):
+            assert np.isfinite(want[0]).all()
+            np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)
+
+
+def test_supports_jit_is_that_of_the_class():
+    x = keras.Input((3,))
+    model = keras.Model(x, layers.Dense(2, name="dense")(Norm(name="norm")(x)))
+    model.get_layer("dense").supports_jit = False
+    fused = convert(model, verbose=0)
+    assert not fused.get_layer("dense").supports_jit
+    assert fused.get_layer("norm").supports_jit == tfops.keras.BatchNormalization().supports_jit

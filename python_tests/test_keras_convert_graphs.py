@@ -445,3 +445,27 @@ def test_names_of_what_is_unfolded():
     names = [layer.name for layer in back.layers[1:]]
     assert sorted(names) == ["norm", "norm_add", "norm_add_", "norm_leaky_relu"]
     np.testing.assert_allclose(back(_images()), model(_images()), atol=1e-5)
+
+
+def test_calls_by_keyword():
+    inputs = keras.Input((4, 4, 3))
+    y = layers.ReLU()(inputs=Norm(name="first")(inputs=inputs))
+    y = layers.Activation("silu")(inputs=layers.Add()(inputs=[y, Norm(name="second")(layers.Dense(3)(y))]))
+    y = keras.ops.relu(x=keras.ops.add(x1=Norm(name="third")(layers.Dense(3)(y)), x2=y))
+    fused = _check(
+        keras.Model(inputs, layers.Dense(2)(y)), _images(), {"first": "relu", "second": "add+silu", "third": "add+relu"}
+    )
+    again = keras.models.clone_model(fused)
+    again.set_weights(fused.get_weights())
+    np.testing.assert_allclose(again(_images()), fused(_images()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_additions_that_turn_out_to_broadcast_say_so(graph):
+    inputs = [keras.Input((None, 3)), keras.Input((None, 3))]
+    model = keras.Model(inputs, layers.ReLU()(layers.Add(name="sum")([inputs[1], Norm()(inputs[0])])))
+    fused = convert(model, verbose=0)
+    message = r"the addition sum adds shapes \(6, 1, 3\) and \(6, 4, 3\), but .*convert\(\.\.\., fold=False\) keeps"
+    with pytest.raises(ValueError, match=message):
+        (tf.function(fused) if graph else fused)([_images(6, 4, 3), _images(6, 1, 3)])
+    assert convert(model, fold=False, verbose=0)([_images(6, 4, 3), _images(6, 1, 3)]).shape == (6, 4, 3)

@@ -13,6 +13,7 @@ from keras import layers
 
 import tfops
 from tfops.keras import convert
+from tfops.keras._stand_ins import FoldedLayer
 
 Norm = layers.BatchNormalization
 
@@ -384,3 +385,42 @@ def test_tensors_kept_as_attributes_are_read():
     assert _folds(fused, "norm") == [None]
     got, want = (keras.Model(each.input, each.features["normed"][0])(_images()) for each in (fused, model))
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["first_relu", "silu"])
+def test_layers_that_were_folded_in_cannot_be_replaced_unnoticed(name):
+    fused = _fused()
+    assert isinstance(fused.get_layer("first_relu"), FoldedLayer)
+
+    def other(layer):
+        same = type(layer).from_config(layer.get_config())
+        return layers.Dropout(0.5, name=name) if layer.name == name else same
+
+    with pytest.raises(ValueError, match=rf"{name} \(Dropout\) cannot read the output of \w+, which is not computed"):
+        keras.models.clone_model(fused, clone_function=other)
+
+
+def test_other_readers_of_what_is_not_computed_are_refused():
+    x = keras.Input((4,))
+    y = layers.Activation("tanh")(layers.Add(name="sum")([Norm(name="norm")(x), x]))
+    fused = convert(keras.Model(x, y), verbose=0)
+
+    def other(layer):
+        if layer.name == "sum":
+            return layers.Multiply(name="sum")
+        return type(layer).from_config(layer.get_config())
+
+    message = r"sum \(Multiply\) cannot read the output of norm, which is not computed: the addition is folded into"
+    with pytest.raises(ValueError, match=message):
+        keras.models.clone_model(fused, clone_function=other)
+    # A stand-in of something else is no stand-in.
+    norm, silu = tfops.keras.BatchNormalization(), FoldedLayer(layers.Activation("silu", name="silu"))
+    y = norm(x, folded="relu")
+    with pytest.raises(ValueError, match=r"silu \(FoldedLayer\) cannot read .*: relu is folded into the batch norm"):
+        silu(y)
+    with pytest.raises(ValueError, match="cannot read"):
+        _ = y + 1.0
+    # What has been left out or put in within a Sequential.
+    stack = convert(keras.Sequential([keras.Input((4,)), Norm(), layers.ReLU(), layers.Dense(2)]), verbose=0)
+    with pytest.raises(ValueError, match=r"dense\w* \(Dense\) cannot read the output of batch_normalization"):
+        keras.Sequential([keras.Input((4,)), stack.layers[0], stack.layers[2]])

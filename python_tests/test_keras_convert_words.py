@@ -77,8 +77,8 @@ def test_one_line(capsys):
     fused, line = _line(model, capsys)
     assert line == (
         "many: 7 batch norms replaced: 1 with ReLU6, 1 with LeakyReLU, 1 with addition, 1 with addition and SiLU, 3 "
-        "alone (read by two layers: 1; the activation is not one that can be folded in: 1; inside a subclassed model "
-        "or layer: 1)"
+        "alone (read by two layers: 1; the activation is not one that can be folded in: 1; in a model or "
+        "layer whose graph cannot be seen: 1)"
     )
     _, line = _line(fused, capsys, to="keras")
     assert line == (
@@ -144,3 +144,43 @@ def test_refusals():
     ):
         convert(model)
     assert type(Norm()) is Norm  # after all these errors
+
+
+def test_calls_that_differ_are_told_apart(capsys):
+    x = keras.Input((3,))
+    norm = Norm(name="norm")
+    y = layers.ReLU(name="one")(norm(x))
+    y = layers.Add(name="sum")([norm(y), y])
+    y = layers.Dense(3, name="dense")(norm(y))
+    fused = convert(keras.Model(x, y, name="net"), verbose=2)
+    assert capsys.readouterr().out.splitlines() == [
+        "net: 1 batch norm replaced: 1 with ReLU in 1 of 3 calls and addition in 1 of 3 calls and nothing in 1 of 3 "
+        "calls",
+        "  norm  3 calls: ReLU: one; addition: sum; alone: no activation follows (dense (Dense))",
+    ]
+    convert(fused, to="keras", verbose=2)
+    assert capsys.readouterr().out.splitlines()[1] == "  norm  3 calls: ReLU: one; addition: sum; alone"
+    norm, relu = Norm(name="norm"), layers.ReLU(name="relu")
+    _, line = _line(keras.Model(x, relu(norm(relu(norm(x)))), name="net"), capsys)
+    assert line == "net: 1 batch norm replaced: 1 with ReLU"
+
+
+def test_copies_can_be_unfolded(capsys):
+    x = keras.Input((3,))
+    inner = keras.Sequential([keras.Input((3,)), Norm(name="inner"), layers.ReLU(name="inner_relu")], name="stack")
+    y = layers.ReLU(name="relu")(layers.Add(name="sum")([Norm(name="norm")(inner(x)), x]))
+    model = keras.Model(x, y, name="net")
+    fused = convert(model, verbose=0)
+    plain, line = _line(fused, capsys, fold=False)
+    assert line == "net: 2 batch norms unfolded: 1 that had ReLU, 1 that had addition and ReLU"
+    kinds = [type(layer) for layer in plain._flatten_layers() if layer.name in ("inner", "norm", "sum", "inner_relu")]
+    assert sorted(each.__name__ for each in kinds) == ["Add", "BatchNormalization", "BatchNormalization", "ReLU"]
+    assert type(plain.get_layer("norm")) is tfops.keras.BatchNormalization
+    assert plain.get_layer("norm").output is not None
+    assert plain.get_layer("stack").get_layer("inner").folded is None
+    x = tf.random.stateless_normal((5, 3), (0, 0))
+    tf.debugging.assert_near(plain(x), model(x), atol=1e-5)
+    _, line = _line(plain, capsys, fold=False)
+    assert line == "net: there are no batch norms to replace"
+    _, line = _line(convert(plain, verbose=0), capsys, to="keras")
+    assert line == "net: 2 batch norms replaced: 1 that had ReLU, 1 that had addition and ReLU"

@@ -17,21 +17,28 @@ def convert(model: keras.Model, to: str = "tfops", *, fold: bool = True, verbose
 
     Every `keras.layers.BatchNormalization`, but no class derived from it, becomes a `tfops.keras.BatchNormalization`:
     in functional and Sequential models, in models and layers inside them, and in subclassed models and layers. In
-    functional models, whatever their class, and in Sequential models a batch norm also takes in
+    functional models, whatever their class, and in models of class `keras.Sequential` itself, a batch norm also takes
+    in
 
     - the addition that follows, `keras.layers.Add` of two tensors or `x + y`, if both are of one shape and dtype (where
       a dimension is not known, it is taken to be the same);
     - then, or at once, the activation that follows: relu, relu6, leaky_relu with a slope of 0.2, or silu, as one of
       Keras' layers or operations (in a Sequential model the activation alone)
 
-    where nothing else reads what comes before, and that is not an output of the model, nor an attribute of it.
+    where nothing else reads what comes before, and that is not an output of the model, nor an attribute of it. Nothing
+    is folded where the graph cannot be seen: in subclassed models and layers, classes derived from `keras.Sequential`,
+    and models inside wrappers such as `TimeDistributed`.
 
     The given model is left as it is. The copy has the same layers and operations in the same order, with the same
     names, weights, paths, values, `trainable` and RematScope; so weights files, `.keras` files, lists of weights and
     checkpoints go from one to the other. In the place of what was folded in, a `FoldedLayer` or `FoldedOperation`
     passes on what the batch norm has computed. What is no longer computed cannot be read: the `output` of a batch norm
     or addition whose result is only there after a later layer raises ValueError, and says which layer's output is
-    there. Layers that are called by hand do what they did: in a functional model what is folded is its calls.
+    there. Nor can other layers read it: a clone in which one takes the place of a stand-in raises ValueError when it is
+    made. In a functional model what is folded is its calls: layers that are called by hand do what they did. In a
+    Sequential model it is the layers: there a batch norm applies the activation wherever it is called, so that
+    `copy.layers[0](x)`, `copy.pop()` and other models made of some of its layers have the activation with the batch
+    norm; `fold=False` keeps them apart.
 
     If the model is compiled, so is the copy: with the same losses, with metrics of its own, and with an optimizer of
     its own in the same state, however deep that is wrapped. Optimizers and metrics are copied by their configs. A
@@ -53,7 +60,7 @@ def convert(model: keras.Model, to: str = "tfops", *, fold: bool = True, verbose
       to: "tfops", or "keras" for the way back: every `tfops.keras.BatchNormalization` becomes Keras' own, and what was
         folded in is what it was. What was fused without `convert` becomes an `Add` and an `Activation` after it, whose
         names are the batch norm's with "_add" and, for instance, "_relu".
-      fold: whether batch norms take in anything.
+      fold: whether batch norms take in anything. False also takes out what has been folded into the given model.
       verbose: 0 prints nothing; 1 a line that says how many batch norms were replaced, what was folded in, and why
         others are alone; 2 also a line for each of them, with names.
 

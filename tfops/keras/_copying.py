@@ -18,8 +18,8 @@ from tfops.keras._attributes import carry_over, held
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._checking import same_calls, same_order, same_outputs, same_variables
 from tfops.keras._folding import Fold, is_graph, is_list, nodes_as_made, plan, sublayers
-from tfops.keras._remaking import RemakeError, reason, remake
-from tfops.keras._reporting import Report
+from tfops.keras._remaking import RemakeError, carry_settings, reason, remake
+from tfops.keras._reporting import Report, merged
 from tfops.keras._stand_ins import FoldedLayer, FoldedOperation, stand_in
 from tfops.keras._tags import folded_into
 
@@ -36,6 +36,7 @@ class Copier:
         self._model = model
         self._to = to
         self._from = keras.layers.BatchNormalization if to is BatchNormalization else BatchNormalization
+        self._unfolds = not fold or to is not BatchNormalization  # what has been folded in before
         self._folds = plan(model, fold and to is BatchNormalization)  # of each graph and Sequential
         self._of_norm: dict[int, list[Fold]] = defaultdict(list)  # the same, of each batch norm
         for each in [fold for part in self._folds.values() for fold in part]:
@@ -85,6 +86,8 @@ class Copier:
             copy = self._make(layer)
             if hasattr(layer, "_remat_mode"):  # which in older Keras only layers have
                 copy._remat_mode = layer._remat_mode
+            if isinstance(layer, keras.Layer):
+                _carry_settings(layer, copy)  # before the copy is called
             self._originals[id(layer)], self._copies[id(layer)] = layer, copy
         return self._copies[id(layer)]
 
@@ -94,10 +97,11 @@ class Copier:
         if is_list(layer):
             return self._make_list(layer)
         if id(layer) in self._of_norm:
-            return self._remake(layer, self._to, () if self._to is BatchNormalization else ("activation", "folded"))
+            unfused = () if self._to is BatchNormalization else ("activation",)
+            return self._remake(layer, self._to, (*unfused, "folded") if self._unfolds else unfused)
         if id(layer) in self._taken:
             return stand_in(self._remake(layer))
-        if isinstance(layer, (FoldedLayer, FoldedOperation)) and self._to is not BatchNormalization:
+        if isinstance(layer, (FoldedLayer, FoldedOperation)) and self._unfolds:
             return self._remake(layer.original())
         return self._remake(layer)
 
@@ -175,11 +179,13 @@ class Copier:
     def _call_norm(self, fold: Fold, args: Any, kwargs: dict[str, Any]) -> Any:
         copy = self._copy(fold.norm)
         if self._to is BatchNormalization:
+            if self._unfolds:
+                kwargs.pop("folded", None)
             return copy(*args, **kwargs, folded="+".join(fold.kinds)) if fold.kinds else copy(*args, **kwargs)
         arguments = inspect.signature(fold.norm.call).bind(*args, **kwargs).arguments
         arguments.pop("folded", None)  # what follows does that again
         residual = arguments.pop("residual", None)
-        y = copy(arguments.pop("inputs"), **arguments)
+        y = copy(**arguments) if "inputs" in kwargs else copy(arguments.pop("inputs"), **arguments)
         if residual is not None:
             y = self._part(fold.norm, "add")([residual, y])
         return self._part(fold.norm, fold.norm.activation)(y) if self._is_fused(fold.norm) else y
@@ -211,6 +217,7 @@ class Copier:
         # What Keras has numbered is numbered as in the original, and named after the scopes that it was made in.
         copy.name, copy._path = layer.name, layer._path
         copy._remat_mode = layer._remat_mode
+        carry_settings(layer, copy)
         policy, new_policy = layer.dtype_policy.name, copy.dtype_policy.name
         carried = id(layer) in self._folds or isinstance(layer, keras.layers.InputLayer)
         if policy != new_policy and not carried:
@@ -298,29 +305,46 @@ class Copier:
     def _reports(self, layer: keras.Layer) -> Iterator[Report]:
         if not isinstance(layer, keras.layers.BatchNormalization):
             return
-        folds = self._of_norm.get(id(layer), ())
+        folds = self._calls_of(layer)
         if type(layer) not in (keras.layers.BatchNormalization, BatchNormalization):
             if isinstance(layer, self._from):
                 yield Report(layer.name, kept=type(layer).__name__)
         elif self._to is not BatchNormalization:
             if type(layer) is self._from:
-                yield Report(layer.name, *self._unfolded(layer))
-        elif fold := next((fold for fold in folds if fold.kinds), None):
-            yield Report(layer.name, fold.kinds, tuple(name for fold in folds for name in fold.names))
-        elif type(layer) is self._from:
-            why = (folds[0].why, folds[0].detail) if folds else ("inside a subclassed model or layer", "")
-            yield Report(layer.name, why=why[0], detail=why[1])
+                yield self._unfolded(layer)
+        elif type(layer) is self._from or any(fold.kinds for fold in folds):
+            calls = [Report(layer.name, fold.kinds, fold.names, fold.why, fold.detail) for fold in folds]
+            yield merged(calls or [Report(layer.name, why="in a model or layer whose graph cannot be seen")])
+        elif self._unfolds and id(layer) in self._of_norm and (report := self._unfolded(layer)).folds:
+            yield report._replace(unfolded=True)
 
-    def _unfolded(self, layer: keras.Layer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _calls_of(self, norm: keras.Layer) -> list[Fold]:
+        """What each call of a batch norm takes in, the first call first; calls that graphs have in common once."""
+        return list({id(fold.call): fold for fold in reversed(self._of_norm.get(id(norm), []))}.values())
+
+    def _unfolded(self, layer: keras.Layer) -> Report:
         """What was folded into the layer or fused in it, and the names of the layers that do it now."""
         parts = {what: part.name for (norm, what), part in self._parts.items() if norm == id(layer)}
-        folds = [fold for node in layer._inbound_nodes if (fold := folded_into(node.outputs[0]))[0]]
-        kinds, names = folds[0] if folds else ((layer.folded,) if layer.folded else (), ())
-        return (*parts, *kinds), (*parts.values(), *names)
+        nodes = [fold.call for fold in self._calls_of(layer) if not isinstance(fold.call, int)]
+        calls = [folded_into(node.outputs[0]) for node in nodes or layer._inbound_nodes[:1]]
+        if not any(kinds for kinds, _ in calls):
+            calls = [((layer.folded,) if layer.folded else (), ())]
+        return merged([Report(layer.name, (*parts, *kinds), (*parts.values(), *names)) for kinds, names in calls])
 
 
 def _own_variables(layer: keras.Layer) -> list[Any]:
     return layer._trainable_variables + layer._non_trainable_variables
+
+
+def _carry_settings(layer: keras.Layer, copy: keras.Layer) -> None:
+    """Also to the layers inside, as far as the copy has made them."""
+    carry_settings(layer, copy)
+    if is_graph(layer) or is_list(layer):
+        return  # whose layers are copied one by one
+    inside, made = sublayers(layer), sublayers(copy)
+    if len(inside) == len(made):
+        for each, new in zip(inside, made, strict=True):
+            _carry_settings(each, new)
 
 
 _lock = threading.RLock()  # a class may convert what it holds when it is copied

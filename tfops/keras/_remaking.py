@@ -10,6 +10,9 @@ from typing import Any
 
 import keras
 
+# What a layer is given when it is made, or set afterwards, but no config holds.
+_SETTINGS = ("autocast", "_supports_masking", "_convert_input_args", "_allow_non_tensor_positional_args")
+_SETTINGS_OF_CLASSES = ("supports_jit", "_call_context_args", "_call_has_context_arg")
 _DEFAULTS = [keras.Layer.from_config.__func__, keras.Model.from_config.__func__]
 
 
@@ -39,6 +42,14 @@ def remake(layer: Any, cls: type | None = None, without: Collection[str] = ()) -
                 f"by keras.saving.register_keras_serializable ({text})"
             )
         raise RemakeError(text) from error
+
+
+def carry_settings(layer: keras.Layer, new: keras.Layer) -> None:
+    """Gives a copy of a layer the settings that its config does not hold."""
+    for name in (*_SETTINGS, *(_SETTINGS_OF_CLASSES if type(layer) is type(new) else ())):
+        if name in vars(layer):
+            value = vars(layer)[name]
+            vars(new)[name] = value.copy() if isinstance(value, (dict, set)) else value
 
 
 def _remake(layer: Any, cls: type, without: Collection[str], functions: dict[str, types.FunctionType]) -> Any:

@@ -18,19 +18,37 @@ class Report(NamedTuple):
     why: str = ""  # it is alone, in words that batch norms have in common
     detail: str = ""
     kept: str = ""  # its class, if that is why it has been left as it was
+    calls: tuple[Report, ...] = ()  # one for each call, if these differ; then there are no kinds of the batch norm
+    unfolded: bool = False  # it was of the wanted class, but had something folded in
+
+    @property
+    def folds(self) -> bool:
+        return bool(self.kinds or self.calls)
+
+
+def merged(calls: list[Report]) -> Report:
+    """The report on a batch norm, from one on each of its calls."""
+    if len({call.kinds for call in calls}) > 1:
+        return Report(calls[0].name, calls=tuple(calls))
+    names = dict.fromkeys(name for call in calls for name in call.names)
+    return calls[0]._replace(names=tuple(names))
 
 
 def describe(name: str, to: str, reports: list[Report], each: bool) -> str:
     """What was done, in a line; and a line for each batch norm."""
+    if unfolded := [report for report in reports if report.unfolded]:
+        rest = [report for report in reports if not report.unfolded]
+        line = f"{len(unfolded)} batch norm{'s' if len(unfolded) > 1 else ''} unfolded: {_count(unfolded, 'that had')}"
+        line = f"{describe(name, to, rest, False)}; {line}" if rest else f"{name}: {line}"
+        return _with_each(line, reports) if each else line
     done = [report for report in reports if not report.kept]
     kept = [report for report in reports if report.kept]
     if not reports:
         return f"{name}: there are no batch norms to replace"
     count = f"{len(done)} of {len(reports)}" if kept else str(len(done))
     line = f"{name}: {count} batch norm{'s' if len(reports) > 1 else ''} replaced"
-    kinds = Counter(_join(report.kinds) for report in done if report.kinds)
-    alone = [report for report in done if not report.kinds]
-    folded = [f"{number} {'with' if to == 'tfops' else 'that had'} {kind}" for kind, number in kinds.most_common()]
+    alone = [report for report in done if not report.folds]
+    folded = [text] if (text := _count(done, "with" if to == "tfops" else "that had")) else []
     if alone and (folded or any(report.why for report in alone)):
         reasons = Counter(report.why for report in alone if report.why).most_common()
         text = reasons[0][0] if len(reasons) == 1 else "; ".join(f"{why}: {number}" for why, number in reasons)
@@ -39,8 +57,24 @@ def describe(name: str, to: str, reports: list[Report], each: bool) -> str:
     if kept:
         origin = "Keras'" if to == "tfops" else "tfops'"
         line += f"; left as they are, because their classes derive from {origin}: {_list(kept)}"
-    if not each:
-        return line
+    return _with_each(line, reports) if each else line
+
+
+def _count(reports: list[Report], verb: str) -> str:
+    """How many batch norms there are of each kind of fold."""
+    kinds = Counter(_join(report.kinds) for report in reports if report.kinds)
+    texts = [f"{number} {verb} {kind}" for kind, number in kinds.most_common()]
+    differ = [_unlike(report) for report in reports if report.calls]
+    return ", ".join(texts + [f"{number} {verb} {text}" for text, number in Counter(differ).most_common()])
+
+
+def _unlike(report: Report) -> str:
+    """What is folded into calls that differ."""
+    kinds = Counter(_join(call.kinds) or "nothing" for call in report.calls)
+    return " and ".join(f"{kind} in {number} of {len(report.calls)} calls" for kind, number in kinds.items())
+
+
+def _with_each(line: str, reports: list[Report]) -> str:
     width = max(len(report.name) for report in reports)
     return "\n".join([line, *(f"  {report.name:<{width}}  {_tell(report)}" for report in reports)])
 
@@ -48,6 +82,8 @@ def describe(name: str, to: str, reports: list[Report], each: bool) -> str:
 def _tell(report: Report) -> str:
     if report.kept:
         return f"left as it is: a {report.kept}"
+    if report.calls:
+        return f"{len(report.calls)} calls: {'; '.join(map(_tell, report.calls))}"
     if report.kinds:
         return _join(report.kinds) + (f": {', '.join(report.names)}" if report.names else "")
     return "alone" + (f": {report.why}" if report.why else "") + (f" ({report.detail})" if report.detail else "")

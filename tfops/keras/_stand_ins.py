@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfops.keras._activations import activation_of
+from tfops.keras._activations import activation_of, kind_of
 from tfops.keras._tags import Guarded, applied, pending, tag_applied
 
 
@@ -27,21 +27,30 @@ class _StandIn(Guarded):
         """What it stands for."""
         return self._original()
 
-    def _compute(self, *args: Any) -> Any:
-        inputs = keras.tree.flatten(args)
+    def takes_in(self, kind: str) -> bool:
+        return kind == ("add" if kind_of(self.original()) == "Add" else activation_of(self.original()))
+
+    def _compute(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = keras.tree.flatten((args, kwargs))
         for index, x in enumerate(inputs):
             if (rest := pending(x)) is not None:
+                if not x.shape.is_compatible_with(inputs[1 - index].shape):
+                    shapes = " and ".join(str(tuple(each.shape)) for each in inputs)
+                    raise ValueError(
+                        f"the addition {self.name} adds shapes {shapes}, but it is folded into a batch norm, which "
+                        "cannot broadcast; tfops.keras.convert(..., fold=False) keeps the addition apart"
+                    )
                 y = rest(residual=inputs[1 - index])
                 return _untagged(y) if applied(y) is None else tag_applied(_untagged(y), applied(y))
             if applied(x) is not None and applied(x) == activation_of(self.original()):
                 return _untagged(x)
-        return self.original().call(*args)
+        return self.original().call(*args, **kwargs)
 
-    def compute_output_spec(self, *args: Any) -> Any:
-        return self.original().compute_output_spec(*args)
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original().compute_output_spec(*args, **kwargs)
 
     def rematerialized_call(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = keras.tree.flatten(args)
+        inputs = keras.tree.flatten((args, kwargs))
         if any(pending(x) is not None or applied(x) is not None for x in inputs):
             return fn  # which computes nothing, or calls the batch norm, which has a scope of its own
         return super().rematerialized_call(fn, *args, **kwargs)
@@ -90,8 +99,8 @@ class FoldedOperation(_StandIn, keras.Operation):
         super().__init__(name=name or original.name)
         self._stand_for(original)
 
-    def call(self, *inputs: Any) -> Any:
-        return self._compute(*inputs)
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compute(*args, **kwargs)
 
 
 def stand_in(original: Any) -> FoldedLayer | FoldedOperation:

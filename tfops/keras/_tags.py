@@ -37,8 +37,43 @@ def pending(x: Any) -> Callable[..., tf.Tensor] | None:
     return getattr(x, "_tfops_pending", None)
 
 
+_WORDS = {"add": "the addition"}  # activations have names of their own
+
+
+class _Readers(list):
+    """The calls that read what a layer or operation gives; adding one fails where that is not computed for it.
+
+    Keras adds a call here when it is made in a graph, whoever makes it: so clones in which another layer has taken the
+    place of one that was folded in fail when they are made.
+    """
+
+    def append(self, node: Any) -> None:
+        for tensor in node.input_tensors:
+            if (rest := still_to_come(tensor)) and not _takes_in(node.operation, rest[0]):
+                before, norm = tensor._keras_history.operation, _norm(tensor)
+                raise ValueError(
+                    f"{node.operation.name} ({type(node.operation).__name__}) cannot read the output of "
+                    f"{before.name}, which is not computed: {_WORDS.get(rest[0], rest[0])} is folded into the batch "
+                    f"norm {norm.name}, and a layer that does it must follow. To replace or leave out layers that "
+                    "follow batch norms, do so in the model as it was, and convert it then; or take "
+                    "tfops.keras.convert(..., fold=False)"
+                )
+        super().append(node)
+
+
 class Guarded:
-    """A layer or operation whose `input` and `output` raise where a fold has changed what these tensors are."""
+    """A layer or operation of whose results a fold may change what they are.
+
+    Its `input` and `output` raise where they are not computed, and so do calls in a graph that would read that.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        vars(self)["_outbound_nodes"] = _Readers()  # Keras would track it if it were set
+
+    def takes_in(self, kind: str) -> bool:
+        """Whether it passes on what has been folded in: "add", or an activation."""
+        return False
 
     @property
     def input(self) -> Any:
@@ -60,6 +95,10 @@ class Guarded:
                     f"output of {follows[-1]} is there; tfops.keras.convert(..., fold=False) keeps the others"
                 )
         return tensors
+
+
+def _takes_in(operation: Any, kind: str) -> bool:
+    return isinstance(operation, Guarded) and operation.takes_in(kind)
 
 
 def still_to_come(tensor: Any) -> list[str]:
