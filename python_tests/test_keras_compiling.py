@@ -324,3 +324,41 @@ def test_a_class_that_says_itself_how_it_is_compiled():
     copy = convert(model, fold=False, verbose=0)
     assert int(copy.second.iterations) == 3
     assert_trains_alike(model, copy)
+
+
+class Weighted(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.norm, self.alpha, self.mode, self.seen = layers.BatchNormalization(), 1.0, "a", None
+
+    def call(self, x, training=None):
+        return self.norm(x, training=training)
+
+
+def test_plain_attributes_that_no_config_holds():
+    model = Weighted()
+    model(np.ones((2, 4), "float32"))
+    model.alpha, model.table = 5.0, {"a": [1, ("x", None)]}
+    model.norm.lr_mult = 0.1
+    copy = convert(model, verbose=0)
+    assert (copy.alpha, copy.mode, copy.seen, copy.norm.lr_mult) == (5.0, "a", None, 0.1)
+    assert copy.table == model.table
+    copy.table["a"].append(2)
+    assert len(model.table["a"]) == 2
+
+
+def test_plain_attributes_of_layers_in_graphs_go_there_and_back():
+    model = make_model()
+    for index, layer in enumerate(model.layers):
+        layer.lr_mult = index
+    copy = convert(model, verbose=0)
+    back = convert(copy, to="keras", verbose=0)
+    for each in (copy, back):
+        assert [layer.lr_mult for layer in each.layers] == list(range(len(model.layers)))
+    folded = [layer for layer in copy.layers if type(layer).__name__ == "FoldedLayer"]
+    assert folded
+    assert not any("negative_slope" in vars(layer) for layer in folded)  # only what its class does not make
+    assert not any({"folded", "activation"} & set(vars(layer)) for layer in back.layers if "Batch" in str(type(layer)))
+    again = convert(copy, verbose=0)
+    kinds = [[getattr(layer, "folded", None) for layer in each.layers] for each in (copy, again)]
+    assert kinds[0] == kinds[1]

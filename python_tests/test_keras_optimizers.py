@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -211,3 +213,71 @@ def test_an_optimizer_built_on_others_variables_begins_anew():
     with pytest.warns(UserWarning, match="its optimizer begins anew: it was built on other, which is not the model's"):
         copy = convert(model, verbose=0)
     assert copy.compiled
+
+
+@pytest.mark.parametrize("by", ["names", "list"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_is_excluded_from_weight_decay_stays_so(by, scaled):
+    model = make_model()
+    optimizer = optimizers.AdamW(0.01, weight_decay=5.0)
+    chosen = [each for each in model.trainable_variables if each.name in ("gamma", "beta")]
+    optimizer.exclude_from_weight_decay(**({"var_names": ["gamma", "beta"]} if by == "names" else {"var_list": chosen}))
+    optimizer.purpose = "test"  # no config holds it
+    model.compile(optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer, "mse", run_eagerly=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        convert(model, verbose=0)  # before it is trained
+        copy = fit_and_convert(model)
+    new = copy.optimizer.inner_optimizer if scaled else copy.optimizer
+    assert int(new.iterations) == int(optimizer.iterations) > 0
+    assert new.purpose == "test"
+    uses = [new._use_weight_decay(each) for each in copy.trainable_variables]
+    assert uses == [each.name not in ("gamma", "beta") for each in model.trainable_variables]
+    assert_trains_alike(model, copy)
+
+
+class Holding(keras.Model):
+    """Trained by a loop of its user's own."""
+
+    def __init__(self, **kwargs):
+        inputs = keras.Input((4,))
+        super().__init__(inputs, layers.ReLU()(layers.BatchNormalization()(inputs)), **kwargs)
+        self.opt, self.met = optimizers.Adam(0.1), keras.metrics.Mean()
+        self.more = {"all": [self.met, keras.metrics.Sum()], "sgd": optimizers.SGD(0.1, momentum=0.9)}
+
+
+class HoldingInConfig(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.norm = layers.BatchNormalization()
+        self.opt, self.met = optimizers.Adam(0.1), keras.metrics.Mean()
+        self.more = {"all": [self.met, keras.metrics.Sum()], "sgd": optimizers.SGD(0.1, momentum=0.9)}
+
+    def call(self, x, training=None):
+        return self.norm(x, training=training)
+
+
+@pytest.mark.parametrize("cls", [Holding, HoldingInConfig])
+def test_optimizers_and_metrics_that_are_attributes_go_on(cls):
+    model = cls()
+    model(np.ones((2, 4), "float32"))
+    for each in (model.opt, model.more["sgd"]):
+        each.apply([tf.ones(4)] * 2, model.trainable_variables)
+    model.met.update_state(3.0)
+    model.more["all"][1].update_state(4.0)
+    copy = convert(model, verbose=0)
+    assert copy.more["all"][0] is copy.met is not model.met
+    assert (float(copy.met.result()), float(copy.more["all"][1].result())) == (3.0, 4.0)
+    for old, new in ((model.opt, copy.opt), (model.more["sgd"], copy.more["sgd"])):
+        assert new is not old
+        for a, b in zip(old.variables, new.variables, strict=True):
+            np.testing.assert_array_equal(b, a)
+        new.apply([tf.ones(4)] * 2, copy.trainable_variables)
+
+
+def test_an_optimizer_that_the_class_does_not_make_is_told_of():
+    model = HoldingInConfig()
+    model(np.ones((2, 4), "float32"))
+    model.later = optimizers.Adam(0.1)
+    with pytest.warns(UserWarning, match="later of the copy of .* begins anew: what its copy has there is no Adam"):
+        convert(model, verbose=0)

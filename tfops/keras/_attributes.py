@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import numbers
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -23,6 +24,12 @@ _SETTINGS = {
     *("_convert_input_args", "_dtype_policy", "_supports_masking", "activity_regularizer", "autocast", "supports_jit"),
     *("unrolled_steps_per_execution",),
 }
+# What is of the object alone, or follows from what it is made of.
+_OWN = {
+    *("built", "call_signature_parameters", "dtype", "input_spec", "name", "output_names", "supports_masking"),
+    *("trainable",),
+}
+_FUSED = {"activation", "folded"}  # what a batch norm does beside, which a conversion may change
 
 
 def held(model: keras.Model, kind: type) -> Iterator[Any]:
@@ -38,43 +45,74 @@ def held(model: keras.Model, kind: type) -> Iterator[Any]:
             values.extend(value)
 
 
-def carry_over(model: keras.Model, new: keras.Model, known: dict[int, Any]) -> None:
+def carry_over(model: keras.Model, new: keras.Model, known: dict[int, Any], like: Callable[[Any], Any]) -> None:
     """Gives a copy the model's other attributes.
 
     Args:
       known: by the id of each layer, operation, variable and symbolic tensor, what it is in the copy.
+      like: makes an optimizer or metric like a given one. What it makes becomes known.
     """
     for name in _SETTINGS & set(vars(model)):
         value = vars(model)[name]
         vars(new)[name] = value.copy() if isinstance(value, (dict, set)) else value
-    known = {**known, id(model): new}
+    # An optimizer of this name may also be an attribute that the class has for itself.
+    training = _TRAINING if model.compiled else _TRAINING - {"optimizer"}
     for name, value in list(vars(model).items()):
-        if name not in _TRAINING and name not in vars(new) and not name.startswith("_self_"):
-            value = _map(value, known)
+        if name not in training and name not in vars(new) and not name.startswith("_self_"):
+            value = _map(value, known, like)
             try:
                 setattr(new, name, value)  # which tracks it
             except AttributeError:  # a property has the name
                 vars(new)[name] = value
 
 
-def _map(value: Any, known: dict[int, Any]) -> Any:
+def carry_plain(layer: Any, new: Any, like: Any = None) -> None:
+    """Gives what is made by a config the public attributes of plain values that its config did not hold.
+
+    Args:
+      like: what is in the state in which the config leaves such a layer; `new` itself if None.
+    """
+    left = vars(new if like is None else like)
+    ours = _OWN | _SETTINGS | _TRAINING
+    if isinstance(layer, keras.layers.BatchNormalization):
+        ours |= _FUSED
+    for name, value in list(vars(layer).items()):
+        if name.startswith("_") or name in ours or hasattr(type(new), name) or not _is_plain(value):
+            continue
+        # What is plain in one and not in the other has been made on the way, as by a call.
+        if name not in left or (_is_plain(left[name]) and left[name] != value):
+            setattr(new, name, _map(value, {}, copy.copy))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is made of numbers, strings and None alone."""
+    if isinstance(value, dict):
+        return all(_is_plain(each) for pair in value.items() for each in pair)
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (numbers.Number, str, bytes))
+
+
+def _map(value: Any, known: dict[int, Any], like: Callable[[Any], Any]) -> Any:
     """A copy of a value in which all that is known is replaced; what cannot be copied is shared."""
     if id(value) in known:
         return known[id(value)]
+    if isinstance(value, (keras.optimizers.Optimizer, keras.metrics.Metric)):
+        return known.setdefault(id(value), like(value))
     if isinstance(value, keras.KerasTensor):
         return value
     # Keras' lists and dictionaries know the layer that tracks them, which a deep copy would copy.
     if isinstance(value, dict):
-        pairs = [(_map(key, known), _map(item, known)) for key, item in value.items()]
+        pairs = [(_map(key, known, like), _map(item, known, like)) for key, item in value.items()]
         return OrderedDict(pairs) if isinstance(value, OrderedDict) else dict(pairs)
     if isinstance(value, (list, set)):
-        items = [_map(item, known) for item in value]
+        items = [_map(item, known, like) for item in value]
         return set(items) if isinstance(value, set) else items
     if isinstance(value, tuple):
-        items = [_map(item, known) for item in value]
+        items = [_map(item, known, like) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     try:
-        if isinstance(value, KerasSaveable):  # a metric, a loss, an optimizer
+        if isinstance(value, KerasSaveable):  # a loss, for instance
             return type(value).from_config(value.get_config())
         return copy.deepcopy(value, known)
     except Exception:

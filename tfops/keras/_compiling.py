@@ -11,6 +11,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfops.keras._attributes import carry_plain
+
+# Where Keras keeps metrics of its own, and notes all of a layer's.
+_KERAS_METRICS = ("_compile_loss", "_compile_metrics", "_loss_tracker", "_metrics")
+
 
 def compile_like(model: keras.Model, copy: keras.Model, variables: Mapping[int, Any]) -> None:
     """Compiles `copy` as `model` is, under its strategy; where that cannot be, a warning says what is left to do.
@@ -36,17 +41,55 @@ def compile_like(model: keras.Model, copy: keras.Model, variables: Mapping[int, 
             f"with what {model.name} was compiled with"
         )
         return
-    variables = {**variables, **{id(v.value): variables[id(v)].value for v in model.variables if id(v) in variables}}
-    try:
-        with model.distribute_strategy.scope():
-            for name, optimizer in vars(model).items():
-                if isinstance(optimizer, keras.optimizers.Optimizer):
-                    _transfer(optimizer, getattr(copy, name), model.trainable_variables, variables)
-    except Exception as error:
+    for what, problem in transfer_states(model, copy, model, variables):
+        name = what.partition("[")[0]
+        what = "optimizer" if isinstance(getattr(model, name), keras.optimizers.Optimizer) else what
         _warn(
-            f"the copy of {model.name} is compiled, but its optimizer begins anew: {_reason(error)}. Give "
-            f"copy.optimizer.variables the values of {model.name}'s by hand, or convert before training"
+            f"the copy of {model.name} is compiled, but its {what} begins anew: {problem}. Give "
+            f"the variables of copy.{name} the values of {model.name}'s by hand, or convert before training"
         )
+
+
+def transfer_states(
+    layer: keras.Layer, copy: keras.Layer, model: keras.Model, variables: Mapping[int, Any]
+) -> list[tuple[str, str]]:
+    """Gives the optimizers and metrics that are attributes of a copy the state of those of the layer.
+
+    Args:
+      model: what is converted, which the layer is or is in.
+      variables: by the id of each variable of the model, that of the copy.
+
+    Returns:
+      what begins anew, for instance "optimizers[1]", and why.
+    """
+    variables = {**variables, **{id(v.value): variables[id(v)].value for v in model.variables if id(v) in variables}}
+    copied = dict(_held(copy))
+    problems = []
+    for place, value in _held(layer):
+        new = copied.get(place)
+        try:
+            if type(new) is not type(value):
+                raise ValueError(f"what its copy has there is no {type(value).__name__}")
+            with model.distribute_strategy.scope():
+                _transfer(value, new, model, variables)
+        except Exception as error:
+            problems.append((place[0] + "".join(f"[{part!r}]" for part in place[1:]), _reason(error)))
+    return problems
+
+
+def _held(layer: keras.Layer) -> Iterator[tuple[Place, Any]]:
+    """The optimizers and metrics that are attributes of a layer, or in lists and dictionaries that are, with places."""
+
+    def inside(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+        if is_stateful(value):
+            yield place, value
+        elif isinstance(value, (dict, list, tuple)):
+            for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from inside(part, (*place, name))
+
+    for name, value in list(vars(layer).items()):
+        if name not in _KERAS_METRICS and not name.startswith(("_self_", "_tracker")):
+            yield from inside(value, (name,))
 
 
 def _warn(text: str) -> None:
@@ -85,7 +128,7 @@ def _compile(model: keras.Model, copy: keras.Model) -> None:
 
     def like(value: Any) -> Any:
         if _has_state(value) and id(value) not in made:
-            made[id(value)] = _like(value)
+            made[id(value)] = make_like(value)
         return made.get(id(value), value)
 
     arguments = {name: keras.tree.map_structure(like, value) for name, value in given.items() if name != "loss"}
@@ -159,7 +202,8 @@ def _places(value: Any, place: Place = (), seen: set[int] | None = None) -> Iter
 def _is_leaf(value: Any) -> bool:
     """Whether it is none of the objects that optimizers and metrics are made of."""
     is_function_or_strategy = type(value).__module__.partition(".")[0] in ("builtins", "tensorflow")
-    return is_function_or_strategy or _is_variable(value) or isinstance(value, keras.Layer)
+    # A set has no order to go by. Keras' own know the tracker of what they are in.
+    return is_function_or_strategy or _is_variable(value) or isinstance(value, (keras.Layer, set))
 
 
 def _is_variable(value: Any) -> bool:
@@ -167,10 +211,15 @@ def _is_variable(value: Any) -> bool:
 
 
 def _has_state(value: Any) -> bool:
-    return _is_variable(value) or isinstance(value, (keras.optimizers.Optimizer, keras.metrics.Metric))
+    return _is_variable(value) or is_stateful(value)
 
 
-def _like(original: Any) -> Any:
+def is_stateful(value: Any) -> bool:
+    """Whether it is an optimizer or a metric."""
+    return isinstance(value, (keras.optimizers.Optimizer, keras.metrics.Metric))
+
+
+def make_like(original: Any) -> Any:
     """A new optimizer or metric of the same class and config, which holds the same functions."""
     if isinstance(getattr(original, "_optimizer_map", None), types.FunctionType):
         raise ValueError(f"{original.name} chooses optimizers by a function, which might choose those of the model")
@@ -196,18 +245,20 @@ def _like(original: Any) -> Any:
     return copy
 
 
-def _transfer(optimizer: Any, copy: Any, trainable: list[Any], variables: Mapping[int, Any]) -> None:
-    """Builds the copy of an optimizer on what became of the same variables, and gives it the state.
+def _transfer(original: Any, copy: Any, model: keras.Model, variables: Mapping[int, Any]) -> None:
+    """Builds the copy of an optimizer on what became of the same variables, and gives it, or a metric's, the state.
 
     What two optimizers of one config hold, built on lists of variables that correspond, has the same places in both.
     """
-    if copy is optimizer:
-        raise ValueError(f"it has the same {optimizer.name} as the model")
-    if optimizer.built and not copy.built:
-        copy.build([_find(variable, variables) for variable in optimizer._trainable_variables or trainable])
+    if copy is original:
+        raise ValueError(f"it has the same {original.name} as the model")
+    _carry_settings(original, copy, model, variables)
+    if isinstance(original, keras.optimizers.Optimizer) and original.built and not copy.built:
+        built_on = original._trainable_variables or model.trainable_variables
+        copy.build([_find(variable, variables) for variable in built_on])
     copied = dict(_places(copy))
     state: dict[int, tuple[Any, Any]] = {}
-    for place, variable in _places(optimizer):
+    for place, variable in _places(original):
         if not _is_variable(variable):
             continue
         new, known = copied.get(place), variables.get(id(variable))
@@ -217,6 +268,23 @@ def _transfer(optimizer: Any, copy: Any, trainable: list[Any], variables: Mappin
             raise ValueError(f"its copy has nothing like its variable {_name(variable)}")
     for variable, new in state.values():
         new.assign(variable)
+
+
+def _carry_settings(original: Any, copy: Any, model: keras.Model, variables: Mapping[int, Any]) -> None:
+    """Gives the copy of an optimizer or metric, and those in it, what is set beside their configs."""
+    copied = dict(_places(copy))
+    for place, value in _places(original):
+        new = copied.get(place)
+        if not is_stateful(value) or type(new) is not type(value):
+            continue
+        carry_plain(value, new)
+        if hasattr(value, "_exclude_from_weight_decay"):
+            # By keys of variables, which may be their ids.
+            pairs = [(each, variables[id(each)]) for each in model.variables if id(each) in variables]
+            keys = {value._var_key(each): new._var_key(other) for each, other in pairs}
+            new._exclude_from_weight_decay = {keys[key] for key in value._exclude_from_weight_decay if key in keys}
+            new._exclude_from_weight_decay_pattern = value._exclude_from_weight_decay_pattern
+            new._exclude_from_weight_decay_cache = {}
 
 
 def _find(variable: Any, variables: Mapping[int, Any]) -> Any:

@@ -14,9 +14,10 @@ from typing import Any
 import keras
 from keras.src.models.functional import Functional
 
-from tfops.keras._attributes import carry_over, held
+from tfops.keras._attributes import carry_over, carry_plain, held
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._checking import same_calls, same_order, same_outputs, same_variables
+from tfops.keras._compiling import make_like, transfer_states
 from tfops.keras._folding import Fold, is_graph, is_list, nodes_as_made, plan, sublayers
 from tfops.keras._remaking import RemakeError, carry_settings, reason, remake
 from tfops.keras._reporting import Report, merged
@@ -283,21 +284,39 @@ class Copier:
             return layer
 
     def _carry_over(self) -> None:
-        """Gives the copies of graphs and Sequentials what else these hold."""
+        """Gives the copies what else the layers hold: in graphs and Sequentials all, in others what is plain."""
+        problems: list[tuple[str, str]] = []
+
+        def like(original: Any) -> Any:
+            try:
+                return make_like(original)
+            except ValueError as error:
+                problems.append((f"the copy of {self._model.name} has the same {original.name} as it", str(error)))
+                return original
+
         known = {id(layer): copy for layer, copy in self._pairs.values()}
         known = {**self._copies, **self._tensors, **self.variables, **known}
-        for model, copy in list(self._pairs.values()):
-            if model is copy or id(model) not in self._folds:
+        pairs = [(layer, copy) for layer, copy in self._pairs.values() if layer is not copy]
+        for layer, copy in pairs:
+            if id(layer) not in self._folds:
+                stands_in = isinstance(copy, FoldedLayer) and not isinstance(layer, FoldedLayer)
+                carry_plain(layer, copy, copy.original() if stands_in else copy)
                 continue
-            for generator in model._seed_generators:
+            for generator in layer._seed_generators:
                 known[id(generator)] = keras.random.SeedGenerator.from_config(generator.get_config())
                 self._transfer_seed(generator, known[id(generator)])
-            carry_over(model, copy, known)
-            if is_graph(model):  # weights are listed in this order, with the layers that are attached to the graph
-                places = {id(known[id(layer)]): place for place, layer in enumerate(model._layers)}
-                ordered = sorted(copy._layers, key=lambda layer: places.get(id(layer), len(places)))
+            carry_over(layer, copy, known, like)
+            if is_graph(layer):  # weights are listed in this order, with the layers that are attached to the graph
+                places = {id(known[id(each)]): place for place, each in enumerate(layer._layers)}
+                ordered = sorted(copy._layers, key=lambda each: places.get(id(each), len(places)))
                 if ordered != list(copy._layers):
                     copy._layers[:] = ordered
+        for layer, copy in pairs:
+            anew = transfer_states(layer, copy, self._model, self.variables)
+            if not getattr(layer, "compiled", False):  # else its `compile` may be what makes them
+                problems += [(f"{what} of the copy of {layer.name} begins anew", why) for what, why in anew]
+        for what, why in problems:
+            warnings.warn(f"{what}: {why}", stacklevel=4)  # where `convert` is called
 
     # ------------------------------------------------------------------------------------------------------------------
     # What is told
