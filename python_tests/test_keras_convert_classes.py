@@ -263,11 +263,11 @@ def test_classes_that_override_call_go_by_their_config():
 
 
 class Forgetful(keras.Model):
-    """Whose config leaves something out."""
+    """Whose config leaves out what is no plain value, which would come along."""
 
     def __init__(self, power=1.0):
         super().__init__()
-        self.norm, self.power = Norm(), power
+        self.norm, self.power = Norm(), np.float32([power])
 
     def call(self, x):
         return keras.ops.abs(self.norm(x)) ** self.power
@@ -282,7 +282,7 @@ def test_copies_that_compute_something_else_are_refused():
     model.norm.moving_mean.assign([1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match=r"cannot convert forgetful\w* \(Forgetful\): on random inputs its copy"):
         convert(model)
-    model.power = 1.0
+    model.power = np.float32([1])
     _assert_same(convert(model, verbose=0), model)
 
 
