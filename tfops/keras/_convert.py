@@ -48,9 +48,10 @@ def convert(model: keras.Model, to: str = "tfops", *, fold: bool = True, verbose
 
     A functional model of a class of its own keeps its class, its methods and its attributes: the graph is copied,
     without calling the class's constructor. Models whose class overrides `call`, other subclassed models, and layers
-    are copied by `from_config(get_config())`, while their classes get tfops' layer where they construct Keras'. When a
-    model that has a config of its own is saved and loaded, that config makes Keras' batch norms, with the right
-    weights: convert it again.
+    are copied by `from_config(get_config())`, while their classes get tfops' layer where they construct Keras'; public
+    attributes of numbers, strings and containers of these that the config does not hold come along. So do the states of
+    optimizers and metrics that are attributes, or a warning says which begin anew. When a model that has a config of
+    its own is saved and loaded, that config makes Keras' batch norms, with the right weights: convert it again.
 
     Every copy is checked: its variables are compared, and its outputs in inference, on random inputs of one element, if
     the model can be called on such.
