@@ -1,28 +1,48 @@
 # `make mnist` and `make test` do everything from a fresh checkout: environment, wheel, and what they are named for.
 #
-#   make wheel                     the wheel alone, into build/wheel
+#   make wheel                     the portable wheel alone, into build/wheel
 #   make mnist DATA=mnist.npz      other digits than Keras' own loader finds; ARGS="--epochs 1" for more options
 #   make alexnet ARGS="--image-size 67 --width 0.25"      on a CPU; DATA=FOLDER: class folders of images
 #   make test ARGS="-k op"         pytest's arguments
+#   make test-all                  all tests, those too that take minutes
 #   make test-installed            the wheel in a new environment, and the tests without the source tree
 #   make reproducible              builds twice, in two places, and compares; ARGS="-C cmake.define.TFOPS_CUDA=OFF"
 #   make fuzz                      100,000 random calls of the ops; ARGS="--seed 2"
 #   make sanitize                  kernels and their tests with AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
 #   make limits                    the largest tensors: minutes, and up to 24 GiB
 #   make format                    ruff and clang-format, in place
+#
+# Models run on whatever was built: on the portable wheel if that is there, else on a build for this machine alone, which
+# takes a third of the time. All that is built is kept in build/ and .venv/, and built again where its sources change.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+PYTEST := PYTHONSAFEPATH=1 $(BIN)/pytest -n auto --maxprocesses=8
+
+# TensorFlow with its CUDA libraries where there is a GPU, and without CUDA where there is none.
+GPU := $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null)
+TENSORFLOW ?= $(if $(GPU),tensorflow[and-cuda],$(if $(filter x86_64,$(shell uname -m)),tensorflow-cpu,tensorflow))~=2.21.0
+export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh')
 SOURCES = $(shell git ls-files csrc tfops cmake CMakeLists.txt pyproject.toml README.md LICENSE)
+BUILT := $(if $(wildcard build/wheel/.built),wheel,native)
 
-.PHONY: test test-installed reproducible fuzz sanitize limits mnist alexnet wheel install format clean
+# $(call step,WHAT,HOW LONG,COMMANDS): says what runs, how long that takes on two idle cores, and how long it took.
+step = @echo "==> $(1) ($(2) on two cores)"; start=$$(date +%s); { $(3); } && echo "    $$(($$(date +%s) - start)) s"
 
-test: install
-	$(BIN)/pytest $(ARGS)
+.PHONY: test test-all test-installed reproducible fuzz sanitize limits mnist alexnet wheel install format clean
+.DELETE_ON_ERROR:
+
+test: install $(VENV)/.test-environment
+	@echo "==> Tests (about 10 minutes on two cores; make test-all runs the slow ones too)"
+	@$(PYTEST) -m "not slow and not limits" $(ARGS)
+
+test-all: install $(VENV)/.test-environment
+	@echo "==> All tests (about 25 minutes on two cores)"
+	@$(PYTEST) -m "not limits" $(ARGS)
 
 test-installed: build/wheel/.built
 	rm -rf build/installed && mkdir -p build/installed/tests
@@ -42,39 +62,59 @@ reproducible: $(SOURCES) | $(VENV)/.environment
 	diff -r build/reproducible/1/wheel build/reproducible/2/wheel
 	@echo "Both builds are the same."
 
-fuzz: install
-	TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python python_tests/fuzz_ops.py $(ARGS)
+fuzz: install $(VENV)/.test-environment
+	$(BIN)/python python_tests/fuzz_ops.py $(ARGS)
 
-limits: install
+limits: install $(VENV)/.test-environment
 	$(BIN)/pytest -m limits $(ARGS)
 
-sanitize: install
+sanitize: install $(VENV)/.test-environment
 	$(BIN)/python python_tests/sanitize.py $(ARGS)
 
-mnist alexnet: install
-	$(BIN)/python models/compare.py $@ $(if $(DATA),--data "$(DATA)") $(ARGS)
+mnist alexnet: $(VENV)/.installed-$(BUILT)
+	@echo "==> Training, with tfops and with Keras' own layer"
+	@$(BIN)/python models/compare.py $@ $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 wheel: build/wheel/.built
-install: $(VENV)/.installed
+install: $(VENV)/.installed-wheel
+
+# --- Environments. --group takes the lists of pyproject.toml.
 
 $(VENV)/.environment: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --upgrade 'pip>=25.1'
-	$(PIP) install --quiet --group test --group models
-	touch $@
+	$(call step,Environment: TensorFlow and what builds and trains,about half a minute and 400 MB,\
+	  $(PYTHON) -m venv $(VENV) && $(PIP) install --upgrade 'pip>=25.1' && \
+	  $(PIP) install --group build --group models '$(TENSORFLOW)')
+	@touch $@
 
-build/wheel/.built: $(SOURCES) | $(VENV)/.environment
-	rm -rf build/wheel
-	$(PIP) wheel --no-deps --wheel-dir build/wheel .
-	touch $@
+$(VENV)/.test-environment: $(VENV)/.environment
+	$(call step,Environment: what the tests need,some seconds,$(PIP) install --group test)
+	@touch $@
 
-$(VENV)/.installed: build/wheel/.built $(VENV)/.environment
-	$(PIP) install --quiet build/wheel/tfops-*.whl
-	$(PIP) install --quiet --force-reinstall --no-deps build/wheel/tfops-*.whl
-	@cd $(VENV) && TF_CPP_MIN_LOG_LEVEL=3 bin/python -m tfops.info 2>/dev/null
-	touch $@
+# nvcc from PyPI, where there is none.
+$(VENV)/.cuda-environment: $(VENV)/.environment cmake/build_backend.py
+	@packages="$$($(BIN)/python cmake/build_backend.py)"; [ -z "$$packages" ] || $(PIP) install $$packages
+	@touch $@
 
-format: $(VENV)/.environment
+# --- Builds share a folder, and so what they have in common.
+
+# $(call build,NATIVE,FOLDER)
+build = rm -rf $(2) && \
+  $(PIP) wheel --no-build-isolation --no-deps -C build-dir=build/cmake -C cmake.define.TFOPS_NATIVE=$(1) --wheel-dir $(2) .
+
+build/wheel/.built: $(SOURCES) | $(VENV)/.environment $(VENV)/.cuda-environment
+	$(call step,Wheel: kernels for all processors and GPUs,about 6 minutes,$(call build,OFF,build/wheel))
+	@touch $@
+
+build/native/.built: $(SOURCES) | $(VENV)/.environment
+	$(call step,Build for this machine alone: its processor$(if $(GPU), and GPU),about 3 minutes,$(call build,ON,build/native))
+	@touch $@
+
+$(VENV)/.installed-%: build/%/.built $(VENV)/.environment
+	@$(PIP) install --force-reinstall --no-deps build/$*/tfops-*.whl
+	@cd $(VENV) && bin/python -m tfops.info 2>/dev/null
+	@rm -f $(VENV)/.installed-* && touch $@
+
+format: $(VENV)/.test-environment
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)

@@ -12,6 +12,30 @@ if(TFOPS_CUDA STREQUAL "OFF")
   return()
 endif()
 
+# Machine code for each generation, which also serves the later ones of the same major version, and PTX of the newest for
+# those to come. For this machine alone: its GPUs, and no CUDA where there are none.
+set(architectures 75-real 80-real 86-real 89-real 90-real 100-real 110-real 120)
+if(TFOPS_NATIVE)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+                  OUTPUT_VARIABLE listed RESULT_VARIABLE ignored ERROR_QUIET)
+  string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${listed}")
+  list(REMOVE_DUPLICATES capabilities)
+  set(here "")
+  foreach(capability IN LISTS capabilities)
+    string(REPLACE "." "" architecture ${capability})
+    if(architecture GREATER_EQUAL 75)
+      list(APPEND here ${architecture}-real)
+    endif()
+  endforeach()
+  if(here)
+    set(architectures ${here})
+  elseif(TFOPS_CUDA STREQUAL "AUTO")
+    message(STATUS "CUDA kernels: none, for this build is for this machine alone, and nvidia-smi lists no GPU of "
+                   "compute capability 7.5 or later")
+    return()
+  endif()
+endif()
+
 if(NOT DEFINED ENV{CUDACXX} AND NOT CMAKE_CUDA_COMPILER)
   find_program(TFOPS_NVCC nvcc)
   if(NOT TFOPS_NVCC)
@@ -35,10 +59,7 @@ include(CheckLanguage)
 check_language(CUDA)
 if(CMAKE_CUDA_COMPILER)
   if(NOT CMAKE_CUDA_ARCHITECTURES)
-    # Machine code for each generation, which also serves the later ones of the same major version, and PTX of the newest
-    # for those to come.
-    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 110-real 120
-        CACHE STRING "GPU architectures" FORCE)
+    set(CMAKE_CUDA_ARCHITECTURES ${architectures})
   endif()
   enable_language(CUDA)
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.0)

@@ -29,16 +29,31 @@ def _define(name: str, default: str, settings: dict[str, Any] | None) -> str:
     return str(default if value is None else value).upper()
 
 
+def _is_on(name: str, default: str, settings: dict[str, Any] | None) -> bool:
+    return _define(name, default, settings) not in ("OFF", "0", "FALSE", "NO")
+
+
+def tensorflow_requirements(settings: dict[str, Any] | None = None) -> list[str]:
+    """TensorFlow, for its headers and libraries."""
+    if not _is_on("TFOPS_TENSORFLOW", "ON", settings):
+        return []
+    package = "tensorflow-cpu" if platform.machine() == "x86_64" else "tensorflow"
+    return [f"{package}=={TENSORFLOW}"]
+
+
+def cuda_requirements(settings: dict[str, Any] | None = None) -> list[str]:
+    """NVIDIA's packages of nvcc, unless the machine has one, or CUDA is not built."""
+    is_wanted = _is_on("TFOPS_CUDA", "AUTO", settings) and sys.platform == "linux"
+    if _is_on("TFOPS_NATIVE", "OFF", settings) and _define("TFOPS_CUDA", "AUTO", settings) == "AUTO":
+        is_wanted = is_wanted and bool(shutil.which("nvidia-smi"))
+    if not is_wanted or os.environ.get("CUDACXX") or shutil.which("nvcc"):
+        return []
+    packages = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
+    return [f"{package}=={CUDA}" for package in packages]
+
+
 def _requirements(settings: dict[str, Any] | None) -> list[str]:
-    requirements = []
-    if _define("TFOPS_TENSORFLOW", "ON", settings) not in ("OFF", "0", "FALSE", "NO"):
-        package = "tensorflow-cpu" if platform.machine() == "x86_64" else "tensorflow"
-        requirements.append(f"{package}=={TENSORFLOW}")
-    has_nvcc = bool(os.environ.get("CUDACXX") or shutil.which("nvcc"))
-    if _define("TFOPS_CUDA", "AUTO", settings) != "OFF" and not has_nvcc and sys.platform == "linux":
-        packages = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
-        requirements += [f"{package}=={CUDA}" for package in packages]
-    return requirements
+    return tensorflow_requirements(settings) + cuda_requirements(settings)
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
@@ -47,3 +62,7 @@ def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) 
 
 def get_requires_for_build_editable(config_settings: dict[str, Any] | None = None) -> list[str]:
     return [*_backend.get_requires_for_build_editable(config_settings), *_requirements(config_settings)]
+
+
+if __name__ == "__main__":  # for an environment that builds without isolation: see the Makefile
+    print(*cuda_requirements({f"cmake.define.{name}": value for name, _, value in (a.partition("=") for a in sys.argv[1:])}))

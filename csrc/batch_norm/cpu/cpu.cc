@@ -22,9 +22,17 @@ namespace {
 
 struct Level {
   const char* name;
-  const Kernels& (*kernels_for)(DataType dtype);
+  const Kernels& (*kernels_of[4])();  // by DataType
   bool supported;
+
+  const Kernels& KernelsFor(DataType dtype) const { return kernels_of[static_cast<int>(dtype)](); }
 };
+
+#define TFOPS_KERNELS(level)                                                                  \
+  {                                                                                           \
+    &level::KernelsOf<DataType::kFloat16>, &level::KernelsOf<DataType::kBFloat16>,            \
+        &level::KernelsOf<DataType::kFloat32>, &level::KernelsOf<DataType::kFloat64> \
+  }
 
 #ifdef __x86_64__
 // Not every compiler's __builtin_cpu_supports knows this one.
@@ -34,22 +42,32 @@ bool SupportsF16c() {
 }
 #endif
 
-// The best first. The last one runs wherever this library loads.
+// Those that this build has, the best first. The portable build's last one runs wherever this library loads.
 std::vector<Level> Levels() {
+  std::vector<Level> levels;
 #ifdef __x86_64__
   __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+  [[maybe_unused]] const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
                   __builtin_cpu_supports("bmi2") && SupportsF16c();
-  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  [[maybe_unused]] const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  return {{"x86-64-v4", &x86_64_v4::KernelsFor, v4},
-          {"x86-64-v3", &x86_64_v3::KernelsFor, v3},
-          {"x86-64-v2", &x86_64_v2::KernelsFor, true}};
-#else
-  return {{"generic", &generic::KernelsFor, true}};
 #endif
+#ifdef TFOPS_HAS_x86_64_v4
+  levels.push_back({"x86-64-v4", TFOPS_KERNELS(x86_64_v4), v4});
+#endif
+#ifdef TFOPS_HAS_x86_64_v3
+  levels.push_back({"x86-64-v3", TFOPS_KERNELS(x86_64_v3), v3});
+#endif
+#ifdef TFOPS_HAS_x86_64_v2
+  levels.push_back({"x86-64-v2", TFOPS_KERNELS(x86_64_v2), true});
+#endif
+#ifdef TFOPS_HAS_generic
+  levels.push_back({"generic", TFOPS_KERNELS(generic), true});
+#endif
+  return levels;
 }
+#undef TFOPS_KERNELS
 
 // Whether a core that reads and writes a dozen streams, each of them straight ahead, keeps up what it does in two or
 // three. Intel's do better then (a Xeon with AVX-512); AMD's take up to 2.7 times as long (Zen 5).
@@ -87,16 +105,25 @@ Choice Choose() {
   if (!streams.empty() && streams != "few" && streams != "many") {
     choice.status = NotAChoice(kStreams, streams, "few, many");
   }
-  std::string supported;
+  std::string built, supported;
+  const auto add = [](const char* name, std::string* names) { *names += (names->empty() ? "" : ", ") + std::string(name); };
   for (const Level& level : levels) {
+    add(level.name, &built);
     if (!level.supported) continue;
     if (level_name.empty() || level.name == level_name) {
       choice.level = level;
       return choice;
     }
-    supported += (supported.empty() ? "" : ", ") + std::string(level.name);
+    add(level.name, &supported);
   }
-  choice.status = NotAChoice(kLevel, level_name, supported);
+  if (supported.empty()) {
+    choice.level.name = "none";
+    choice.status = {StatusCode::kUnavailable, "this build of tfops has CPU kernels for " + built +
+                                                   " alone (it was built with TFOPS_NATIVE=ON), which this processor "
+                                                   "does not have; build it again here, or with TFOPS_NATIVE=OFF"};
+  } else {
+    choice.status = NotAChoice(kLevel, level_name, supported);
+  }
   return choice;
 }
 
@@ -298,7 +325,7 @@ Status Forward(const Problem& problem, const ForwardArrays& arrays, void* worksp
   if (!status.ok()) return status;
   Arena arena(workspace);
   const ForwardJob job = MakeForwardJob(problem, arrays, &arena);
-  const Kernels& kernels = Chosen().level.kernels_for(problem.dtype);
+  const Kernels& kernels = Chosen().level.KernelsFor(problem.dtype);
   const int64_t items = job.plan.Items();
   const auto moments = [&](int64_t i) { kernels.moments(job, i); };
   const auto finish = [&](int64_t begin, int64_t end) { kernels.finish_statistics(job, begin, end); };
@@ -325,7 +352,7 @@ Status Backward(const Problem& problem, const BackwardArrays& arrays, void* work
   if (!status.ok()) return status;
   Arena arena(workspace);
   const BackwardJob job = MakeBackwardJob(problem, arrays, &arena);
-  const Kernels& kernels = Chosen().level.kernels_for(problem.dtype);
+  const Kernels& kernels = Chosen().level.KernelsFor(problem.dtype);
   const int64_t items = job.plan.Items();
   const auto prepare = [&](int64_t begin, int64_t end) { kernels.prepare_gradient(job, begin, end); };
   const auto moments = [&](int64_t i) { kernels.gradient_moments(job, i); };
@@ -361,7 +388,7 @@ Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* w
   if (!status.ok()) return status;
   Arena arena(workspace);
   const MomentsJob job = MakeMomentsJob(problem, arrays, &arena);
-  const Kernels& kernels = Chosen().level.kernels_for(problem.dtype);
+  const Kernels& kernels = Chosen().level.KernelsFor(problem.dtype);
   const auto moments = [&](int64_t i) {
     return arrays.kept.flags ? kernels.kept_moments(job, i) : kernels.moments(job.forward, i);
   };
@@ -375,7 +402,7 @@ Status GradientMoments(const Problem& problem, const BackwardArrays& arrays, voi
   if (!status.ok()) return status;
   Arena arena(workspace);
   const BackwardJob job = MakeBackwardJob(problem, arrays, &arena);
-  const Kernels& kernels = Chosen().level.kernels_for(problem.dtype);
+  const Kernels& kernels = Chosen().level.KernelsFor(problem.dtype);
   const auto prepare = [&](int64_t begin, int64_t end) { kernels.prepare_gradient(job, begin, end); };
   const auto moments = [&](int64_t i) { kernels.gradient_moments(job, i); };
   const auto finish = [&](int64_t begin, int64_t end) { kernels.finish_gradient(job, begin, end); };
@@ -393,7 +420,7 @@ Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays, c
   const BackwardJob job = MakeBackwardJob(problem, arrays, &arena);
   BackwardJob centered = job;
   centered.problem.training = true;  // that is, dx has terms of the statistics
-  const Kernels& kernels = Chosen().level.kernels_for(problem.dtype);
+  const Kernels& kernels = Chosen().level.KernelsFor(problem.dtype);
   const auto prepare = [&](int64_t begin, int64_t end) {
     kernels.prepare_gradient(job, begin, end);
     kernels.spread_statistics_gradient(job, statistics, begin, end);

@@ -55,12 +55,20 @@ struct KnownArrays {
   static constexpr bool kHasMask = kMask;
 };
 
-// Calls body with whether a job's arrays are cached, as a constant. With tiles they are, or as good as that.
-template <Tiling kTiling, typename Body>
+// Calls body with whether a job's arrays are cached, as a constant. With tiles they are, or as good as that. Activations
+// that are rare have no loops of their own for what is cached: they ask.
+template <Activation kActivation, Tiling kTiling, typename Body>
 TFOPS_INLINE void WithCached(bool cached, Body body) {
   static_assert(kTiling != Tiling::kStreamed, "these tiles are for memory");
-  if (kTiling != Tiling::kNone || cached) return body(std::true_type());
-  if constexpr (kTiling == Tiling::kNone) body(std::false_type());
+  constexpr bool kIsRare = kActivation == Activation::kLeakyRelu || kActivation == Activation::kSilu;
+  if constexpr (kTiling != Tiling::kNone) {
+    body(std::true_type());
+  } else {
+    if constexpr (!kIsRare) {
+      if (cached) return body(std::true_type());
+    }
+    body(std::false_type());
+  }
 }
 
 // The coefficients of a vector of elements, wherever it lies: those of one channel in all lanes, or loaded.

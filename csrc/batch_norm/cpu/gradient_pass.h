@@ -35,57 +35,65 @@ TFOPS_INLINE void AddRows(const GradientArrays<T, A> (&rows)[kRows], const Colum
   });
 }
 
+// A chain of the sums of columns `begin` to `end`: `steps` times kRows rows from `row` on, which are `apart` rows apart
+// within a step.
+template <Activation kActivation, int kRows, typename T, typename A>
+TFOPS_INLINE void AddColumnChain(const BackwardJob& job, int64_t row, int64_t steps, int64_t apart, int64_t begin,
+                                 int64_t end, double* sum_dz, double* sum_dz_xc) {
+  using P = Param<T>;
+  alignas(64) P sums[kMaxColumns];
+  alignas(64) P products[kMaxColumns];
+  uint8_t buffers[kRows][kRunMaskBytes];
+  const ColumnCoefficients<P> coefficients(job.coefficients, begin);
+  for (int64_t j = 0; j < end - begin; ++j) sums[j] = products[j] = P(0);
+  for (int64_t i = 0; i < steps; ++i) {
+    GradientArrays<T, A> rows[kRows];
+    for (int k = 0; k < kRows; ++k) {
+      const Run run = RowRun(job.plan, row + i + k * apart, begin, end);
+      const uint8_t* bits = MaskOfRun(job.problem, job.plan, run, job.arrays.mask, buffers[k]);
+      rows[k] = ArraysOfRun<T, A>(job, run, bits, job.sums_ahead);
+    }
+    AddRows<kActivation, kRows>(rows, coefficients, end - begin, sums, products);
+  }
+  for (int64_t j = 0; j < end - begin; ++j) {
+    sum_dz[begin + j] += static_cast<double>(sums[j]);
+    sum_dz_xc[begin + j] += static_cast<double>(products[j]);
+  }
+}
+
+// What is less than kRows rows. Out of line and of any arrays, for all chunks may have some, and little of it.
+template <Activation kActivation, typename T>
+__attribute__((noinline)) void AddLastRows(const BackwardJob& job, int64_t row, int64_t count, int64_t begin,
+                                           int64_t end, double* sum_dz, double* sum_dz_xc) {
+  AddColumnChain<kActivation, 1, T, AnyArrays>(job, row, count, 0, begin, end, sum_dz, sum_dz_xc);
+}
+
 template <typename T>
 void ColumnGradientMoments(const BackwardJob& job, int64_t item) {
-  using P = Param<T>;
   constexpr int kRowsAtOnce = 4;
   constexpr int64_t kSteps = kChainRows / kRowsAtOnce;
   const Plan& plan = job.plan;
   const int64_t chunk = plan.Chunk(item);
-  const int64_t column_begin = plan.ColumnBegin(item);
-  const int64_t column_end = plan.ColumnEnd(item);
+  const int64_t columns_begin = plan.ColumnBegin(item), columns_end = plan.ColumnEnd(item);
+  const int64_t begin = plan.RowBegin(chunk), end = plan.RowEnd(chunk);
+  const int64_t apart = (end - begin) / kRowsAtOnce;
+  const int64_t rest = begin + apart * kRowsAtOnce;
   double* sum_dz = job.partials.first + chunk * plan.columns;
   double* sum_dz_xc = job.partials.second + chunk * plan.columns;
-  for (int64_t j = column_begin; j < column_end; ++j) sum_dz[j] = sum_dz_xc[j] = 0;
-
+  for (int64_t j = columns_begin; j < columns_end; ++j) sum_dz[j] = sum_dz_xc[j] = 0;
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
     WithArraysOfSums<kActivation>(job, [&](auto known) {
-      using A = decltype(known);
-      alignas(64) P sums[kMaxColumns];  // of a chain
-      alignas(64) P products[kMaxColumns];
-      uint8_t buffers[kRowsAtOnce][kRunMaskBytes];
-      // A chain: steps * kRows rows from row r on, which are `apart` rows apart within a step; columns c to c + n.
-      const auto add_chain = [&](auto rows_at_once, int64_t r, int64_t steps, int64_t apart, int64_t c, int64_t n) {
-        constexpr int kRows = decltype(rows_at_once)::value;
-        const ColumnCoefficients<P> coefficients(job.coefficients, c);
-        for (int64_t j = 0; j < n; ++j) sums[j] = products[j] = P(0);
-        for (int64_t i = 0; i < steps; ++i) {
-          GradientArrays<T, A> rows[kRows];
-          for (int k = 0; k < kRows; ++k) {
-            const Run run = RowRun(plan, r + i + k * apart, c, c + n);
-            const uint8_t* bits = MaskOfRun(job.problem, plan, run, job.arrays.mask, buffers[k]);
-            rows[k] = ArraysOfRun<T, A>(job, run, bits, job.sums_ahead);
-          }
-          AddRows<kActivation, kRows>(rows, coefficients, n, sums, products);
-        }
-        for (int64_t j = 0; j < n; ++j) {
-          sum_dz[c + j] += static_cast<double>(sums[j]);
-          sum_dz_xc[c + j] += static_cast<double>(products[j]);
-        }
-      };
-      const int64_t columns = column_end - column_begin;
-      const int64_t begin = plan.RowBegin(chunk);
-      const int64_t end = plan.RowEnd(chunk);
-      const int64_t apart = (end - begin) / kRowsAtOnce;
       for (int64_t i = 0; i < apart; i += kSteps) {
-        add_chain(std::integral_constant<int, kRowsAtOnce>(), begin + i, Min(kSteps, apart - i), apart, column_begin,
-                  columns);
+        AddColumnChain<kActivation, kRowsAtOnce, T, decltype(known)>(job, begin + i, Min(kSteps, apart - i), apart,
+                                                                     columns_begin, columns_end, sum_dz, sum_dz_xc);
       }
-      const int64_t rest = begin + apart * kRowsAtOnce;
-      if (rest < end) add_chain(std::integral_constant<int, 1>(), rest, end - rest, 0, column_begin, columns);
-      if (plan.HasTail(chunk)) add_chain(std::integral_constant<int, 1>(), plan.rows, 1, 0, 0, plan.tail);
     });
+    const auto add_last_rows = [&](int64_t row, int64_t count, int64_t from, int64_t to) {
+      AddLastRows<kActivation, T>(job, row, count, from, to, sum_dz, sum_dz_xc);
+    };
+    if (rest < end) add_last_rows(rest, end - rest, columns_begin, columns_end);
+    if (plan.HasTail(chunk)) add_last_rows(plan.rows, 1, 0, plan.tail);
   });
 }
 
@@ -259,9 +267,9 @@ TFOPS_INLINE void GradientNormalizeVector(const GradientArrays<T, A>& arrays, co
 }
 
 // The parts of a run, as in NormalizeRun.
-template <Activation kActivation, typename T, typename A, typename C>
-TFOPS_INLINE void GradientNormalizeSome(const GradientArrays<T, A>& arrays, const C& coefficients, bool training,
-                                        int64_t begin, int64_t end) {
+template <Activation kActivation, typename T, typename C>
+__attribute__((noinline)) void GradientNormalizeSome(const GradientArrays<T, AnyArrays> arrays, const C coefficients,
+                                                     bool training, int64_t begin, int64_t end) {
   for (int64_t i = begin, n; i < end; i += n) {
     n = Min(kLanes<Param<T>>, end - i);
     GradientNormalizeVector<true, kActivation>(arrays, coefficients, training, i, n, false);
@@ -324,17 +332,6 @@ TFOPS_INLINE void GradientNormalizeStreamed(const GradientArrays<T, A>& arrays, 
   GradientNormalizeVectors<kActivation, true>(arrays, coefficients, training, i, lines.end);
 }
 
-// As NormalizeOverlapping.
-template <Activation kActivation, typename T, typename A, typename C>
-TFOPS_INLINE void GradientNormalizeOverlapping(const GradientArrays<T, A>& arrays, const C& coefficients, bool training,
-                                               int64_t begin) {
-  constexpr int kL = kLanes<Param<T>>;
-  const int64_t last = arrays.length - kL;
-  const auto g = GradientOfVector<false, kActivation, /*kInPlace=*/false>(arrays, coefficients, last, kL);
-  GradientNormalizeVectors<kActivation, false>(arrays, coefficients, training, begin, arrays.length);
-  WriteGradient<false, kActivation>(arrays, g, coefficients, training, last, kL, false);
-}
-
 template <Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T, A> arrays, const C& coefficients, bool training) {
   StreamedLines lines;
@@ -344,20 +341,29 @@ TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T, A> arrays, const C& coe
     if (!arrays.IsDxStreamed()) lines = others;
     arrays.stream_dresidual = others == lines;
   }
+  constexpr int kL = kLanes<Param<T>>;
   const int64_t length = arrays.length;
+  const auto normalize_some = [&](int64_t begin, int64_t end) {
+    if (begin < end) GradientNormalizeSome<kActivation, T>(arrays.Forgotten(), coefficients, training, begin, end);
+  };
   if (!lines.IsEmpty()) {
-    GradientNormalizeSome<kActivation>(arrays, coefficients, training, 0, lines.begin);
+    normalize_some(0, lines.begin);
     GradientNormalizeStreamed<kActivation>(arrays, coefficients, training, lines);
-    GradientNormalizeSome<kActivation>(arrays, coefficients, training, lines.end, length);
-  } else if (!OverlapsItsEnd<T>(length)) {
-    const int64_t i = GradientNormalizeVectors<kActivation, false>(arrays, coefficients, training, 0, length);
-    GradientNormalizeSome<kActivation>(arrays, coefficients, training, i, length);
-  } else if (IsReadAtOnce<T>(length)) {
-    GradientNormalizeOverlapping<kActivation>(arrays, coefficients, training, 0);
+    return normalize_some(lines.end, length);
+  }
+  const bool overlaps = OverlapsItsEnd<T>(length), at_once = IsReadAtOnce<T>(length);
+  const int64_t last = length - kL;
+  Gradient<Param<T>> g{};
+  const auto read_last = [&] { g = GradientOfVector<false, kActivation, /*kInPlace=*/false>(arrays, coefficients, last, kL); };
+  if (overlaps && at_once) read_last();
+  const int64_t end = overlaps && !at_once ? last : length;
+  int64_t i = GradientNormalizeVectors<kActivation, false>(arrays, coefficients, training, 0, end);
+  if (overlaps) {
+    if (!at_once) read_last();
+    for (; i < last; i += kL) GradientNormalizeVector<false, kActivation>(arrays, coefficients, training, i, kL, false);
+    WriteGradient<false, kActivation>(arrays, g, coefficients, training, last, kL, false);
   } else {
-    const int64_t last = length - kLanes<Param<T>>;
-    const int64_t i = GradientNormalizeVectors<kActivation, false>(arrays, coefficients, training, 0, last);
-    GradientNormalizeOverlapping<kActivation>(arrays, coefficients, training, i);
+    normalize_some(i, length);
   }
 }
 

@@ -1,4 +1,5 @@
-// The CPU kernels. Compiled once for each instruction set, as namespace TFOPS_CPU_LEVEL.
+// The CPU kernels. Compiled once for each instruction set, as namespace TFOPS_CPU_LEVEL, and in each for every data type,
+// TFOPS_CPU_DATA_TYPE: as files of their own they compile side by side.
 //
 //   moments             x -> partial mean, m2 of each column           rows, a few at a time, through sums of a chain;
 //   gradient moments    dy, x -> partial sums of dz, dz * (x - mean)   chains join in double
@@ -18,33 +19,42 @@
 namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
 
-template <typename T>
-constexpr Kernels kKernels = {&MomentsItem<T>,
-                              &FinishStatisticsOf<T>,
-                              &NormalizeItem<T>,
-                              &PrepareGradientOf<T>,
-                              &GradientMomentsItem<T>,
-                              &FinishGradientOf<T>,
-                              &GradientNormalizeItem<T>,
-                              &KeptMomentsItem<T>,
-                              &FinishMomentsOf<T>,
-                              &SpreadStatisticsGradientOf<T>,
-                              &KeptGradientNormalizeItem<T>};
+template <DataType kType>
+struct ElementOf;
+template <>
+struct ElementOf<DataType::kFloat16> {
+  using Type = Half;
+};
+template <>
+struct ElementOf<DataType::kBFloat16> {
+  using Type = BFloat16;
+};
+template <>
+struct ElementOf<DataType::kFloat32> {
+  using Type = float;
+};
+template <>
+struct ElementOf<DataType::kFloat64> {
+  using Type = double;
+};
 
 }  // namespace
 
-const Kernels& KernelsFor(DataType dtype) {
-  switch (dtype) {
-    case DataType::kFloat16:
-      return kKernels<Half>;
-    case DataType::kBFloat16:
-      return kKernels<BFloat16>;
-    case DataType::kFloat32:
-      return kKernels<float>;
-    case DataType::kFloat64:
-      break;
-  }
-  return kKernels<double>;
+template <>
+const Kernels& KernelsOf<DataType::TFOPS_CPU_DATA_TYPE>() {
+  using T = ElementOf<DataType::TFOPS_CPU_DATA_TYPE>::Type;
+  static constexpr Kernels kKernels = {&MomentsItem<T>,
+                                       &FinishStatisticsOf<T>,
+                                       &NormalizeItem<T>,
+                                       &PrepareGradientOf<T>,
+                                       &GradientMomentsItem<T>,
+                                       &FinishGradientOf<T>,
+                                       &GradientNormalizeItem<T>,
+                                       &KeptMomentsItem<T>,
+                                       &FinishMomentsOf<T>,
+                                       &SpreadStatisticsGradientOf<T>,
+                                       &KeptGradientNormalizeItem<T>};
+  return kKernels;
 }
 
 }  // namespace tfops::cpu::TFOPS_CPU_LEVEL

@@ -78,18 +78,17 @@ struct Kernels {
   void (*kept_gradient_normalize)(const BackwardJob& job, const Kept& kept, int64_t item);
 };
 
-// One for each instruction set that this build holds kernels for (TFOPS_CPU_LEVELS, from CMake).
-#define TFOPS_DECLARE_KERNELS(level)         \
-  namespace level {                          \
-  const Kernels& KernelsFor(DataType dtype); \
+// Those of each instruction set. A build has some of them (TFOPS_CPU_LEVELS in CMake), and defines TFOPS_HAS_ and the
+// name for each.
+#define TFOPS_DECLARE_KERNELS(level) \
+  namespace level {                  \
+  template <DataType kType>          \
+  const Kernels& KernelsOf();        \
   }
-#ifdef __x86_64__
 TFOPS_DECLARE_KERNELS(x86_64_v2)
 TFOPS_DECLARE_KERNELS(x86_64_v3)
 TFOPS_DECLARE_KERNELS(x86_64_v4)
-#else
 TFOPS_DECLARE_KERNELS(generic)
-#endif
 #undef TFOPS_DECLARE_KERNELS
 
 }  // namespace tfops::cpu

@@ -55,7 +55,7 @@ TFOPS_INLINE void WithArraysOf(const ForwardJob& job, Body body) {
     body(AnyArrays());
   } else {
     const bool cached = !job.stream_y && job.x_ahead == 0 && job.residual_ahead == 0;
-    WithCached<kTiling>(cached, [&](auto is_cached) {
+    WithCached<kActivation, kTiling>(cached, [&](auto is_cached) {
       constexpr bool kCached = decltype(is_cached)::value;
       if (!job.arrays.residual) return body(KnownArrays<kCached, false, false>());
       if constexpr (kIsPiecewiseLinear<kActivation>) {
@@ -154,17 +154,18 @@ class MaskWriter {
   int64_t count_ = 0;  // of pending bits
 };
 
-// The parts of a run: vectors written in part, or whole blocks. What these change are locals of their own, which so
-// stay in registers.
-template <Activation kActivation, typename T, typename A, typename C>
-TFOPS_INLINE void NormalizeSome(const NormalizeArrays<T, A>& arrays, const C& coefficients, int64_t begin, int64_t end,
-                                MaskWriter* mask) {
+// The parts of a run. What is less than a block or a line, in vectors that are written in part: out of line and of any
+// arrays, for all runs may have some, and little of it.
+template <Activation kActivation, typename T, typename C>
+__attribute__((noinline)) void NormalizeSome(const NormalizeArrays<T, AnyArrays> arrays, const C coefficients,
+                                             int64_t begin, int64_t end, MaskWriter* mask) {
   for (int64_t i = begin, n; i < end; i += n) {
     n = Min(kLanes<Param<T>>, end - i);
     mask->PutFirst(NormalizeVector<true, kActivation>(arrays, coefficients, i, n, false), n);
   }
 }
 
+// Whole blocks, whose variables are locals of their own, which so stay in registers.
 // Returns where they end.
 template <Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE int64_t NormalizeBlocks(const NormalizeArrays<T, A> arrays, const C coefficients, int64_t begin,
@@ -213,22 +214,6 @@ TFOPS_INLINE int64_t StreamBlocks(const NormalizeArrays<T, A> arrays, const C co
   return i;
 }
 
-// To a run's end, the last vector overlapping the one before. So it is loaded before that is written, perhaps to the
-// same place.
-template <Activation kActivation, typename T, typename A, typename C>
-TFOPS_INLINE void NormalizeOverlapping(const NormalizeArrays<T, A>& arrays, const C& coefficients, int64_t begin,
-                                       int64_t end, MaskWriter* mask) {
-  constexpr int kL = kLanes<Param<T>>;
-  const int64_t last = end - kL;
-  const auto inputs = LoadInputs<false>(arrays, last, kL);
-  int64_t i = NormalizeBlocks<kActivation>(arrays, coefficients, begin, end, mask);
-  for (; i < last; i += kL) {
-    mask->PutFirst(NormalizeVector<false, kActivation>(arrays, coefficients, i, kL, false), kL);
-  }
-  const uint32_t bits = NormalizeLoaded<false, kActivation>(arrays, inputs, coefficients, last, kL, false);
-  mask->PutFirst(bits >> (i - last), end - i);
-}
-
 // How many elements to stream at a time: a cache line's. Several lines', if x is all that is read and coefficients are
 // loaded: a core that goes from reading to writing and back at each line, and does little else, is slower than one that
 // takes its time.
@@ -241,24 +226,37 @@ constexpr int64_t ElementsToStream() {
 
 template <Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T, A>& arrays, const C& coefficients, int64_t length) {
+  constexpr int kL = kLanes<Param<T>>;
   MaskWriter mask(kIsPiecewiseLinear<kActivation> && arrays.HasBits() ? arrays.bits : nullptr);
+  const auto normalize_some = [&](int64_t begin, int64_t end) {
+    if (begin < end) NormalizeSome<kActivation, T>(arrays.Forgotten(), coefficients, begin, end, &mask);
+  };
   const StreamedLines lines = arrays.IsStreamed() ? LinesToStream(arrays.y, length) : StreamedLines{};
   if (!lines.IsEmpty()) {
-    NormalizeSome<kActivation>(arrays, coefficients, 0, lines.begin, &mask);
+    normalize_some(0, lines.begin);
     int64_t i = lines.begin;
     constexpr int64_t kMost = ElementsToStream<T, A, C>();
     if constexpr (kMost > kBlock) i = StreamBlocks<kActivation, kMost>(arrays, coefficients, i, lines.end, &mask);
     StreamBlocks<kActivation, kBlock>(arrays, coefficients, i, lines.end, &mask);
-    NormalizeSome<kActivation>(arrays, coefficients, lines.end, length, &mask);
-  } else if (!OverlapsItsEnd<T>(length)) {
-    const int64_t i = NormalizeBlocks<kActivation>(arrays, coefficients, 0, length, &mask);
-    NormalizeSome<kActivation>(arrays, coefficients, i, length, &mask);
-  } else if (IsReadAtOnce<T>(length)) {
-    NormalizeOverlapping<kActivation>(arrays, coefficients, 0, length, &mask);
+    normalize_some(lines.end, length);
+    return mask.Finish();
+  }
+  // The last vector may overlap the one before. So it is loaded before that is written, perhaps to the same place: of
+  // short runs first of all, of others when all but what it overlaps is written.
+  const bool overlaps = OverlapsItsEnd<T>(length), at_once = IsReadAtOnce<T>(length);
+  const int64_t last = length - kL;
+  NormalizeInputs<Param<T>> inputs{};
+  if (overlaps && at_once) inputs = LoadInputs<false>(arrays, last, kL);
+  int64_t i = NormalizeBlocks<kActivation>(arrays, coefficients, 0, overlaps && !at_once ? last : length, &mask);
+  if (overlaps) {
+    if (!at_once) inputs = LoadInputs<false>(arrays, last, kL);
+    for (; i < last; i += kL) {
+      mask.PutFirst(NormalizeVector<false, kActivation>(arrays, coefficients, i, kL, false), kL);
+    }
+    const uint32_t bits = NormalizeLoaded<false, kActivation>(arrays, inputs, coefficients, last, kL, false);
+    mask.PutFirst(bits >> (i - last), length - i);
   } else {
-    const int64_t last = length - kLanes<Param<T>>;
-    const int64_t i = NormalizeBlocks<kActivation>(arrays, coefficients, 0, last, &mask);
-    NormalizeOverlapping<kActivation>(arrays, coefficients, i, length, &mask);
+    normalize_some(i, length);
   }
   mask.Finish();
 }

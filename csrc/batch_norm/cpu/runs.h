@@ -111,28 +111,25 @@ TFOPS_INLINE void ForEachRuns(const Problem& problem, const Plan& plan, int64_t 
   const int64_t row_begin = plan.RowBegin(plan.Chunk(item));
   const int64_t row_end = plan.RowEnd(plan.Chunk(item));
   const int64_t apart = (row_end - row_begin) / kUnroll;
-  for (int64_t r = row_begin; r < row_begin + apart; ++r) {
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    if (r == row_begin + apart) r += apart * (kUnroll - 1);  // what has been seen
+    if (r == row_end) break;
+    const int count = r < row_begin + apart ? kUnroll : 1;
     for (int64_t c = begin; c < end; ++c) {
       Run runs[kUnroll];
-      bool alike = true;
-      for (int k = 0; k < kUnroll; ++k) {
+      bool alike = count == kUnroll;
+      for (int k = 0; k < count; ++k) {
         runs[k] = SegmentRun(problem, plan, r + k * apart, c);
         alike = alike && runs[k].length == runs[0].length;
       }
       if (alike) {
         body(runs, c);
-      } else {
-        for (const Run& run : runs) {
-          const Run one[] = {run};
-          body(one, c);
-        }
+        continue;
       }
-    }
-  }
-  for (int64_t r = row_begin + apart * kUnroll; r < row_end; ++r) {
-    for (int64_t c = begin; c < end; ++c) {
-      const Run one[] = {SegmentRun(problem, plan, r, c)};
-      body(one, c);
+      for (int k = 0; k < count; ++k) {
+        const Run one[] = {runs[k]};
+        body(one, c);
+      }
     }
   }
 }

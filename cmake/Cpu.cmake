@@ -1,0 +1,33 @@
+# Which instruction sets to compile the CPU kernels for: sets TFOPS_CPU_LEVELS. cpu.cc chooses among them at run time.
+
+if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(TFOPS_CPU_LEVELS generic)
+  return()
+endif()
+set(TFOPS_CPU_LEVELS x86-64-v2 x86-64-v3 x86-64-v4)
+if(NOT TFOPS_NATIVE)
+  return()
+endif()
+
+# What the compiler finds here, as the macros of what -march=native allows.
+execute_process(COMMAND ${CMAKE_CXX_COMPILER} -march=native -dM -E -x c++ /dev/null OUTPUT_VARIABLE macros
+                COMMAND_ERROR_IS_FATAL ANY)
+set(x86-64-v2 SSE4_2)
+set(x86-64-v3 AVX2 FMA BMI BMI2 F16C)
+set(x86-64-v4 AVX512F AVX512BW AVX512CD AVX512DQ AVX512VL)
+set(best "")
+set(missing "")
+foreach(level IN LISTS TFOPS_CPU_LEVELS)
+  foreach(feature IN LISTS ${level})
+    if(NOT missing AND NOT macros MATCHES "__${feature}__ 1")
+      set(missing ${feature})
+    endif()
+  endforeach()
+  if(NOT missing)
+    set(best ${level})
+  endif()
+endforeach()
+if(NOT best)
+  message(FATAL_ERROR "tfops needs a processor with x86-64-v2, but this one has no ${missing}")
+endif()
+set(TFOPS_CPU_LEVELS ${best})
