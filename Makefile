@@ -43,13 +43,13 @@ reproducible: $(SOURCES) | $(VENV)/.environment
 	@echo "Both builds are the same."
 
 fuzz: install
-	TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python python_tests/fuzz_ops.py $(ARGS)
+	cd python_tests/helpers && TF_CPP_MIN_LOG_LEVEL=3 $(abspath $(BIN))/python -m tfops_testing.fuzz_ops $(ARGS)
 
 limits: install
 	$(BIN)/pytest -m limits $(ARGS)
 
 sanitize: install
-	$(BIN)/python python_tests/sanitize.py $(ARGS)
+	cd python_tests/helpers && $(abspath $(BIN))/python -m tfops_testing.sanitize $(ARGS)
 
 mnist alexnet: install
 	$(BIN)/python models/compare.py $@ $(if $(DATA),--data "$(DATA)") $(ARGS)
