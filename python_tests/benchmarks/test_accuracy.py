@@ -46,7 +46,7 @@ def test_bounds_hold(accuracy, dtype, layout):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("pixels", [1, 2, 9, 49, 400])
-def test_the_first_elements_tell_nothing_of_the_others(accuracy, pixels, dtype):
+def test_bounds_hold_where_the_first_elements_are_outliers(accuracy, pixels, dtype):
     """A shift taken from them is far from the mean, and what is summed about it in one chain rounds accordingly."""
     rng = np.random.default_rng(pixels)
     kind = np.dtype(dtype)
@@ -62,7 +62,7 @@ def test_the_first_elements_tell_nothing_of_the_others(accuracy, pixels, dtype):
 
 
 @pytest.mark.parametrize("pixels", [1, 2, 3, 17, 49])
-def test_small_planes_make_no_long_chains(accuracy, pixels):
+def test_rounding_does_not_add_up_over_small_planes(accuracy, pixels):
     """Sums of numbers that are all alike, whose roundings do not cancel."""
     rows = 3000
     x = 1 + np.arange(4 * rows * pixels).reshape(4, -1) % 2 * np.float32(0.7)
@@ -72,7 +72,7 @@ def test_small_planes_make_no_long_chains(accuracy, pixels):
 
 
 @pytest.mark.parametrize("power", [-30, -12, 0, 12, 30])
-def test_numbers_of_any_size(accuracy, power):
+def test_bounds_hold_for_numbers_of_any_size(accuracy, power):
     """Variances from 1e-18 (and the epsilon that hides them) to 1e36 / 2^4, the largest whose sums do not overflow."""
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((7, 6400)) * 2.0**power).astype(np.float32)
@@ -81,7 +81,7 @@ def test_numbers_of_any_size(accuracy, power):
         _assert_bounds_hold(accuracy, problem, "float32", accuracy.Layout(layout, 64))
 
 
-def test_results_hold():
+def test_committed_results_are_complete_and_within_bounds():
     """What is committed covers every type and case, and tfops is within its bounds there."""
     rows = list(json.loads((BENCHMARKS / "results" / "accuracy.json").read_text()).values())
     mine = [row for row in rows if row["peer"] == "tfops" and row["device"] == "cpu"]

@@ -13,7 +13,7 @@ from tfops_testing.requirements import needs_tensorflow
 
 @needs_tensorflow
 @pytest.mark.exclusive
-def test_mnist(tmp_path):
+def test_keras_step_measures_the_mnist_network(tmp_path):
     out = tmp_path / "out"
     options = ["--network", "mnist", "--seconds", "0.1", "--threads", "1", "--out", str(out)]
     run = run_python(BENCHMARKS / "keras_step.py", *options)

@@ -26,7 +26,7 @@ def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @needs_cuda_build
-def test_prediction(tmp_path):
+def test_gpu_predicts_and_says_so(tmp_path):
     run = _run("gpu.py", "--predict", "--network", "mnist-256", "--dtype", "float16", "--out", str(tmp_path / "out"))
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("## PREDICTION, not measured")
@@ -59,7 +59,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch):
 
 @needs_tensorflow
 @pytest.mark.exclusive
-def test_cpu_compares(tmp_path):
+def test_cpu_compares_with_every_peer(tmp_path):
     arguments = ["--network", "dense-256", "--dtype", "float32", "--variant", "add_relu"]
     arguments += ["--pass", "forward", "forward_backward", "--seconds", "0", "--out", str(tmp_path / "out")]
     run = _run("cpu.py", *arguments)
@@ -86,7 +86,7 @@ def test_cpu_compares(tmp_path):
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 @pytest.mark.parametrize(("dtype", "variant"), [("float32", "plain"), ("bfloat16", "add_relu"), ("float16", "relu")])
-def test_cpu_exact(benchmarks, layout, dtype, variant):
+def test_cpu_exact_agrees_with_the_oracle(benchmarks, layout, dtype, variant):
     exact, worker = benchmarks("cpu_exact").exact, benchmarks("cpu_worker")
     cell = benchmarks("problems").Cell("test", (5, 4, 3, 6), layout, dtype, variant, "forward_backward")
     shape, axis = worker.memory_shape(cell)
@@ -141,7 +141,7 @@ def test_cpu_says_whose_error_it_is(benchmarks):
 
 
 @needs_tensorflow
-def test_gradients_of_what_is_fused(benchmarks):
+def test_gradients_of_fused_activations_and_additions_are_within_bounds(benchmarks):
     fused = benchmarks("accuracy_fused")
     for dtype in fused.DTYPES:
         t = fused.make_tensors(dtype, (16, 14, 14, 8))
@@ -160,7 +160,7 @@ def test_gradients_of_what_is_fused(benchmarks):
 
 @needs_tensorflow
 @pytest.mark.exclusive
-def test_cpu_overhead(benchmarks):
+def test_cpu_overhead_has_every_row(benchmarks):
     modes = benchmarks("cpu_modes")
     rows = modes.overhead(threads=1, rounds=1, shapes=[(2, 3)])
     assert len(rows) == 3 * 2 + 3  # op and graph: three passes; function: forward, inference, forward + backward
@@ -170,7 +170,7 @@ def test_cpu_overhead(benchmarks):
 @needs_tensorflow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc/self/clear_refs")
 @pytest.mark.exclusive
-def test_cpu_scaling():
+def test_cpu_scaling_measures_both_layouts():
     run = _run("cpu.py", "--scaling", "--most", "1e4", "--dtype", "bfloat16", "--threads", "1")
     assert run.returncode == 0, run.stderr
     lines = [line.split("|") for line in run.stdout.splitlines() if "2x9x9x64" in line]
@@ -195,7 +195,7 @@ def _row(variant: str, dtype: str, channels: int, ours: float, peers: dict[str, 
     }
 
 
-def test_cpu_report(benchmarks):
+def test_cpu_report_derives_rates_and_ratios(benchmarks):
     cpu_report = benchmarks("cpu_report")
     report = {
         "last_level_cache_bytes": 100_000,

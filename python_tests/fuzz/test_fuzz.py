@@ -8,7 +8,7 @@ from tfops_testing import fuzz_cases, fuzz_ops
 
 
 @pytest.mark.parametrize("first", range(0, 2000, 500))
-def test_ops(first):
+def test_random_calls_give_what_the_oracle_says_or_one_error(first):
     counts = fuzz_ops.run_cases(seed=0, numbers=range(first, first + 500))
     # Fuzzing that compared nothing, or refused nothing, would have shown nothing.
     for run in ("eager", "imported"):
@@ -16,7 +16,7 @@ def test_ops(first):
     assert counts["eager: compared"] > 200
 
 
-def test_cases_are_the_same_everywhere():
+def test_cases_follow_from_seed_and_number():
     """A case that is reported can be run again."""
     for number in range(20):
         assert str(fuzz_cases.draw(3, number)) == str(fuzz_cases.draw(3, number))

@@ -69,7 +69,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_losses_and_metrics(name):
+def test_losses_and_metrics_are_kept(name):
     model = _two_outputs()
     model.compile(optimizers.SGD(0.01, momentum=0.9), **COMPILED[name], run_eagerly=True)
     targets, weights = {"left": TARGET, "right": 2 * TARGET}, np.linspace(0.5, 1.5, len(X))
@@ -84,7 +84,7 @@ def test_losses_and_metrics(name):
         np.testing.assert_allclose(results[1][key], value, rtol=TOLERANCE, err_msg=key)
 
 
-def test_a_loss_by_the_name_of_the_only_output():
+def test_loss_named_after_the_only_output_is_kept():
     inputs = keras.Input((5,), dtype="float64")
     y = layers.BatchNormalization(name="second", dtype="float64", **EXACT)(inputs)
     model = keras.Model(inputs, layers.ReLU(name="out", dtype="float64")(y))
@@ -104,7 +104,7 @@ def test_a_metric_of_two_outputs_stays_one():
     assert len({id(each) for each in copy._compile_metrics.metrics}) == 1
 
 
-def test_metrics_of_the_copy_do_not_count_for_themake_model():
+def test_metrics_of_the_copy_do_not_count_for_the_model():
     model = make_model()
     model.compile("sgd", "mse", metrics=[Counted(1.0)], run_eagerly=True)
     copy = fit_and_convert(model)
@@ -119,7 +119,7 @@ def test_metrics_of_the_copy_do_not_count_for_themake_model():
     [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 2}],
     ids=str,
 )
-def test_how_it_runs(options):
+def test_options_of_how_it_runs_are_kept(options):
     model = make_model()
     model.compile(optimizers.SGD(0.01), "mse", **options)
     copy = fit_and_convert(model)
@@ -128,7 +128,7 @@ def test_how_it_runs(options):
     assert_trains_alike(model, copy)
 
 
-def test_what_was_set_after_compiling():
+def test_what_was_set_after_compiling_is_kept():
     model = make_model()
     model.compile("sgd", "mse")
     model.run_eagerly = True
@@ -138,7 +138,7 @@ def test_what_was_set_after_compiling():
     assert type(copy.optimizer) is optimizers.Adam
 
 
-def test_saved_and_loaded(tmp_path):
+def test_copy_trains_on_after_saving_and_loading(tmp_path):
     model = make_model()
     model.compile(optimizers.Adam(0.01), "mse", metrics=["mae"], run_eagerly=True)
     copy = fit_and_convert(model)
@@ -146,14 +146,14 @@ def test_saved_and_loaded(tmp_path):
     assert_trains_alike(copy, keras.models.load_model(tmp_path / "copy.keras"))
 
 
-def test_back():
+def test_copy_converted_back_trains_on():
     model = make_model()
     model.compile(optimizers.Adam(0.01), "mse", metrics=["mae"], run_eagerly=True)
     back = convert(fit_and_convert(model), to="keras", verbose=0)
     assert_trains_alike(model, back)
 
 
-def test_not_compiled_or_not_built():
+def test_copy_is_compiled_and_built_only_if_the_model_is():
     assert not convert(make_model(), verbose=0).compiled
     model = keras.Sequential([layers.Dense(3, name="second"), layers.BatchNormalization(), layers.ReLU()])
     model.compile(optimizers.Adam(0.01), "mse", run_eagerly=True)
@@ -163,7 +163,7 @@ def test_not_compiled_or_not_built():
     copy.fit(X, TARGET, verbose=0)
 
 
-def test_strategy():
+def test_strategy_is_kept():
     devices = tf.config.list_logical_devices("CPU")
     strategy = tf.distribute.MirroredStrategy([device.name for device in devices[:1]])
     with strategy.scope():
@@ -197,7 +197,7 @@ class Task(keras.Model):
         return {}
 
 
-def test_a_task_is_compiled_as_its_user_did():
+def test_task_is_compiled_as_its_user_compiled_it():
     keras.utils.set_random_seed(0)
     model = Task()
     assert convert(model, verbose=0).loss == "mae"
@@ -219,7 +219,7 @@ class WithMargin(Task):
         super().compile(optimizer, loss)
 
 
-def test_what_a_class_takes_beside_and_keeps():
+def test_further_arguments_of_compile_are_kept():
     model = WithMargin(name="net")
     metric = Counted(2.0)
     model.compile(optimizers.Adam(0.01), "mae", margin=3.0, second=optimizers.SGD(0.25, momentum=0.5), metric=metric)
@@ -241,7 +241,7 @@ class Stubborn(Task):
         super().compile("rmsprop", loss, **kwargs)
 
 
-def test_a_class_that_chooses_the_optimizer():
+def test_optimizer_that_the_class_chooses_is_kept():
     model = Stubborn(name="net")
     model.compile("adam", "mae", run_eagerly=True)
     copy = fit_and_convert(model)
@@ -276,7 +276,7 @@ class Growing(Task):
         (Growing, r"makes something else .*\(metrics\)"),
     ],
 )
-def test_a_compile_that_cannot_be_repeated(cls, reason):
+def test_compile_that_cannot_be_repeated_warns(cls, reason):
     model = cls(name="net")
     model.compile(optimizers.Adam(0.01), "mae")
     with pytest.warns(UserWarning, match=f"the copy of net is not compiled: {cls.__name__}.compile.. {reason}") as w:
@@ -317,7 +317,7 @@ class TwoOptimizers(keras.Model):
         return {"loss": loss}
 
 
-def test_a_class_that_says_itself_how_it_is_compiled():
+def test_compile_config_of_the_class_is_followed():
     model = make_model(cls=TwoOptimizers)
     model.compile(optimizers.Adam(0.01), optimizers.SGD(0.01, momentum=0.9))
     model.fit(X, TARGET, epochs=3, verbose=0)
@@ -335,7 +335,7 @@ class Weighted(keras.Model):
         return self.norm(x, training=training)
 
 
-def test_plain_attributes_that_no_config_holds():
+def test_plain_attributes_that_no_config_holds_are_kept():
     model = Weighted()
     model(np.ones((2, 4), "float32"))
     model.alpha, model.table = 5.0, {"a": [1, ("x", None)]}

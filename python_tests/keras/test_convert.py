@@ -90,7 +90,7 @@ SLOW = {name: [pytest.mark.slow] for name in ("InceptionV3", "NASNetMobile", "Re
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, [])) for name in APPLICATIONS])
-def test_applications(name, float64):
+def test_applications_convert_there_and_back(name, float64):
     size, folds = APPLICATIONS[name]
     keras.utils.set_random_seed(0)
     make = getattr(keras.applications, name)

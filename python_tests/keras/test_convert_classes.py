@@ -117,7 +117,7 @@ class NoConfig(keras.Model):
         super().__init__(x, layers.Dense(2)(activation(Norm(name="norm")(x))))
 
 
-def test_attributes_of_a_functional_class():
+def test_attributes_of_a_functional_class_are_kept():
     model = _randomize(Backbone(width=5, name="backbone"))
     model.temperature = 3.0
     model.steps.update_state(1.0)
@@ -152,7 +152,7 @@ def test_attributes_are_not_shared():
     assert model.settings.factor == 2.0
 
 
-def test_models_in_models_of_functional_classes():
+def test_nested_models_of_functional_classes_keep_their_classes():
     model = _randomize(Task(Backbone(width=5), classes=3, name="task"))
     fused = convert(model, verbose=0)
     assert (type(fused), type(fused.backbone), fused.classes) == (Task, Backbone, 3)
@@ -180,7 +180,7 @@ def test_saved_copies_of_functional_classes_hold_the_weights(make, tmp_path):
         assert sorted(_folds(convert(each, verbose=0))) == ["add+relu", "relu"]
 
 
-def test_classes_that_take_anything():
+def test_classes_that_take_any_keyword_are_kept():
     model = _randomize(Anything(width=6))
     fused = convert(model, verbose=0)
     assert (type(fused), fused.width) == (Anything, 6)
@@ -189,7 +189,7 @@ def test_classes_that_take_anything():
 
 
 @pytest.mark.filterwarnings("ignore:the optimizer of")
-def test_classes_without_a_config_that_can_be_used():
+def test_classes_without_a_usable_config_are_kept():
     model = _randomize(NoConfig(layers.ReLU()))
     fused = convert(model, verbose=0)
     assert type(fused) is NoConfig
@@ -197,7 +197,7 @@ def test_classes_without_a_config_that_can_be_used():
     _assert_same(fused, model)
 
 
-def test_attributes_and_layers_that_are_set_from_outside():
+def test_attributes_and_layers_that_are_set_from_outside_are_kept():
     x = keras.Input((4, 4, 3))
     y = Norm(name="norm")(x)
     model = keras.Model(x, layers.ReLU()(Norm()(layers.ReLU()(y))))
@@ -225,7 +225,7 @@ class WithVariables(keras.Model):
         self.noise.next()
 
 
-def test_variables_and_seeds_of_a_functional_class():
+def test_variables_and_seeds_of_a_functional_class_are_kept():
     model = WithVariables()
     model.scale_of_loss.assign([2.0, 3.0])
     fused = convert(model, verbose=0)
@@ -334,7 +334,7 @@ def _ones(shape, dtype=None):
     return tf.ones(shape, dtype)
 
 
-def test_plain_functions_as_settings():
+def test_plain_functions_as_settings_are_kept():
     factor = 2.0
     x = keras.Input((3,))
     y = layers.Dense(3, kernel_initializer=_ones, bias_initializer=lambda shape, dtype=None: tf.zeros(shape, dtype))(x)
@@ -348,7 +348,7 @@ def test_plain_functions_as_settings():
     _assert_same(fused, model, _images(5, 3))
 
 
-def test_plain_functions_that_cannot_be_put_in_are_named():
+def test_plain_functions_that_cannot_be_copied_are_named():
     def mine(x):
         return 2.0 * x
 
@@ -360,7 +360,7 @@ def test_plain_functions_that_cannot_be_put_in_are_named():
     assert len(str(caught.value)) < 600
 
 
-def test_plain_functions_as_regularizers():
+def test_plain_functions_as_regularizers_are_kept():
     def penalty(w):
         return 3.0 * tf.reduce_sum(w)
 
@@ -410,7 +410,7 @@ def test_the_strategy_of_the_model_is_the_copys():
     assert convert(plain, verbose=0)._distribute_strategy is None
 
 
-def test_variables_are_told():
+def test_copier_maps_each_variable_to_its_copy():
     from tfops.keras._copying import Copier
 
     model = WithVariables()
@@ -421,7 +421,7 @@ def test_variables_are_told():
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_settings_that_no_config_holds(wrapped):
+def test_settings_that_no_config_holds_are_kept(wrapped):
     """In 16 bits, what is cast before it is normalized is infinite."""
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -444,7 +444,7 @@ def test_settings_that_no_config_holds(wrapped):
             np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)
 
 
-def test_supports_jit_is_that_of_the_class():
+def test_supports_jit_is_kept_or_that_of_the_new_class():
     x = keras.Input((3,))
     model = keras.Model(x, layers.Dense(2, name="dense")(Norm(name="norm")(x)))
     model.get_layer("dense").supports_jit = False

@@ -126,7 +126,7 @@ def _images(*shape):
         (lambda: layers.PReLU(), ""),
     ],
 )
-def test_activations(make, activation):
+def test_activations_are_folded(make, activation):
     inputs = keras.Input((4, 4, 3))
     y = Norm(name="norm")(inputs)
     operation = make()
@@ -145,7 +145,7 @@ def _add_then(*after, first=True, residual=lambda x: x):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_additions(first):
+def test_additions_are_folded(first):
     _check(_add_then(first=first), _images(), {"norm": "add"})
     _check(_add_then(layers.ReLU(), first=first), _images(), {"norm": "add+relu"})
     _check(_add_then(layers.Activation("tanh"), first=first), _images(), {"norm": "add"})
@@ -174,7 +174,7 @@ def test_operations_are_folded():
     _check(keras.Model(inputs, layers.Dense(2)(y)), _images(), {"first": "add+relu", "second": ""})
 
 
-def test_of_two_added_norms_one_takes_the_other():
+def test_of_two_added_norms_one_folds_the_addition():
     inputs = keras.Input((4, 4, 3))
     y = [Norm(name="shortcut")(layers.Conv2D(5, 1)(inputs)), Norm(name="main")(layers.Conv2D(5, 1)(inputs))]
     model = keras.Model(inputs, layers.Conv2D(2, 1)(layers.ReLU()(layers.Add()(y))))
@@ -200,7 +200,7 @@ def test_fold_false_keeps_everything_else():
     assert _names(again) == _names(model)
 
 
-def test_shared_layers():
+def test_shared_layers_are_folded_call_by_call():
     inputs = keras.Input((4, 4, 3))
     same, other, relu = Norm(name="same"), Norm(name="other"), layers.ReLU()
     y = relu(same(inputs))
@@ -212,7 +212,7 @@ def test_shared_layers():
     assert len(fused.get_layer("same")._inbound_nodes) == 2
 
 
-def test_nested_models():
+def test_nested_models_are_converted():
     def block(shape, name, **kwargs):
         inputs = keras.Input(shape)
         y = Norm(name=f"{name}_norm")(layers.Conv2D(3, 1, **kwargs)(inputs))
@@ -230,7 +230,7 @@ def test_nested_models():
 
 
 @pytest.mark.parametrize("built", [True, False])
-def test_sequential(built):
+def test_sequential_models_are_converted(built):
     stack = [
         layers.Conv2D(4, 3, name="conv"),
         Norm(name="first"),
@@ -287,7 +287,7 @@ class Net(keras.Model):
         return {"channels": self.channels}
 
 
-def test_layers_in_layers():
+def test_layers_in_layers_are_converted():
     inputs = keras.Input((4, 4, 3))
     y = layers.TimeDistributed(Norm(), name="wrapper")(Block(3, name="block")(inputs))
     model = keras.Model(inputs, layers.ReLU()(Norm(name="norm")(y)))
@@ -296,7 +296,7 @@ def test_layers_in_layers():
     _check(model, _images(), {name: "relu" if name == "norm" else "" for name in names})
 
 
-def test_subclassed_models():
+def test_subclassed_models_are_converted():
     model = Net(5)
     assert not convert(model, verbose=0).built
     model(_images())
@@ -330,7 +330,7 @@ class Plain(keras.Model):
         return x
 
 
-def test_subclassed_model_without_a_config():
+def test_subclassed_model_without_a_config_is_converted():
     model = Plain()
     model(_images())
     fused = _check(model, _images(), {model.stack[1].name: ""})
@@ -355,7 +355,7 @@ class Converting(keras.Model):
         return self.norm(self.backbone(x, training=training), training=training)
 
 
-def test_class_that_converts():
+def test_model_that_calls_convert_is_converted():
     model = Converting()
     assert type(model.norm) is Norm
     model(_images())
@@ -394,7 +394,7 @@ def test_what_layers_hold_besides_weights_is_kept():
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
-def test_dtype_policies(policy):
+def test_dtype_policies_are_kept(policy):
     keras.config.set_dtype_policy(policy)
     try:
         model = _add_then(layers.ReLU(), residual=keras.Sequential([layers.Conv2D(3, 1), Norm(), layers.ReLU()]))
@@ -427,7 +427,7 @@ def test_training_goes_on():
         np.testing.assert_allclose(histories[0][name], values, rtol=1e-5)
 
 
-def test_masks():
+def test_masks_are_kept():
     inputs = keras.Input((5, 3))
     y = layers.Masking()(inputs)
     y = layers.ReLU()(Norm(name="norm")(y))
@@ -436,7 +436,7 @@ def test_masks():
     _check(keras.Model(inputs, layers.LSTM(2)(y)), x, {"norm": "relu", "joined": "add"})
 
 
-def test_names_of_what_is_unfolded():
+def test_unfolded_layers_get_names_of_their_own():
     inputs = keras.Input((4, 4, 3))
     norm = tfops.keras.BatchNormalization(activation="leaky_relu", name="norm")
     y = layers.Conv2D(3, 1, name="norm_add")(norm(inputs, residual=inputs))
@@ -447,7 +447,7 @@ def test_names_of_what_is_unfolded():
     np.testing.assert_allclose(back(_images()), model(_images()), atol=1e-5)
 
 
-def test_calls_by_keyword():
+def test_calls_by_keyword_are_folded():
     inputs = keras.Input((4, 4, 3))
     y = layers.ReLU()(inputs=Norm(name="first")(inputs=inputs))
     y = layers.Activation("silu")(inputs=layers.Add()(inputs=[y, Norm(name="second")(layers.Dense(3)(y))]))

@@ -28,7 +28,7 @@ def _line(model, capsys, **kwargs):
     return copy, line
 
 
-def test_verbose(capsys):
+def test_verbose_names_every_batch_norm_and_why(capsys):
     inputs = keras.Input((4, 4, 3))
     y = [layers.Conv2D(5, 1)(inputs), Norm(name="shortcut")(layers.Conv2D(5, 1)(inputs))]
     y = layers.Add(name="add")([y[1], Norm(name="main")(y[0])])
@@ -63,7 +63,7 @@ def test_verbose(capsys):
     assert capsys.readouterr().out == "none: there are no batch norms to replace\n"
 
 
-def test_one_line(capsys):
+def test_one_line_counts_by_what_was_folded(capsys):
     x = keras.Input((4, 4, 3))
     _, line = _line(keras.Model(x, layers.ReLU()(Norm()(x)), name="one"), capsys)
     assert line == "one: 1 batch norm replaced: 1 with ReLU"
@@ -125,7 +125,7 @@ class Changed(keras.Model):
         return self.extra(self.norm(x))
 
 
-def test_refusals():
+def test_refusals_name_what_is_wrong():
     with pytest.raises(TypeError, match=r"model must be a keras\.Model, but it is <Dense"):
         convert(layers.Dense(2))
     with pytest.raises(ValueError, match="to must be one of 'tfops', 'keras', but it is 'onnx'"):

@@ -60,7 +60,7 @@ def _reloaded(tmp_path):
 @pytest.mark.parametrize("reload", [False, True], ids=["in process", "reloaded"])
 @pytest.mark.parametrize("way", ["stock to fused", "fused to stock"])
 @pytest.mark.parametrize("file", ["w.weights.h5", "w.weights.json", "list", "checkpoint", "tf1-like checkpoint"])
-def test_weights_by_position(file, way, reload, tmp_path):
+def test_weights_load_by_position_both_ways(file, way, reload, tmp_path):
     stock, fused = _net(2), _reloaded(tmp_path) if reload else _fused()
     source, target = (stock, fused) if way == "stock to fused" else (fused, stock)
     if file == "list":
@@ -105,7 +105,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_copies_of_a_copy(how, tmp_path):
+def test_copies_of_a_copy_stay_fused(how, tmp_path):
     """Are still fused, compute the same, and can be converted back."""
     fused = _fused()
     other = COPIES[how](fused, tmp_path)
@@ -118,7 +118,7 @@ def test_copies_of_a_copy(how, tmp_path):
     _assert_same(_net(1), other)
 
 
-def test_what_is_there_is_what_it_was():
+def test_layer_outputs_that_are_computed_are_unchanged():
     stock, fused = _net(1), _fused()
     there = ["first_relu", "left_conv", "left", "right_conv", "silu", "join", "last_conv", "dense"]
     x = _images()
@@ -145,14 +145,14 @@ def test_what_is_there_is_what_it_was():
         ("first_relu", "input", r"tfops\.keras\.convert\(\.\.\., fold=False\) keeps the others"),
     ],
 )
-def test_what_is_not_there_says_so(name, attribute, message, tmp_path):
+def test_layer_outputs_that_are_not_computed_say_so(name, attribute, message, tmp_path):
     for model in (_fused(), _reloaded(tmp_path)):
         with pytest.raises(ValueError, match=message):
             getattr(model.get_layer(name), attribute)
     assert getattr(convert(_net(), fold=False, verbose=0).get_layer(name), attribute) is not None
 
 
-def test_operations_say_so_too():
+def test_operation_outputs_that_are_not_computed_say_so():
     fused = _fused()
     *_, add, relu, _ = fused.operations
     assert not isinstance(add, layers.Layer)
@@ -181,7 +181,7 @@ def test_layers_called_by_hand_do_what_they_did():
 
 
 @pytest.mark.parametrize("name", ["leaky_relu", "silu"])
-def test_layers_of_a_sequential_called_by_hand(name):
+def test_layers_of_a_sequential_called_by_hand_do_what_they_did(name):
     """An activation that has been applied is not applied again, but to what has none it is."""
     model = keras.Sequential([keras.Input((3,)), Norm(name="norm"), layers.Activation(name, name="activation")])
     fused = convert(model, verbose=0)
@@ -221,7 +221,7 @@ def _folds(model, name):
     return [node.arguments.kwargs.get("folded") for node in model.get_layer(name)._inbound_nodes]
 
 
-def test_the_order_of_a_shared_layers_calls():
+def test_order_of_a_shared_layers_calls_is_kept():
     norm = Norm(momentum=0.5, name="norm")
     one, two = keras.Input((2,)), keras.Input((2,))
     values = [np.full((4, 2), 1.0), np.full((4, 2), 10.0)]
@@ -239,7 +239,7 @@ def test_the_order_of_a_shared_layers_calls():
     assert _folds(_check_order(model, values), "other") == ["relu", "relu"]
 
 
-def test_the_output_of_a_shared_layer_is_that_of_its_first_call():
+def test_output_of_a_shared_layer_is_that_of_its_first_call():
     """Which need not be the one that Keras makes first when it runs the model."""
     conv = layers.Conv2D(3, 1, name="conv")
     x = keras.Input((4, 4, 3))
@@ -256,7 +256,7 @@ def _inputs(model, name):
     return [node.input_tensors[0]._keras_history.operation.name for node in model.get_layer(name)._inbound_nodes]
 
 
-def test_the_order_of_calls_of_a_nested_model():
+def test_order_of_a_nested_models_calls_is_kept():
     norm = Norm(momentum=0.5, name="norm")
     x = keras.Input((2,))
     block = keras.Model(x, layers.Add()([norm(x), x]), name="block")
@@ -288,7 +288,7 @@ def test_unfolding_that_would_change_the_order_of_calls_is_refused():
 
 
 @pytest.mark.parametrize("mode", ["full", "activations", "larger_than", "list_of_layers"])
-def test_remat_scope(mode):
+def test_remat_scope_is_kept_and_changes_no_result(mode):
     def net(sequential, scope=mode):
         keras.utils.set_random_seed(0)
         with keras.RematScope(mode=scope, output_size_threshold=1, layer_names=["norm", "conv", "relu"]):
@@ -337,7 +337,7 @@ def test_residuals_have_gradients_in_a_remat_scope(graph):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_fit(jit_compile):
+def test_fit_has_the_losses_of_the_stock_model(jit_compile):
     results = []
     for model in (_net(1), _fused()):
         keras.utils.set_random_seed(0)
@@ -347,7 +347,7 @@ def test_fit(jit_compile):
     np.testing.assert_allclose(results[1], results[0], rtol=1e-4)
 
 
-def test_export(tmp_path):
+def test_exported_model_computes_the_same(tmp_path):
     fused = _fused()
     fused.export(tmp_path / "saved", verbose=False)
     served = tf.saved_model.load(str(tmp_path / "saved"))
@@ -364,7 +364,7 @@ def test_nothing_is_computed_for_a_stand_in():
     assert kinds.count("AddV2") <= sum("AddV2" in kind for kind in kinds)
 
 
-def test_old_files_load():
+def test_files_with_residual_arguments_load():
     """Before there were stand-ins, a residual was an argument of a batch norm's call."""
     x = keras.Input((4, 4, 3))
     norm = tfops.keras.BatchNormalization(activation="relu", name="norm")
@@ -400,7 +400,7 @@ def test_layers_that_were_folded_in_cannot_be_replaced_unnoticed(name):
         keras.models.clone_model(fused, clone_function=other)
 
 
-def test_other_readers_of_what_is_not_computed_are_refused():
+def test_other_readers_of_outputs_that_are_not_computed_are_refused():
     x = keras.Input((4,))
     y = layers.Activation("tanh")(layers.Add(name="sum")([Norm(name="norm")(x), x]))
     fused = convert(keras.Model(x, y), verbose=0)

@@ -28,7 +28,7 @@ def _pair(shape, axis=-1, **kwargs):
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16", "float64", "float16"])
 @pytest.mark.parametrize("training", [True, False, None])
 @pytest.mark.parametrize(("shape", "axis"), [((16, 5), -1), ((4, 6, 5, 3), -1), ((4, 3, 6, 5), 1)], ids=str)
-def test_outputs_gradients_and_moving_statistics(shape, axis, training, policy):
+def test_outputs_gradients_and_moving_statistics_agree_with_keras(shape, axis, training, policy):
     stock, fused = _pair(shape, axis, dtype=policy, epsilon=0.0078125)
     x = tf.constant(np.random.default_rng(1).standard_normal(shape) * 2 + 1, stock.compute_dtype)
     results = []
@@ -46,7 +46,7 @@ def test_outputs_gradients_and_moving_statistics(shape, axis, training, policy):
 
 
 @pytest.mark.parametrize("kwargs", [{"scale": False}, {"center": False}, {"scale": False, "center": False}], ids=str)
-def test_without_scale_or_center(kwargs):
+def test_without_scale_or_center_agrees_with_keras(kwargs):
     stock, fused = _pair((8, 4), **kwargs)
     assert [w.name for w in fused.weights] == [w.name for w in stock.weights]
     x = np.random.default_rng(1).standard_normal((8, 4)).astype(np.float32)
@@ -56,7 +56,7 @@ def test_without_scale_or_center(kwargs):
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "silu"])
-def test_activation_and_residual(activation):
+def test_activation_and_residual_agree_with_keras(activation):
     stock, fused = _pair((4, 6, 6, 5))
     fused.activation = activation
     rng = np.random.default_rng(1)

@@ -65,7 +65,7 @@ def _assert_same(stock, fused, dtype):
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16", "float64"])
 @pytest.mark.parametrize(("shape", "axis"), [((6, 7, 5), -1), ((4, 3, 6, 5), 1), ((9, 4), -1), ((5, 3, 4), 1)], ids=str)
 @pytest.mark.parametrize(("masked", "kwargs"), MODES)
-def test_as_keras(masked, kwargs, shape, axis, policy):
+def test_masks_and_renorm_agree_with_keras(masked, kwargs, shape, axis, policy):
     stock, fused = _pair(shape, axis, dtype=policy, epsilon=0.0078125, momentum=0.75, **kwargs)
     assert [(w.name, w.shape) for w in fused.weights] == [(w.name, w.shape) for w in stock.weights]
     rng = np.random.default_rng(1)
@@ -79,7 +79,7 @@ def test_as_keras(masked, kwargs, shape, axis, policy):
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize(("masked", "kwargs"), MODES)
-def test_activation_and_residual(masked, kwargs, mixed):
+def test_activation_and_residual_agree_with_keras(masked, kwargs, mixed):
     shape = (4, 6, 5, 3)
     policy = "mixed_bfloat16" if mixed else "float32"
     stock, fused = _pair(shape, activation="relu", dtype=policy, **kwargs)
@@ -121,7 +121,7 @@ def _masked_model(layer, with_residual):
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_inputs_own_mask(with_residual):
+def test_mask_of_the_inputs_is_used_and_passed_on(with_residual):
     """A mask that comes with the inputs is used, beside a residual too, and goes on with the outputs."""
     x = np.random.default_rng(0).standard_normal((8, 5, 2)).astype(np.float32)
     x[:, 3:] = 7.0
@@ -133,7 +133,7 @@ def test_inputs_own_mask(with_residual):
     np.testing.assert_array_equal(y._keras_mask, (x != 7).any(-1))
 
 
-def test_nothing_leaves_the_moving_statistics():
+def test_empty_batches_leave_the_moving_statistics():
     for kwargs in ({}, RENORM):
         if kwargs and "renorm" not in tfops.keras.BatchNormalization().get_config():
             continue
@@ -149,7 +149,7 @@ def test_nothing_leaves_the_moving_statistics():
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("inputs", ["float16", "float32", "float64", "int32"])
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "float64"])
-def test_dtypes_of_inputs(policy, inputs, autocast):
+def test_dtypes_of_inputs_agree_with_keras(policy, inputs, autocast):
     stock, fused = _pair((64, 3), dtype=policy, autocast=autocast, epsilon=0.0078125)
     x = tf.constant(np.random.default_rng(0).standard_normal((64, 3)) * 9, inputs)
     for training in (True, False):

@@ -87,7 +87,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_go_on(name):
+def test_optimizers_keep_their_state(name):
     if name == "multi" and not hasattr(optimizers, "MultiOptimizer"):
         pytest.skip("this Keras has no MultiOptimizer")
     model = make_model()
@@ -123,7 +123,7 @@ def test_state_is_matched_by_variable_though_paths_are_the_same():
     np.testing.assert_allclose(*logs, rtol=1e-5)
 
 
-def test_frozen_after_the_optimizer_was_built():
+def test_state_is_kept_of_layers_frozen_after_the_optimizer_was_built():
     model = make_model()
     model.compile(optimizers.Adam(0.01), "mse", run_eagerly=True)
     model.fit(X, TARGET, verbose=0)
@@ -133,7 +133,7 @@ def test_frozen_after_the_optimizer_was_built():
         np.testing.assert_array_equal(new, old)
 
 
-def test_mixed_float16():
+def test_loss_scaling_optimizer_keeps_its_state():
     keras.config.set_dtype_policy("mixed_float16")
     try:
         model = make_model("mixed_float16")
@@ -189,7 +189,7 @@ UNCOPYABLE = {
 
 
 @pytest.mark.parametrize("name", UNCOPYABLE)
-def test_optimizers_that_cannot_be_copied(name):
+def test_optimizers_that_cannot_be_copied_begin_anew_with_a_warning(name):
     make, reason = UNCOPYABLE[name]
     if name == "function" and not hasattr(optimizers, "MultiOptimizer"):
         pytest.skip("this Keras has no MultiOptimizer")
@@ -258,7 +258,7 @@ class HoldingInConfig(keras.Model):
 
 
 @pytest.mark.parametrize("cls", [Holding, HoldingInConfig])
-def test_optimizers_and_metrics_that_are_attributes_go_on(cls):
+def test_optimizers_and_metrics_that_are_attributes_keep_their_state(cls):
     model = cls()
     model(np.ones((2, 4), "float32"))
     for each in (model.opt, model.more["sgd"]):
@@ -275,7 +275,7 @@ def test_optimizers_and_metrics_that_are_attributes_go_on(cls):
         new.apply([tf.ones(4)] * 2, copy.trainable_variables)
 
 
-def test_an_optimizer_that_the_class_does_not_make_is_told_of():
+def test_optimizer_that_the_class_does_not_make_warns():
     model = HoldingInConfig()
     model(np.ones((2, 4), "float32"))
     model.later = optimizers.Adam(0.1)

@@ -70,7 +70,7 @@ def _assert_same(got, want):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("how", ["eager", "function", "jit"])
-def test_recompute_grad(how, activation):
+def test_recompute_grad_changes_no_result(how, activation):
     layer = _layer(activation=activation)
     call = tf.recompute_grad(lambda x, residual: layer(x, training=True, residual=residual))
     _assert_same(_step(layer, call, how), _stock(activation))
@@ -79,7 +79,7 @@ def test_recompute_grad(how, activation):
 @needs_scope
 @pytest.mark.parametrize("mode", SCOPES)
 @pytest.mark.parametrize("how", ["eager", "function", "jit"])
-def test_scope(how, mode):
+def test_remat_scope_changes_no_result(how, mode):
     with keras.RematScope(mode, **SCOPES[mode]):
         layer = _layer(activation="silu")
         plain = _layer()
@@ -89,7 +89,7 @@ def test_scope(how, mode):
 
 @needs_scope
 @pytest.mark.parametrize("how", ["eager", "function"])
-def test_masks(how):
+def test_remat_scope_changes_no_result_with_masks(how):
     with keras.RematScope("full"):
         layer = _layer(activation="relu")
     call = _step(layer, lambda x, r: layer(x, training=True, residual=r, mask=MASK), how)
@@ -107,7 +107,7 @@ def test_renorm_takes_a_batch_in_once(recomputed):
     _assert_same(got[:1] + got[5:], want[:1] + want[5:])  # gradients are those of the corrections as recomputed
 
 
-def test_the_function_itself():
+def test_recompute_grad_of_the_op_changes_no_gradient():
     scale, offset = tf.constant([1.0, 2.0, 3.0, 4.0], tf.float64), tf.zeros(4, tf.float64)
 
     def run(wrap):
@@ -136,7 +136,7 @@ def test_training_goes_on_after_a_recomputed_step():
 
 @needs_scope
 @pytest.mark.parametrize("models_too", [True, False])
-def test_fit(models_too):
+def test_fit_in_a_remat_scope_agrees_with_keras(models_too):
     """With a nested model that is recomputed too, what is in it runs four times; Keras can do that eagerly alone."""
 
     def make(cls, scope, **kwargs):

@@ -63,7 +63,7 @@ def _kept(model):
         ("silu", "mixed_bfloat16", (18, 14, 10)),
     ],
 )
-def test_residual_block(activation, policy, wanted):
+def test_residual_block_keeps_the_stated_bytes(activation, policy, wanted):
     model = _block(activation, policy)
     variants = model, convert(model, fold=False, verbose=0), convert(model, verbose=0)
     assert tuple(map(_kept, variants)) == wanted

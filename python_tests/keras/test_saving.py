@@ -59,7 +59,7 @@ def _assert_same(model, other):
     np.testing.assert_allclose(other.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-5)
 
 
-def test_configs():
+def test_configs_are_those_of_keras():
     ours, theirs = FUSED(**SETTINGS).get_config(), STOCK(**SETTINGS).get_config()
     assert ours == theirs
     assert STOCK.from_config(ours).get_config() == FUSED.from_config(theirs).get_config() == ours
@@ -71,7 +71,7 @@ def test_configs():
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(STOCK, FUSED), (FUSED, STOCK)], ids=["to tfops", "to Keras"])
-def test_weights_files(saved, loaded, tmp_path):
+def test_weights_load_into_either_layer(saved, loaded, tmp_path):
     model, other = _trained(saved), _model(loaded)
     assert [w.path for w in model.weights] == [w.path for w in other.weights]
     for name in ("h.weights.h5", "checkpoint"):
@@ -85,7 +85,7 @@ def test_weights_files(saved, loaded, tmp_path):
         _assert_same(model, other)
 
 
-def test_keras_file_to_keras(tmp_path):
+def test_keras_files_load_without_tfops(tmp_path):
     """Where tfops is not imported, its registered name can stand for Keras' layer."""
     model = _trained(FUSED)
     model.save(tmp_path / "model.keras")
@@ -104,7 +104,7 @@ def test_keras_file_to_keras(tmp_path):
 
 
 @pytest.mark.parametrize(("old", "new"), [(STOCK, FUSED), (FUSED, STOCK)], ids=["to tfops", "to Keras"])
-def test_cloned_with_the_other_layer(old, new, tmp_path):
+def test_clones_with_the_other_layer_agree(old, new, tmp_path):
     """How a .keras file of Keras' layers becomes one of these, and back."""
     _trained(old).save(tmp_path / "model.keras")
     model = keras.models.load_model(tmp_path / "model.keras")
@@ -122,7 +122,7 @@ def test_cloned_with_the_other_layer(old, new, tmp_path):
     _assert_same(model, other)
 
 
-def test_copies():
+def test_clones_pickles_and_deep_copies_agree():
     model = _trained(FUSED)
     clone = keras.models.clone_model(model)
     clone.set_weights(model.get_weights())
@@ -148,7 +148,7 @@ def test_copies():
         np.testing.assert_array_equal(layer.moving_mean, [1, 2, 3])
 
 
-def test_json():
+def test_json_names_the_layer():
     config = json.loads(_model(FUSED).to_json())
     assert keras.models.model_from_json(json.dumps(config)).get_layer("shared").__class__ is FUSED
 
@@ -173,13 +173,13 @@ def _losses(layer, **kwargs):
     [{}, {"run_eagerly": True}, {"steps_per_execution": 2}, {"optimizer": {"gradient_accumulation_steps": 2}}],
     ids=str,
 )
-def test_fit(kwargs):
+def test_fit_has_the_losses_of_keras(kwargs):
     np.testing.assert_allclose(_losses(FUSED, **copy.deepcopy(kwargs)), _losses(STOCK, **kwargs), rtol=1e-4)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["fused", "phases"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_recompute_grad(graph, masked):
+def test_recompute_grad_changes_no_gradient(graph, masked):
     """The forward pass runs once more for the gradient, which is the same."""
     x = tf.random.stateless_normal((8, 4, 3), (1, 2))
     mask = tf.sequence_mask([1, 4, 2, 3, 4, 4, 1, 2], 4) if masked else None
@@ -204,7 +204,7 @@ def test_recompute_grad(graph, masked):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["fused", "phases"])
-def test_second_derivative(masked):
+def test_second_derivative_agrees_with_keras(masked):
     """A gradient penalty, against Keras' layer."""
     x = tf.random.stateless_normal((6, 4, 3), (1, 2), dtype=tf.float64)
     mask = tf.sequence_mask([1, 4, 2, 3, 4, 4], 4) if masked else None

@@ -43,7 +43,7 @@ def results():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_replicas_as_one_device(results, name):
+def test_two_replicas_agree_with_one_device(results, name):
     """Outputs, gradients, second derivatives and moving averages; the latter are the same on both replicas."""
     if name not in results:
         pytest.skip("this Keras has no renorm")

@@ -31,7 +31,7 @@ def _assert_wanted(results):
 
 
 @pytest.mark.parametrize("names", [["x"], ["scale"], ["residual", "offset"], list(ARRAYS)], ids=str)
-def test_memory_maps(names, tmp_path):
+def test_memory_maps_are_taken(names, tmp_path):
     mapped = {name: _memmap(ARRAYS[name], tmp_path, name, offset=12) for name in names}
     _assert_wanted(tfops_kernels.forward(**{**ARRAYS, **mapped}))
     arrays = {**ARRAYS, **mapped}
@@ -47,7 +47,7 @@ def test_memory_maps(names, tmp_path):
         np.testing.assert_array_equal(got, want)
 
 
-def test_what_else_lies_in_memory_as_it_should():
+def test_frozen_sliced_and_derived_arrays_are_taken():
     class Derived(np.ndarray):
         pass
 
@@ -77,12 +77,12 @@ def _odd(array):
         (np.ma.masked_array, r"without a mask \(array\.filled\(\) makes it so\)"),
     ],
 )
-def test_what_does_not(name, spoil, message):
+def test_arrays_of_another_memory_layout_are_refused(name, spoil, message):
     with pytest.raises(ValueError, match=f"^{name} must be {message}"):
         tfops_kernels.forward(**{**ARRAYS, name: spoil(ARRAYS[name])})
 
 
-def test_the_remedies_work():
+def test_remedies_in_the_messages_work():
     for spoiled, remedy in (
         (ARRAYS["x"].astype(">f4"), lambda array: array.astype("float32")),
         (np.asfortranarray(ARRAYS["x"]), np.ascontiguousarray),
@@ -105,11 +105,11 @@ def test_the_remedies_work():
     ],
     ids=lambda value: "",
 )
-def test_other_elements(x, message):
+def test_other_element_types_are_refused(x, message):
     with pytest.raises((TypeError, ValueError), match=f"^x (must be )?{message}"):
         tfops_kernels.forward(**{**ARRAYS, "x": x, "residual": None})
 
 
-def test_another_kind_beside_x():
+def test_arrays_of_another_library_than_x_are_refused():
     with pytest.raises(TypeError, match=r"^scale must be a numpy\.ndarray as x is, but it is a list"):
         tfops_kernels.forward(**{**ARRAYS, "scale": [1.0, 2.0, 3.0]})

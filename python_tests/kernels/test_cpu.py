@@ -91,7 +91,7 @@ def _outputs(request, monkeypatch):
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @LARGE
 @pytest.mark.usefixtures("_outputs")
-def test_larger_than_the_cache(row, axis, dtype, residual):
+def test_larger_than_the_cache_has_the_same_bits(row, axis, dtype, residual):
     """Tensors that outgrow the cache are written past it, and half of them, which fill it, fetched ahead: bit for bit
     what small parts are, for which neither is done."""
     x, dy, r = _larger_than_the_cache(row, dtype)
@@ -163,7 +163,7 @@ def _check_in_place(x, dy, residual, axis, dtype):
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @LARGE
-def test_in_place_larger_than_the_cache(row, axis, dtype, residual):
+def test_in_place_larger_than_the_cache_has_the_same_bits(row, axis, dtype, residual):
     """What is written in an input's place does not go past the cache."""
     x, dy, r = (np.concatenate([array, array]) for array in _larger_than_the_cache(row, dtype))
     _check_in_place(x, dy, r if residual else None, axis, dtype)
@@ -172,7 +172,7 @@ def test_in_place_larger_than_the_cache(row, axis, dtype, residual):
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @pytest.mark.parametrize("plane", [(3, 3), (7, 7), (5, 9), (14, 14), (11, 23), (27, 27)], ids=str)
-def test_planes_in_place(plane, dtype, residual):
+def test_planes_in_place_have_the_same_bits(plane, dtype, residual):
     """The last vector of a plane overlaps the one before, and has to be read before that is written."""
     kind = kernel_cases.numpy_dtype(dtype)
     x, dy, r = np.random.default_rng(0).standard_normal((3, 6, 5, *plane)).astype(kind)
@@ -182,7 +182,7 @@ def test_planes_in_place(plane, dtype, residual):
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @pytest.mark.parametrize("shape", [(3, 64), (8, 512), (301, 64), (77, 40), (130, 131), (2050, 24), (67, 2056)], ids=str)
-def test_rows_in_place(shape, dtype, residual):
+def test_rows_in_place_have_the_same_bits(shape, dtype, residual):
     """Rows that go through tiles four at a time, some that are left, and what tiles leave of each."""
     kind = kernel_cases.numpy_dtype(dtype)
     x, dy, r = np.random.default_rng(0).standard_normal((3, *shape)).astype(kind)
@@ -193,7 +193,7 @@ def test_rows_in_place(shape, dtype, residual):
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @pytest.mark.parametrize("plane", [(3, 3), (7, 7), (5, 9), (11, 23)], ids=str)
-def test_training_gradients_of_planes_in_place(plane, dtype, activation, taker):
+def test_training_gradients_of_planes_in_place_have_the_same_bits(plane, dtype, activation, taker):
     """dx or dresidual in the place of dy, with a mask or without: of the last vector too, all is read in time."""
     kind = kernel_cases.numpy_dtype(dtype)
     param = np.float64 if dtype == "float64" else np.float32
@@ -274,7 +274,7 @@ def test_mask_larger_than_the_cache(row, axis, dtype):
 
 
 @pytest.mark.parametrize("shape", [(256, 3, 3), (2000, 2, 1, 2), (500, 5, 7), (100, 3, 5, 5)], ids=str)
-def test_short_planes_make_no_long_chains(shape):
+def test_rounding_does_not_add_up_over_short_planes(shape):
     """Sums of a few values, again and again, round the same way each time: that adds up if they are long."""
     others = tuple(i for i in range(len(shape)) if i != 1)
     rng = np.random.default_rng(0)
@@ -328,7 +328,7 @@ def _run(arrays, case, threads):
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-def test_threads_and_repetition(shape, axis, dtype):
+def test_bits_are_the_same_for_any_threads_in_every_run(shape, axis, dtype):
     case = kernel_cases.Case(shape, axis, dtype)
     arrays = kernel_cases.inputs(case)
     want = _run(arrays, case, 1)
@@ -413,7 +413,7 @@ def test_nan_stays_nan(dtype):
 
 
 @pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
-def test_levels(level):
+def test_all_levels_of_instruction_sets_pass(level):
     """All of this file and the CPU's phases by themselves, with the kernels of another instruction set."""
     if level == tfops_kernels.build_info()["cpu_instruction_set"]:
         pytest.skip(f"{level} is what the other tests ran")
@@ -429,7 +429,7 @@ def test_levels(level):
 
 
 @pytest.mark.parametrize("streams", ["few", "many"])
-def test_streams(streams):
+def test_few_and_many_streams_pass(streams):
     """Past the cache memory is read and written in few streams or in many, as suits the core: both do everywhere."""
     tests = run_python(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__),

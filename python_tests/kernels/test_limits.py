@@ -131,7 +131,7 @@ def test_more_elements_than_32_bits_count(case):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 100, 1023, 4097, 32_768, 65_535, 65_536, 65_537, 70_000])
-def test_channels(channels):
+def test_any_number_of_channels_agrees_with_numpy(channels):
     """Any number of them, of one pixel, one image, one element or some; and layouts agree."""
     rng = np.random.default_rng(channels)
     scale, offset = rng.uniform(0.5, 2, (2, channels)).astype(np.float32)

@@ -25,7 +25,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-def test_cpu(shape, axis, dtype):
+def test_cpu_agrees_with_numpy(shape, axis, dtype):
     given = make_given(shape, axis, dtype)
     # A z near a kink would be on either side of it.
     activation = "silu" if dtype != "float64" else "relu6"
@@ -69,5 +69,5 @@ def test_cpu_threads_change_nothing(shape, axis):
 @pytest.mark.parametrize("device", ["three", "small"])
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-def test_cuda_by_simt(simt, shape, axis, dtype, device):
+def test_cuda_by_simt_agrees_with_cpu(simt, shape, axis, dtype, device):
     assert_cuda_agrees(simt, shape, axis, dtype, device)

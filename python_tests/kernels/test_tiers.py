@@ -73,7 +73,7 @@ def plan(shape, device=H200, **settings):
 
 
 @pytest.mark.parametrize(("shape", "axis", "dtype", "residual", "forward", "backward"), PROBLEMS, ids=str)
-def test_tier(shape, axis, dtype, residual, forward, backward):
+def test_problems_take_the_expected_tiers(shape, axis, dtype, residual, forward, backward):
     plans = [plan(shape, axis=axis, dtype=dtype, residual=residual, backward=b) for b in (False, True)]
     assert [p.tier for p in plans] == [forward, backward]
     for p in plans:
@@ -90,7 +90,7 @@ def test_tier(shape, axis, dtype, residual, forward, backward):
             assert p.blocks <= H200["multiprocessors"]
 
 
-def test_small_to_large():
+def test_larger_batches_take_more_blocks_until_they_stream():
     """As batches grow, blocks get company, until nothing fits."""
     order = [plan((n, 64)).tier for n in (16, 4096, 100_000, 1_000_000)]
     assert order == ["one_block", "cluster", "grid", "streaming"]
@@ -98,7 +98,7 @@ def test_small_to_large():
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("shape", [(100_000, 64), (4096, 2048)])
-def test_what_does_not_fit(shape, backward):
+def test_problems_too_large_for_the_chip_stream(shape, backward):
     """The least shared memory with which a problem stays on the chip is what its plan asks for, or less."""
     device = {"largest_cluster": 1, "cooperative": False}
     assert plan(shape, device, backward=backward).tier in ("one_block", "streaming")
@@ -108,7 +108,7 @@ def test_what_does_not_fit(shape, backward):
 
 
 @pytest.mark.parametrize(("shape", "axis", "dtype", "residual", "forward", "backward"), PROBLEMS, ids=str)
-def test_without_clusters(shape, axis, dtype, residual, forward, backward):
+def test_without_clusters_plans_fit_the_device(shape, axis, dtype, residual, forward, backward):
     for b in (False, True):
         p = plan(shape, A100, axis=axis, dtype=dtype, residual=residual, backward=b)
         assert p.tier != "cluster"
@@ -117,7 +117,7 @@ def test_without_clusters(shape, axis, dtype, residual, forward, backward):
         assert p.tier in ("one_block", "streaming")
 
 
-def test_inference():
+def test_inference_streams_in_one_pass():
     """Its forward pass is one pass; its gradient takes sums."""
     p = plan((256, 128), training=False)
     assert (p.tier, p.launches) == ("streaming", 1)
@@ -126,7 +126,7 @@ def test_inference():
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0)])
-def test_no_elements(shape):
+def test_plan_without_elements_says_so(shape):
     assert "no elements" in plan(shape).reason
 
 
@@ -145,7 +145,7 @@ def test_ragged_sizes_have_wide_accesses(shape, axis, residual):
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_forced(monkeypatch, tier):
+def test_forced_tier_is_taken(monkeypatch, tier):
     monkeypatch.setenv("TFOPS_TIER", tier)
     for backward in (False, True):
         p = plan((1024, 64), backward=backward)
@@ -167,20 +167,20 @@ def test_forced(monkeypatch, tier):
     ],
     ids=str,
 )
-def test_forced_in_vain(monkeypatch, tier, device, why):
+def test_forced_tier_that_cannot_be_is_refused(monkeypatch, tier, device, why):
     monkeypatch.setenv("TFOPS_TIER", tier)
     with pytest.raises(ValueError, match=why):
         plan((10_000_000, 64), device)
 
 
-def test_reason():
+def test_reason_gives_blocks_and_times():
     p = plan((32, 14, 14, 256))
     assert p.reason.startswith(f"{p.blocks // p.blocks_per_slab} slabs of ")
     assert f"{p.blocks_per_slab} blocks each" in p.reason
     assert " us, against " in p.reason
 
 
-def test_bad_arguments():
+def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="but it is int8"):
         plan((4, 4), dtype="int8")
     with pytest.raises(TypeError, match="warps is unknown"):

@@ -42,7 +42,7 @@ def npz(arrays, tmp_path) -> Path:
     return tmp_path / "mnist.npz"
 
 
-def test_digits(arrays, npz):
+def test_digits_come_once_each_in_an_order_for_each_pass(arrays, npz):
     data = digit_batches(npz, 16, seed=3)
     assert (data.train_size, data.test_size, data.steps) == (50, 20, 4)
     first, again = gather(data.train), gather(data.train)
@@ -62,12 +62,12 @@ def test_digits(arrays, npz):
     np.testing.assert_array_equal(gather(digit_batches(npz, 16, seed=3).train)[1], first[1])
 
 
-def test_limit_is_spread(arrays, npz):
+def test_limit_takes_digits_from_all_of_the_data(arrays, npz):
     _, labels = gather(digit_batches(npz, 16, seed=0, limit=5).train)
     np.testing.assert_array_equal(np.sort(labels), np.sort(arrays["y_train"][[0, 12, 24, 36, 49]]))
 
 
-def test_enlarged_digits(arrays, npz):
+def test_enlarged_digits_are_interpolated(arrays, npz):
     images, labels = gather(image_batches(str(npz), 67, 8, seed=0).test)
     assert images.shape == (20, 67, 67, 3)
     np.testing.assert_array_equal(labels, arrays["y_test"])
@@ -79,7 +79,7 @@ def test_enlarged_digits(arrays, npz):
         np.testing.assert_allclose(image[..., 0], enlarged, atol=0.01)
 
 
-def test_cifar10(monkeypatch):
+def test_cifar10_is_read(monkeypatch):
     rng = np.random.default_rng(0)
     splits = [(rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.integers(0, 10, (n, 1))) for n in (12, 6)]
     monkeypatch.setattr(keras.datasets.cifar10, "load_data", lambda: splits)
@@ -97,7 +97,7 @@ def test_cifar10(monkeypatch):
         image_batches("cifar10", 32, 5, seed=0)
 
 
-def test_synthetic():
+def test_synthetic_images_are_made():
     data = image_batches("synthetic", 67, 4, seed=0, classes=30)
     images, labels = gather(data.train)
     assert images.shape == (4 * data.steps, 67, 67, 3)
@@ -106,7 +106,7 @@ def test_synthetic():
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_folder(tmp_path, split):
+def test_class_folders_are_read(tmp_path, split):
     for name in ("train", "test") if split else (".",):
         save_images(tmp_path / name)
     data = image_batches(str(tmp_path), 20, 7, seed=0)
@@ -129,7 +129,7 @@ def assert_error(message: str, folder: Path, **arguments) -> None:
         image_batches(str(folder), 20, 7, seed=0, **arguments)
 
 
-def test_bad_folders(tmp_path):
+def test_bad_folders_are_named(tmp_path):
     assert_error(f"{tmp_path / 'none'}: no such file or folder", tmp_path / "none")
     assert_error(f"{tmp_path}: no folder of class folders: it needs at least two folders of images, not none", tmp_path)
     (tmp_path / "one").mkdir()
@@ -145,7 +145,7 @@ def test_bad_folders(tmp_path):
     assert_error(f"{tmp_path / 'few'}: 3 images are too few", tmp_path / "few")
 
 
-def test_mixed_sizes(tmp_path):
+def test_mixed_sizes_need_resize(tmp_path):
     save_images(tmp_path)
     odd = tmp_path / "green" / "odd.png"
     Image.fromarray(np.zeros((9, 30, 3), np.uint8)).save(odd)
@@ -154,7 +154,7 @@ def test_mixed_sizes(tmp_path):
     assert data.train_size + data.test_size == 31
 
 
-def test_files_that_are_no_images(tmp_path):
+def test_files_that_are_no_images_are_named(tmp_path):
     save_images(tmp_path)
     odd = tmp_path / "green" / "odd.png"
     odd.write_text("not an image")
@@ -175,13 +175,13 @@ def test_broken_image_is_named(tmp_path, style):
     assert "Traceback" not in run.stderr
 
 
-def test_fewer_classes_than_the_data_have(npz):
+def test_fewer_classes_than_the_data_have_are_refused(npz):
     options = alexnet_options.parse(["--data", str(npz), "--classes", "9", "--image-size", "67"], "keras")
     with pytest.raises(UserError, match=r"--classes must be at least 10, as .* has, not 9"):
         alexnet_options.read_data(options)
 
 
-def test_too_small_images(capsys):
+def test_too_small_images_are_refused(capsys):
     with pytest.raises(SystemExit) as error:
         alexnet_options.parse(["--image-size", "66"], "graph")
     assert error.value.code == 2

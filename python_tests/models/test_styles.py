@@ -61,7 +61,7 @@ def build(name: str, norm: str, style_norm: str):
 @pytest.mark.parametrize(
     ("norm", "style_norm"), [("tfops", "tfops"), ("keras", "tf"), ("tf", "keras"), ("none", "none")]
 )
-def test_same_outputs_and_first_steps(name, norm, style_norm):
+def test_styles_have_the_same_outputs_and_first_steps(name, norm, style_norm):
     network, model, images, labels = build(name, norm, style_norm)
     rng = np.random.default_rng(0)
     for layer in model.layers:
@@ -126,7 +126,7 @@ def check_gradients(got: list[np.ndarray], wanted: list[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("norm", ["tfops", "keras", "tf"])
-def test_norms_against_numpy(norm):
+def test_norms_agree_with_numpy(norm):
     """Outputs, and moving averages of the population variance, in both styles, in float64."""
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((6, 4, 4, 5)) * 2 + 1).astype(np.float32)
@@ -185,7 +185,7 @@ def test_parameters_of_alexnet_are_the_papers():
 
 
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
-def test_precision_in_a_graph(precision):
+def test_graphs_train_in_16_bits(precision):
     """16-bit activations change outputs a little, gradients arrive in float32 variables, and training goes on."""
     outputs = {}
     images = np.random.default_rng(0).random((16, 28, 28, 1), np.float32)

@@ -43,7 +43,7 @@ def _bytes(tensors):
     return [tensor.numpy().tobytes() for tensor in tensors]
 
 
-def test_python_threads():
+def test_python_threads_have_the_bits_of_one():
     """Eight threads, each with data of its own, eagerly and through one function."""
     want = [_bytes(_step(*_inputs(i))) for i in range(THREADS)]
     function = tf.function(_step, reduce_retracing=True)
@@ -74,7 +74,7 @@ def test_threads_share_variables():
     assert 0 <= mean.min() <= mean.max() <= THREADS - 1
 
 
-def test_ops_side_by_side_in_a_graph():
+def test_ops_side_by_side_in_a_graph_have_the_same_bits():
     """Eight that do not wait for one another, in one graph; each asks the same pool for help."""
     inputs = [_inputs(i) for i in range(8)]
     want = [_bytes(_step(*arguments)) for arguments in inputs]
@@ -87,7 +87,7 @@ def test_ops_side_by_side_in_a_graph():
                 assert [[result.tobytes() for result in step] for step in got] == want
 
 
-def test_sessions_side_by_side():
+def test_sessions_side_by_side_keep_their_variables():
     """Eight sessions on one graph, each with a variable of its own, from eight threads."""
     with tf.Graph().as_default() as graph:
         x = tf.compat.v1.placeholder(tf.float32, [None, 24])
@@ -110,7 +110,7 @@ def test_sessions_side_by_side():
         np.testing.assert_array_equal(got, np.full(24, i * (1 - 2.0**-10), np.float32))
 
 
-def test_library_is_loaded_twice():
+def test_library_loaded_twice_works():
     """The same file again is the same library."""
     again = _library.load(Path(_library.__file__).with_name("_tfops_ops.so"), tf.__version__)
     x, scale, offset = _inputs(0)
@@ -143,20 +143,20 @@ print("as it should be")
 """
 
 
-def test_package_is_imported_twice():
+def test_package_imported_twice_works():
     """As a notebook does that forgets its modules to load a new version: TensorFlow forgets nothing."""
     run = run_python("-c", _IMPORTED_AGAIN)
     assert run.stdout == "as it should be\n", run.stdout + run.stderr
 
 
-def test_spawned_processes():
+def test_spawned_processes_have_the_same_bits():
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         results = [pool.apply_async(digest.digest) for _ in range(2)]
         assert {result.get(timeout=120) for result in results} == {digest.digest()}
 
 
 @pytest.mark.exclusive
-def test_interrupt():
+def test_interrupt_ends_training_and_leaves_it_usable():
     """Ctrl-C ends training with KeyboardInterrupt at once, and leaves everything fit for use."""
     process = start_python("-m", "tfops_testing.digest", "interrupt")
     try:

@@ -61,7 +61,7 @@ def _refuse(call, bad, which):
 @pytest.mark.parametrize("which", VECTORS)
 @pytest.mark.parametrize("bad", [EMPTY, SHORT, LONG, tf.ones([]), tf.ones([4, 1])], ids=lambda t: str(t.shape))
 @pytest.mark.parametrize("call", FORWARD, ids=lambda f: f.__name__)
-def test_cve_2021_29583_parameters_of_another_length_than_channels(call, bad, which):
+def test_cve_2021_29583_parameters_of_another_length_are_refused(call, bad, which):
     """FusedBatchNorm read past the ends of scale, offset, mean and variance, and at null if they were empty."""
     _refuse(call, bad, which)
 
@@ -77,13 +77,13 @@ def test_cve_2021_29555_no_channels(call, shape):
 @pytest.mark.parametrize("which", VECTORS)
 @pytest.mark.parametrize("bad", [EMPTY, SHORT, LONG], ids=lambda t: str(t.shape))
 @pytest.mark.parametrize("call", GRADIENTS, ids=lambda f: f.__name__)
-def test_cve_2021_41223_gradients_of_another_length(call, bad, which):
+def test_cve_2021_41223_parameters_of_another_length_are_refused(call, bad, which):
     """FusedBatchNorm's kernels accessed the heap out of bounds for parameters that nobody had checked."""
     _refuse(call, bad, which)
 
 
 @pytest.mark.parametrize("call", GRADIENTS, ids=lambda f: f.__name__)
-def test_cve_2021_41223_gradients_of_another_shape(call):
+def test_cve_2021_41223_gradients_of_another_shape_are_refused(call):
     for shape in ([2, 3, 3, 5], [2, 3, 4], [0, 3, 3, 4], [72], []):
         with pytest.raises(tf.errors.InvalidArgumentError, match=r"must have shape|must have rank|must be in"):
             call(tf.ones(shape), *[GOOD] * 3, SHORT)

@@ -15,13 +15,13 @@ from tfops_testing import digest
 from tfops_testing.fresh_process import start_python
 
 
-def test_ops_repeat():
+def test_bits_are_the_same_in_every_run():
     want = digest.digest()
     for _ in range(19):
         assert digest.digest() == want
 
 
-def test_threads_and_op_determinism():
+def test_bits_do_not_depend_on_threads_or_op_determinism():
     """In processes of their own, for neither can be changed in one that runs."""
 
     def start(threads, *arguments):

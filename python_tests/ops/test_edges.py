@@ -23,7 +23,7 @@ def _param(dtype):
 
 @pytest.mark.parametrize("shape", [(0, 4), (0, 3, 3, 4), (5, 0, 4), (2, 4, 0), (0, 4, 3)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
-def test_empty_batch(dtype, shape):
+def test_empty_batch_keeps_statistics_and_has_zero_gradients(dtype, shape):
     axis = 1 if shape[-1] != 4 else -1
     param = _param(dtype)
     x = tf.zeros(shape, dtype)
@@ -53,7 +53,7 @@ def test_no_channels():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
-def test_one_element_a_channel(dtype):
+def test_one_element_a_channel_has_no_variance(dtype):
     x = tf.constant([[1.0, -2.0, 1000.0]], dtype)
     scale, offset = tf.ones(3, _param(dtype)), tf.constant([1.0, 2.0, 3.0], _param(dtype))
     with tf.GradientTape() as tape:
@@ -70,7 +70,7 @@ def test_one_element_a_channel(dtype):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(("shape", "axis"), [((50, 23), -1), ((3, 23, 6, 6), 1), ((9, 300), -1)], ids=str)
-def test_a_bad_channel_spoils_no_other(shape, axis, value):
+def test_nonfinite_channel_spoils_no_other(shape, axis, value):
     case = kernel_cases.Case(shape, axis, "float32")
     arrays = kernel_cases.inputs(case)
     spoiled = arrays["x"].copy()
@@ -103,7 +103,7 @@ def test_a_bad_channel_spoils_no_other(shape, axis, value):
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), [((700, 24), -1), ((5000, 3), 1), ((40, 12, 9, 9), 1), ((2, 3, 9000), 1)])
-def test_the_mean_of_infinities(shape, axis, dtype):
+def test_mean_of_infinities_is_that_of_numpy(shape, axis, dtype):
     """Wherever they lie, and however many: that infinity, or NaN of both signs or where there is one. As in NumPy."""
     rng = np.random.default_rng(0)
     channels = shape[axis]
@@ -130,7 +130,7 @@ def test_the_mean_of_infinities(shape, axis, dtype):
         np.testing.assert_array_equal(mean, want)
 
 
-def test_an_epsilon_of_zero():
+def test_epsilon_of_zero_means_zero():
     """Means what it says, as in Keras' layer: channels without variance are NaN, the others what they are."""
     x = np.random.default_rng(0).standard_normal((6, 3)) * [1, 0, 1e-9]
     one, zero = np.ones(3), np.zeros(3)
@@ -162,7 +162,7 @@ def test_relu_gradient_at_zero_is_zero():
         np.testing.assert_allclose(gradient, np.full((2, 2), expected), rtol=1e-6)
 
 
-def test_a_pass_of_means_a_thousand_deviations_away():
+def test_large_means_keep_the_stated_bounds():
     """The bounds of the README: no cancellation, in any layout, eager or not."""
     rng = np.random.default_rng(0)
     for ratio, relative in ((1e3, 1e-5), (1e5, 1e-3)):
@@ -307,7 +307,7 @@ def test_gradient_ops_check_their_inputs(op, name):
     ],
     ids=["training_grad-residual", "inference_grad-residual", "drunning"],
 )
-def test_gradient_ops_check_how_many(op, changes, message):
+def test_gradient_ops_check_the_lengths_of_lists(op, changes, message):
     call, inputs = _gradient_call(op)
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         call(**{**inputs, **changes})
@@ -355,7 +355,7 @@ def test_vectors_of_another_type_are_refused():
     ],
     ids=str,
 )
-def test_a_graph_knows_of_x_what_dy_tells(dy, scale, message):
+def test_shape_of_x_is_inferred_from_dy(dy, scale, message):
     from tfops._library import ops
 
     def build():
@@ -371,7 +371,7 @@ def test_a_graph_knows_of_x_what_dy_tells(dy, scale, message):
         assert build().dx.shape.as_list() == [None, 3]
 
 
-def test_a_residual_that_does_not_suit_the_vectors():
+def test_residual_of_other_channels_is_refused_in_a_graph():
     from tfops._library import ops
 
     with tf.Graph().as_default():

@@ -75,7 +75,7 @@ def test_command_line_checks_every_combination(tmp_path):
             assert max(result["errors"].values()) < 1e-6
 
 
-def test_filters(capsys):
+def test_options_choose_the_combinations(capsys):
     arguments = [
         "--dtype",
         "float64",
@@ -108,7 +108,7 @@ def test_filters(capsys):
         (["--speed"], "--speed"),
     ],
 )
-def test_bad_arguments(arguments, named, capsys):
+def test_bad_arguments_are_named(arguments, named, capsys):
     with pytest.raises(SystemExit) as error:
         gradcheck.main(arguments)
     assert error.value.code == 2
@@ -117,7 +117,7 @@ def test_bad_arguments(arguments, named, capsys):
     assert named in message
 
 
-def test_bad_arguments_exit_status():
+def test_bad_arguments_exit_with_2():
     assert run_python("-m", "tfops.gradcheck", "--dtype", "int8").returncode == 2
 
 

@@ -44,7 +44,7 @@ def _first_and_second(function, variables, weights, directions, settings):
 @pytest.mark.parametrize("activation", kernel_cases.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [tf.float64, tf.float32, tf.float16, tf.bfloat16], ids=lambda d: d.name)
 @pytest.mark.parametrize(("shape", "axis"), [((4, 3, 5), -1), ((6, 3, 2, 2), 1), ((40, 65), -1)], ids=str)
-def test_first_and_second(shape, axis, dtype, activation, training):
+def test_first_and_second_derivatives_agree_with_the_reference(shape, axis, dtype, activation, training):
     rng = np.random.default_rng(3)
     variables = make_problem(shape, axis, dtype)
     y_weights = rng.standard_normal(shape)
@@ -75,7 +75,7 @@ def test_first_and_second(shape, axis, dtype, activation, training):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("dtype", [tf.float32, tf.float16, tf.bfloat16], ids=lambda d: d.name)
 @pytest.mark.parametrize("channels", [1, 3, 7, 24, 65, 129, 2049])
-def test_first_no_worse_than_tensorflow(channels, dtype, training):
+def test_first_derivative_is_no_worse_than_tensorflows(channels, dtype, training):
     """The error against float64 is at most twice that of TensorFlow's own gradient op."""
     x, scale, offset, mean, variance, _ = make_problem((3, 4, 5, channels), -1, dtype)
     dy = tf.cast(np.random.default_rng(1).standard_normal(x.shape), dtype)
@@ -121,7 +121,7 @@ def test_second_derivative_agrees_with_tensorflow():
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_third_derivative(activation):
+def test_third_derivative_agrees_with_the_reference(activation):
     x, scale, offset, *_ = make_problem((4, 3), -1, tf.float64)
 
     def third(function):

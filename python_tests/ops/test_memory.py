@@ -43,7 +43,7 @@ print(resident_bytes() - before)
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
-def test_no_growth(mode):
+def test_steps_leave_no_memory_behind(mode):
     """Forward and backward, 10,000 times, in a process where nothing else takes memory."""
     run = run_python("-c", _GROWTH, mode, STEPS)
     assert run.returncode == 0, run.stderr
@@ -73,7 +73,7 @@ CALLS = {
 
 @pytest.mark.parametrize("holder", ["tensors", "graph", "variables"])
 @pytest.mark.parametrize("op", CALLS)
-def test_what_is_held_stays_as_it_is(op, holder):
+def test_inputs_that_are_still_read_are_not_overwritten(op, holder):
     """Outputs lie in inputs' memory only where nobody will read that again."""
     given = (X, X[::-1].copy(), X * 2, V)
     if holder == "variables":  # what a function reads of them is their own memory
@@ -97,7 +97,7 @@ def test_what_is_held_stays_as_it_is(op, holder):
         np.testing.assert_array_equal(tensor, array)
 
 
-def test_one_tensor_in_every_place():
+def test_one_tensor_may_be_every_input():
     """x is its own residual and its own gradient: no output may be written before the last of them is read."""
 
     def run(x):

@@ -99,7 +99,7 @@ def test_reference_agrees(dtype, activation, residual, training):
             )
 
 
-def test_migration_is_the_name():
+def test_calls_of_tensorflows_op_mean_the_same():
     """Every call of TensorFlow's op, positional and by keyword, means the same."""
     x, scale, offset, mean, variance, _ = make_problem((4, 5, 6, 7), -1, tf.float32)
     calls = [

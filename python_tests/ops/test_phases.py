@@ -59,7 +59,7 @@ def _oracle_moments(x, axis, keep):
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16, tf.float16, tf.float64], ids=lambda d: d.name)
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-def test_moments(shape, axis, keep, dtype):
+def test_moments_agree_with_numpy(shape, axis, keep, dtype):
     rng = np.random.default_rng(5)
     x = tf.constant(rng.standard_normal(shape) * 3 + 2, dtype)
     flags = _keep(keep, shape, rng)
@@ -75,7 +75,7 @@ def test_moments(shape, axis, keep, dtype):
 @pytest.mark.parametrize("keep", ["all", "half", "padding"])
 @pytest.mark.parametrize(("shape", "axis"), [((4500, 40), -1), ((2, 3, 150, 151), 1)], ids=str)
 @pytest.mark.parametrize(("ratio", "bound"), [(1e3, 1e-5), (1e5, 1e-3)])
-def test_moments_of_a_large_mean(ratio, bound, shape, axis, keep):
+def test_moments_of_a_large_mean_keep_the_stated_bounds(ratio, bound, shape, axis, keep):
     rng = np.random.default_rng(5)
     x = tf.constant(rng.standard_normal(shape) + ratio, tf.float32)
     flags = _keep(keep, shape, rng)
@@ -84,7 +84,7 @@ def test_moments_of_a_large_mean(ratio, bound, shape, axis, keep):
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 0)], ids=str)
-def test_moments_of_nothing(shape):
+def test_moments_of_no_elements_are_zero(shape):
     for keep in (None, np.ones(shape[:-1], bool)):
         for got in _phases.moments(tf.zeros(shape), -1, keep):
             np.testing.assert_array_equal(got, np.zeros(shape[-1]))
@@ -151,7 +151,7 @@ def _derivatives(function, variables, y_weights, directions, **settings):
     ],
     ids=str,
 )
-def test_outputs_and_derivatives(shape, axis, dtype, graph, activation):
+def test_outputs_and_derivatives_agree_with_plain_tensorflow(shape, axis, dtype, graph, activation):
     rng = np.random.default_rng(3)
     arrays = kernel_cases.inputs(kernel_cases.Case(shape, axis, dtype.name))
     y_weights = rng.standard_normal(shape)
@@ -181,7 +181,7 @@ def test_outputs_and_derivatives(shape, axis, dtype, graph, activation):
 
 
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-def test_gradient_of_kept_elements(shape, axis):
+def test_gradient_of_kept_elements_agrees_with_numpy(shape, axis):
     """Large and awkward shapes: dx where some elements are kept, in float32 and with an activation."""
     rng = np.random.default_rng(6)
     channels = shape[axis]

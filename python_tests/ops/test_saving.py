@@ -54,7 +54,7 @@ def saved(tmp_path_factory):
     return folder
 
 
-def test_loaded_in_a_fresh_process(saved):
+def test_every_format_loads_in_a_fresh_process(saved):
     """Every format gives the same outputs, and what can be trained gets where the original has got."""
     differences = _fresh_process(
         """
@@ -104,7 +104,7 @@ def test_loaded_in_a_fresh_process(saved):
     assert max(differences.values()) < 1e-5, differences
 
 
-def test_served_without_tfops(saved):
+def test_saved_model_is_served_without_tfops(saved):
     """A SavedModel needs the op library alone, none of the project's Python."""
     difference = _fresh_process(
         """
@@ -128,7 +128,7 @@ def test_served_without_tfops(saved):
     assert difference < 1e-6
 
 
-def test_tflite_after_converting_back(saved):
+def test_tflite_runs_a_model_converted_back(saved):
     model = keras.models.load_model(saved / "model.keras")
     x = np.load(saved / "data.npz")["x"]
     back = tfops.keras.convert(model, to="keras", verbose=0)
@@ -153,7 +153,7 @@ def test_weights_go_between_keras_and_tfops(tmp_path):
         np.testing.assert_array_equal(got, want)
 
 
-def test_subclassed_model(tmp_path):
+def test_weights_of_a_subclassed_model_are_saved(tmp_path):
     """Its file has the weights; its class makes Keras' batch norms again."""
 
     @keras.saving.register_keras_serializable(package="test_saving")
@@ -200,7 +200,7 @@ class _Graph:
         self.saver = v1.train.Saver()
 
 
-def test_tf1_checkpoints(tmp_path):
+def test_tf1_checkpoints_are_restored_and_trained_on(tmp_path):
     """Restored into a graph made again, and into the graph that was saved with it; then trained on."""
     v1 = tf.compat.v1
     x = np.random.default_rng(0).standard_normal((16, 3)).astype(np.float32) * 3

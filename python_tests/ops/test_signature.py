@@ -36,14 +36,14 @@ def _same(arguments, keywords):
 
 
 @pytest.mark.parametrize("statistics", STATISTICS.values(), ids=STATISTICS)
-def test_statistics(statistics):
+def test_statistics_of_every_type_are_taken(statistics):
     _same((X, SCALE, OFFSET, *statistics), {"is_training": False})
     _same((X, SCALE, OFFSET, *statistics), {"exponential_avg_factor": 0.25})
     _same((X, SCALE, OFFSET, *statistics), {})
 
 
 @pytest.mark.parametrize(("mean", "variance"), [*itertools.product((*EMPTY, MEAN), repeat=2)], ids=lambda _: "")
-def test_statistics_that_are_not_needed(mean, variance):
+def test_statistics_that_are_not_needed_may_be_empty(mean, variance):
     _same((X, SCALE, OFFSET, mean, variance), {})
     # An empty batch leaves them as they were given.
     _, *ours = tfops.fused_batch_norm(X[:0], SCALE, OFFSET, mean, variance)
@@ -51,7 +51,7 @@ def test_statistics_that_are_not_needed(mean, variance):
         np.testing.assert_array_equal(got, MEAN if given is MEAN else np.zeros(5))
 
 
-def test_statistics_that_turn_out_to_be_empty():
+def test_statistics_may_turn_out_empty_at_run_time():
     @tf.function(input_signature=[tf.TensorSpec(None)] * 2)
     def run(mean, variance):
         return tfops.fused_batch_norm(X, SCALE, OFFSET, mean, variance)
@@ -63,12 +63,12 @@ def test_statistics_that_turn_out_to_be_empty():
 
 
 @pytest.mark.parametrize("data_format", [None, "NHWC", b"NHWC"])
-def test_data_format(data_format):
+def test_data_formats_mean_the_same(data_format):
     _same((X, SCALE, OFFSET), {"data_format": data_format})
     _same((X, SCALE, OFFSET, MEAN, VARIANCE, 0.01, data_format, False), {})
 
 
-def test_data_format_of_five_dimensions():
+def test_data_formats_of_five_dimensions_are_taken():
     x = X[:, None]
     _same((x, SCALE, OFFSET), {"data_format": b"NDHWC"})
     ours = tfops.fused_batch_norm(np.moveaxis(x, -1, 1), SCALE, OFFSET, data_format=b"NCDHW")[0]
@@ -78,7 +78,7 @@ def test_data_format_of_five_dimensions():
 @pytest.mark.parametrize(
     "number", [1, np.float32(0.25), np.float64(0.25), np.int64(1), np.array(0.25), tf.constant(0.25)], ids=repr
 )
-def test_numbers(number):
+def test_numbers_of_every_type_are_taken(number):
     _same((X, SCALE, OFFSET, MEAN, VARIANCE), {"epsilon": float(number), "exponential_avg_factor": float(number)})
     want = tfops.fused_batch_norm(X, SCALE, OFFSET, MEAN, VARIANCE, float(number), exponential_avg_factor=float(number))
 
@@ -99,7 +99,7 @@ def test_none_is_the_default_of_tensorflows_op():
 
 
 @pytest.mark.parametrize("keywords", [{"is_training": False}, {}, {"exponential_avg_factor": 0.5}], ids=str)
-def test_what_graphs_know_of_shapes(keywords):
+def test_graphs_infer_the_shapes_that_tensorflow_infers(keywords):
     """All that TensorFlow's function knows."""
     unknown = tf.TensorSpec([None])
     shapes = []
@@ -113,7 +113,7 @@ def test_what_graphs_know_of_shapes(keywords):
     assert shapes[0] == shapes[1]
 
 
-def test_numbers_that_are_not_known():
+def test_epsilon_that_is_not_known_is_refused():
     @tf.function
     def run(epsilon):
         return tfops.fused_batch_norm(X, SCALE, OFFSET, epsilon=epsilon)
@@ -122,7 +122,7 @@ def test_numbers_that_are_not_known():
         run(tf.constant(0.1))
 
 
-def test_eager_calls_go_the_fast_way(monkeypatch):
+def test_eager_calls_take_tensorflows_fast_path(monkeypatch):
     """TensorFlow has a slow one, for what its fast one does not know, such as attributes that are left to defaults."""
     for name in [name for name in vars(ops) if name.endswith("_eager_fallback")]:
         monkeypatch.setattr(ops, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
@@ -157,7 +157,7 @@ def _wide(seed=0, shape=(6, 5)):
 @pytest.mark.parametrize("epsilon", EPSILONS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("style", ["eager", "function", "jit"])
-def test_float64_attributes(style, training, epsilon):
+def test_float64_attributes_are_not_rounded(style, training, epsilon):
     variables = _wide()
     settings = {"epsilon": epsilon, "exponential_avg_factor": 0.1 + epsilon, "is_training": training}
     settings |= {"axis": -1, "activation": "silu"}
@@ -180,7 +180,7 @@ def test_float64_attributes(style, training, epsilon):
 
 
 @pytest.mark.parametrize("options", [{}, {"renorm": True}, {"mask": True}], ids=str)
-def test_float64_layer(options):
+def test_float64_layer_agrees_with_keras(options):
     """As Keras' layer, with its own epsilon and momentum and with odd ones: outputs, gradients, moving statistics."""
     x = tf.constant(1e-3 * np.random.default_rng(0).standard_normal((6, 4, 5)))
     mask = tf.constant(np.random.default_rng(1).random((6, 4)) < 0.7) if options.get("mask") else None
@@ -201,7 +201,7 @@ def test_float64_layer(options):
 
 
 @pytest.mark.parametrize("epsilon", [1e-50, 1e-42, 1.1e-38, 1e-32, 3e40])
-def test_float64_epsilons_that_float32_does_not_have(epsilon):
+def test_float64_epsilons_beyond_float32_are_not_rounded(epsilon):
     x = tf.constant(np.sqrt(epsilon) * np.random.default_rng(0).standard_normal((6, 3)))
     one, zero = tf.ones(3, x.dtype), tf.zeros(3, x.dtype)
     for training in (True, False):
@@ -211,7 +211,7 @@ def test_float64_epsilons_that_float32_does_not_have(epsilon):
         np.testing.assert_allclose(got, want, rtol=1e-13)
 
 
-def test_a_graph_without_the_bits():
+def test_graphs_without_float64_attributes_load():
     """Files written before there were any load, and mean what they meant: a float32 epsilon."""
     wide = _wide()[:5]
     graph = tf.Graph()

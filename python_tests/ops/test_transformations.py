@@ -81,7 +81,7 @@ def _assert_close(got, want, rtol=1e-9, what=""):
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=str)
-def test_forward_mode(shape, axis, mode, style):
+def test_forward_mode_agrees_with_the_reference(shape, axis, mode, style):
     """Directional derivatives of all outputs, and of gradients: products with the Hessian."""
     variables = list(_variables(shape, axis).values())
     rng = np.random.default_rng(1)
@@ -107,7 +107,7 @@ def test_forward_mode(shape, axis, mode, style):
 
 
 @pytest.mark.parametrize("style", ["eager", "function"])
-def test_forward_mode_of_a_layer(style):
+def test_forward_mode_of_a_layer_agrees_with_keras(style):
     """Masked, corrected and plain layers, by Keras' layer."""
     for options, mask in (({}, None), ({}, [[True, True, False], [True, False, True]]), ({"renorm": True}, None)):
         x = tf.constant(np.random.default_rng(0).standard_normal((2, 3, 4)))
@@ -126,7 +126,7 @@ def test_forward_mode_of_a_layer(style):
         _assert_close(product(tfops.keras.BatchNormalization), product(keras.layers.BatchNormalization), 1e-8)
 
 
-def test_a_gradient_with_respect_to_slices():
+def test_gradient_given_as_indexed_slices_is_taken():
     """A gradient that comes as tf.IndexedSlices: of a gather from the first gradient."""
     x = tf.constant(np.random.default_rng(0).standard_normal((5, 3)))
 
@@ -167,7 +167,7 @@ def _vectorized(function, stacked, iterations=3):
     ],
     ids=str,
 )
-def test_vectorized_map(shape, axis, training, dtype):
+def test_vectorized_map_gives_what_a_loop_gives(shape, axis, training, dtype):
     """Whichever inputs differ from one iteration to another: what a loop gives, gradients and masks included."""
     for activation, stacked in itertools.product(
         (None, "relu", "silu"), (("x",), ("x", "residual"), ("residual",), ("scale", "variance"), NAMES)
@@ -192,7 +192,7 @@ def test_vectorized_map(shape, axis, training, dtype):
 
 
 @pytest.mark.parametrize(("shape", "axis"), [*LAYOUTS, ((2, 24), -1)], ids=str)
-def test_vectorized_phases(shape, axis):
+def test_vectorized_phases_give_what_a_loop_gives(shape, axis):
     """Moments, and gradients through the phases, with flags that differ from one iteration to another or do not."""
     rng = np.random.default_rng(2)
     keeps = tf.constant(rng.random([3, *shape[:-1]]) < 0.6)
@@ -215,7 +215,7 @@ def test_vectorized_phases(shape, axis):
 
 
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=str)
-def test_vectorized_gradient_ops(shape, axis):
+def test_vectorized_gradient_ops_give_what_a_loop_gives(shape, axis):
     """The phases' ops one by one, with whatever inputs stacked."""
     rng = np.random.default_rng(3)
     channels = shape[axis]
@@ -243,7 +243,7 @@ def test_vectorized_gradient_ops(shape, axis):
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "function"])
 @pytest.mark.parametrize("mode", MODES)
-def test_jacobians_and_hessians(mode, graph):
+def test_jacobians_and_hessians_agree_with_the_reference(mode, graph):
     shape, axis = (3, 2, 4), -1
     variables = list(_variables(shape, axis).values())
     x = variables[0]
@@ -266,7 +266,7 @@ def test_jacobians_and_hessians(mode, graph):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_loops_in_loops(style):
+def test_vectorized_loops_in_loops_work(style):
     """Two of them, or one with a mode that differs from one iteration to another; and the gradient of all that."""
     x = tf.constant(np.random.default_rng(0).standard_normal((2, 3, 5, 4)))
     modes = tf.constant([True, False])
@@ -303,7 +303,7 @@ def test_loops_in_loops(style):
         _assert_close(STYLES[style](with_gradient(mixed))(x), with_gradient(two)(x), 1e-13)
 
 
-def test_vectorized_map_of_what_has_no_elements():
+def test_vectorized_map_works_without_elements():
     for shape in ((0, 4), (3, 0)):
         x = tf.zeros([5, *shape])
         vector = tf.zeros(shape[-1])
@@ -321,7 +321,7 @@ def test_vectorized_map_of_what_has_no_elements():
     assert [t.shape.as_list() for t in got] == [[0, 3, 4], [0, 4], [0, 4]]
 
 
-def test_a_rank_that_is_not_known_falls_back_to_a_loop():
+def test_unknown_rank_falls_back_to_a_loop():
     @tf.function(input_signature=[tf.TensorSpec(None, tf.float32)])
     def run(x):
         one = lambda x: tfops.fused_batch_norm(tf.reshape(x, tf.shape(x)), tf.ones(4), tf.zeros(4), axis=-1)[0]  # noqa: E731

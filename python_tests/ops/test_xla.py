@@ -76,7 +76,7 @@ def test_work_shared_among_threads_has_the_same_bits():
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
-def test_without_running_statistics(unbiased):
+def test_same_bits_without_running_statistics(unbiased):
     x, scale, offset = _inputs((6, 5), -1, "float32")[0][:3]
     compiled = tf.function(lambda *a: tfops.fused_batch_norm(*a, unbiased=unbiased), jit_compile=True)
     _assert_same_bits(compiled(x, scale, offset), tfops.fused_batch_norm(x, scale, offset, unbiased=unbiased))
@@ -95,7 +95,7 @@ def test_the_compiled_program_holds_the_custom_calls(mode, is_training):
     assert "reduce(" not in text
 
 
-def test_batch_that_is_unknown_when_traced():
+def test_same_bits_for_a_batch_unknown_when_traced():
     """Compiled anew for each size, zero and one element among them."""
 
     @tf.function(
@@ -117,13 +117,13 @@ def test_batch_that_is_unknown_when_traced():
 
 @pytest.mark.parametrize("shape", [(0, 4), (5, 0, 4), (3, 2, 0)], ids=str)
 @pytest.mark.parametrize("is_training", [True, False])
-def test_no_elements(shape, is_training):
+def test_same_bits_without_elements(shape, is_training):
     arguments = _inputs(shape, -1, "float32")
     kwargs = {"residual": True, "activation": "relu", "is_training": is_training}
     _assert_same_bits(_compiled(**kwargs)(*arguments), _results(*arguments, **kwargs))
 
 
-def test_is_training_as_a_tensor():
+def test_same_bits_with_is_training_as_a_tensor():
     arguments = _inputs((6, 4, 5), -1, "float32")
 
     @tf.function(jit_compile=True)
@@ -135,7 +135,7 @@ def test_is_training_as_a_tensor():
         _assert_same_bits(compiled(tf.constant(is_training)), want)
 
 
-def test_function_traced_before_it_is_compiled(tmp_path):
+def test_function_may_be_traced_before_it_is_compiled(tmp_path):
     """Nothing tells, when the op is added to the graph, that XLA will compile it: nor in a saved model."""
     inputs, _ = _inputs((6, 5), -1, "float32")
 
@@ -154,7 +154,7 @@ def test_function_traced_before_it_is_compiled(tmp_path):
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("is_training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize(("activation", "residual"), [("silu", False), ("leaky_relu", True)])
-def test_second_derivatives(activation, residual, is_training, axis):
+def test_second_derivatives_agree_with_those_without_xla(activation, residual, is_training, axis):
     inputs, upstream = _inputs((4, 3, 2, 5), axis, "float64")
 
     def second(*inputs):
@@ -205,7 +205,7 @@ def test_shapes_are_checked_when_xla_knows_them(changes, message, is_training):
         compiled(*map(tf.ones, (shapes | changes).values()))
 
 
-def test_size_that_only_the_running_program_knows():
+def test_size_that_only_the_running_program_knows_is_refused():
     vectors = [tf.ones(3)] * 2
 
     @tf.function(jit_compile=True)
@@ -280,7 +280,7 @@ def test_kernels_are_registered():
         assert devices == {"CPU", "XLA_CPU_JIT"} | cuda
 
 
-def test_why_they_are_not_there(tmp_path):
+def test_missing_kernels_say_why(tmp_path):
     assert "TFOPS_XLA=OFF" in _xla.load(tmp_path / "nowhere.so")
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"no library")
@@ -299,7 +299,7 @@ def test_why_they_are_not_there(tmp_path):
     ],
     ids=["cpu", "gpu", "gpu without CUDA kernels", "no library"],
 )
-def test_what_keras_is_told(monkeypatch, problem, cuda, gpus, supported):
+def test_keras_compiles_only_where_there_are_kernels(monkeypatch, problem, cuda, gpus, supported):
     devices = [SimpleNamespace(device_type="CPU"), *(SimpleNamespace(device_type="GPU") for _ in gpus)]
     monkeypatch.setattr(_xla, "PROBLEM", problem)
     monkeypatch.setattr(_xla._kernels, "cuda_build", lambda: {"cuda": cuda})

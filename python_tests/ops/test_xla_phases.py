@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(bool(_xla.PROBLEM), reason=f"no XLA kernels: {_x
     ],
     ids=str,
 )
-def test_phases(shape, axis, masked, activation, residual, dtype):
+def test_phases_have_the_same_bits(shape, axis, masked, activation, residual, dtype):
     rng = np.random.default_rng(0)
     param = _phases.param_type(tf.as_dtype(dtype))
     x, other, dy = (tf.constant(rng.standard_normal(shape) + 1, dtype) for _ in range(3))
@@ -49,7 +49,7 @@ def test_phases(shape, axis, masked, activation, residual, dtype):
         np.testing.assert_allclose(tf.cast(got, tf.float64), want, rtol=0, atol=bound)
 
 
-def test_masked_model():
+def test_masked_model_trains_compiled():
     """A Keras model with a mask and its jit_compile=True."""
     losses = []
     x = np.random.default_rng(0).standard_normal((16, 5, 2)).astype(np.float32)

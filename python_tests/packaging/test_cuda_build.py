@@ -75,7 +75,7 @@ def test_newest_architecture_has_ptx():
     assert f"sm_{virtual[-1]}" in _cuobjdump("-lptx")
 
 
-def test_nothing_spills(resources):
+def test_no_kernel_spills_registers(resources):
     """Registers that spill, and arrays that are indexed at run time, live in local memory, on the stack."""
     bad = {key: usage for key, usage in resources.items() if usage["STACK"] or usage["LOCAL"]}
     assert not bad
@@ -111,7 +111,7 @@ def _count(instructions: list[str], pattern: str) -> int:
     return sum(bool(re.fullmatch(pattern, instruction)) for instruction in instructions)
 
 
-def test_no_local_memory(machine_code):
+def test_no_kernel_uses_local_memory(machine_code):
     assert machine_code
     assert not {name for name, code in machine_code.items() if _count(code, r"(LDL|STL)(\..*)?")}
 

@@ -87,7 +87,7 @@ def test_libraries_do_not_tell_where_they_were_built():
             assert not places, (path, places[:5])
 
 
-def test_wheel():
+def test_wheel_needs_no_more_than_glibc_2_34():
     """`auditwheel show` finds nothing that a system with glibc 2.34 does not have, but TensorFlow's own libraries."""
     wheels = list(Path("build/wheel").glob("*.whl"))
     auditwheel = Path(sys.executable).with_name("auditwheel")
@@ -106,7 +106,7 @@ def test_wheel():
     assert int(policy[1]) <= 34
 
 
-def test_requirements():
+def test_requirements_are_those_of_the_project():
     requirements = importlib.metadata.requires("tfops")
     assert "tensorflow~=2.21.0" in [r.replace(" ", "") for r in requirements]
     assert importlib.metadata.metadata("tfops")["Requires-Python"] in (">=3.10,<3.14", "<3.14,>=3.10")
@@ -164,7 +164,7 @@ def test_another_backend_is_refused_at_import(backend):
     assert re.search(message, run.stderr), run.stderr
 
 
-def test_build_info():
+def test_build_info_is_complete():
     info = tfops.build_info()
     assert json.loads(json.dumps(info)) == info
     assert info["version"] == tfops.__version__ == importlib.metadata.version("tfops")
@@ -177,7 +177,7 @@ def test_build_info():
         assert info["cuda_problem"]
 
 
-def test_info_command():
+def test_info_command_names_everything():
     run = run_python("-m", "tfops.info")
     assert run.returncode == 0, run.stderr
     for name in ("tfops", "TensorFlow", "CPU kernels", "CUDA kernels", "XLA kernels", "CUDA driver", "GPU"):
@@ -190,7 +190,7 @@ def test_cpu_level_can_be_forced():
 
 
 @pytest.mark.parametrize("variable", ["TFOPS_CPU", "TFOPS_CPU_STREAMS"])
-def test_unknown_cpu_choice(variable):
+def test_unknown_cpu_choice_is_named(variable):
     call = "import numpy as np, tfops_kernels as k; k.forward(np.eye(2), np.ones(2), np.ones(2))"
     run = run_python("-c", call, **{variable: "sse9"})
     assert f"{variable} is 'sse9', but this machine and build have: " in run.stderr

@@ -27,13 +27,13 @@ def _run(*command: str | Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_python():
+def test_python_is_linted_and_formatted():
     ruff = _tool("ruff")
     _run(ruff, "check", ".")
     _run(ruff, "format", "--check", ".")
 
 
-def test_cpp():
+def test_cpp_is_formatted():
     files = [path for suffix in ("h", "cc", "cu", "cuh") for path in (ROOT / "csrc").rglob(f"*.{suffix}")]
     assert files
     _run(_tool("clang-format"), "--dry-run", "--Werror", *files)

@@ -60,7 +60,7 @@ def test_combinations(simt, shape, axis, device):
     ids=str,
 )
 @pytest.mark.parametrize("tier", TIERS)
-def test_tiers(simt, monkeypatch, tier, shape, axis, dtype):
+def test_every_tier_agrees_with_numpy(simt, monkeypatch, tier, shape, axis, dtype):
     """Each tier, whether or not it would have been chosen, with every activation, aligned arrays and others."""
     monkeypatch.setenv("TFOPS_TIER", tier)
     for i, activation in enumerate(kernel_cases.ACTIVATIONS):
@@ -107,7 +107,7 @@ def test_order_of_threads_does_not_matter(simt, shape, axis, device):
 
 @pytest.mark.parametrize("device", ["three", "small", "small_old"])
 @pytest.mark.parametrize(("shape", "axis"), [((0, 5), -1), ((0, 3, 4), 1), ((2, 3, 0), 1), ((4, 0), -1)], ids=str)
-def test_empty(simt, shape, axis, device):
+def test_empty_tensors_keep_statistics(simt, shape, axis, device):
     simt.configure(device)
     case = Case(shape, axis, "float32")
     arrays = {name: simt.place(array) for name, array in kernel_cases.inputs(case).items()}
@@ -125,7 +125,7 @@ def test_empty(simt, shape, axis, device):
 @pytest.mark.parametrize("device", ["h200", "three", "small", "small_old"])
 @pytest.mark.parametrize(("shape", "axis"), [((3000, 8), -1), ((3, 4, 31, 33), 1), ((200, 65), -1)], ids=str)
 @pytest.mark.parametrize(("ratio", "bound"), [(1e3, 1e-5), (1e5, 1e-3)])
-def test_cancellation(simt, shape, axis, device, ratio, bound):
+def test_large_means_keep_the_stated_bounds(simt, shape, axis, device, ratio, bound):
     """The stated bound on the variance's error."""
     simt.configure(device)
     case = Case(shape, axis, "float32")
@@ -140,7 +140,7 @@ def test_cancellation(simt, shape, axis, device, ratio, bound):
 @pytest.mark.parametrize("device", ["three", "small", "small_old"])
 @pytest.mark.parametrize(("shape", "axis"), [((300, 24), -1), ((3, 7, 40), 1)], ids=str)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_spoiled_channel_spoils_no_other(simt, shape, axis, device, value):
+def test_nonfinite_channel_spoils_no_other(simt, shape, axis, device, value):
     simt.configure(device)
     case = Case(shape, axis, "float32", True, "relu")
     arrays = kernel_cases.inputs(case)
@@ -160,7 +160,7 @@ def test_a_spoiled_channel_spoils_no_other(simt, shape, axis, device, value):
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize(("shape", "axis"), [((300, 24), -1), ((4, 6, 9, 16), 1)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_the_mean_of_infinities(simt, monkeypatch, shape, axis, dtype, tier):
+def test_mean_of_infinities_is_that_of_numpy(simt, monkeypatch, shape, axis, dtype, tier):
     """Wherever they lie, and however many: that infinity, or NaN of both signs."""
     monkeypatch.setenv("TFOPS_TIER", tier)
     simt.configure("three")

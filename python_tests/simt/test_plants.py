@@ -55,7 +55,7 @@ def _run(simt: Simt, name: str, planted: bool, seed: int = 1) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", WRONG_RESULT)
-def test_missing_barrier(simt, name):
+def test_missing_barriers_change_results(simt, name):
     for seed in range(10):
         np.testing.assert_array_equal(_run(simt, name, False, seed), WRONG_RESULT[name])
     wrong = [_run(simt, name, True, seed) for seed in range(10)]
@@ -66,7 +66,7 @@ def test_missing_barrier(simt, name):
 
 
 @pytest.mark.parametrize("name", MESSAGE)
-def test_message(simt, name):
+def test_faults_are_reported_with_their_place(simt, name):
     want, message = MESSAGE[name]
     np.testing.assert_array_equal(_run(simt, name, False), want)
     with pytest.raises(RuntimeError, match=f"in {name}, .*{message}"):
@@ -82,7 +82,7 @@ def _asan(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("name", ASAN)
-def test_out_of_bounds(simt, name):
+def test_accesses_out_of_bounds_are_reported(simt, name):
     want, report = ASAN[name]
     np.testing.assert_array_equal(_run(simt, name, False), want)
     run = _asan("plant", name)

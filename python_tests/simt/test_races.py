@@ -22,7 +22,7 @@ def _run(race: Simt, name: str, planted: bool, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["ReverseBlock", "ReverseTwice", "ReverseGrid", "ClusterRace"])
-def test_missing_barrier(race, name):
+def test_missing_barriers_are_reported(race, name):
     place = r"block \d, thread \d+ (writes|reads) at [^\n]*\.cuh?:\d+(?s:.*)"
     for seed in range(5):
         _run(race, name, False, seed)
@@ -30,7 +30,7 @@ def test_missing_barrier(race, name):
             _run(race, name, True, seed)
 
 
-def test_a_block_ends_too_early(race):
+def test_block_that_ends_too_early_is_reported(race):
     """Before another of its cluster has read its shared memory, or before it is known to have."""
     for seed in range(5):
         _run(race, "ReverseCluster", False, seed)
@@ -39,13 +39,13 @@ def test_a_block_ends_too_early(race):
 
 
 @pytest.mark.parametrize("name", ["ReverseWarp", "ReverseHalfWarps"])
-def test_other_meetings_are_barriers_too(race, name):
+def test_warp_collectives_count_as_barriers(race, name):
     _run(race, name, False, seed=1)
 
 
 @pytest.mark.parametrize("tier", ["one_block", "cluster", "grid", "streaming"])
 @pytest.mark.parametrize(("shape", "axis"), [((300, 64), -1), ((400, 7), -1), ((4, 6, 16, 16), 1), ((3, 5, 10, 7), 1)])
-def test_kernels(race, monkeypatch, tier, shape, axis):
+def test_training_kernels_have_no_races(race, monkeypatch, tier, shape, axis):
     monkeypatch.setenv("TFOPS_TIER", tier)
     for i, dtype in enumerate(("float32", "float16", "float64")):
         race.configure("three", seed=i, offset=i % 2)
@@ -57,6 +57,6 @@ def test_kernels(race, monkeypatch, tier, shape, axis):
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((300, 64), -1), ((4, 6, 16, 16), 1)])
-def test_inference(race, shape, axis):
+def test_inference_kernels_have_no_races(race, shape, axis):
     race.configure("three")
     kernel_cases.check(Case(shape, axis, "float32", False, "silu", True), race.place, np.asarray, kernels=race)

@@ -47,7 +47,7 @@ READS = {"one_block": 1, "cluster": 1, "grid": 1, "streaming": 2}
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), [((512, 64), -1), ((4, 8, 32, 32), 1)], ids=str)
 @pytest.mark.parametrize("tier", READS)
-def test_training(simt, monkeypatch, tier, shape, axis, dtype):
+def test_training_reads_and_writes_as_often_as_promised(simt, monkeypatch, tier, shape, axis, dtype):
     monkeypatch.setenv("TFOPS_TIER", tier)
     size = int(np.prod(shape)) * ITEM[dtype]
     forward, backward = _split(_counted(simt, Case(shape, axis, dtype, True, "relu", residual=True), "three"))
@@ -66,7 +66,7 @@ def test_training(simt, monkeypatch, tier, shape, axis, dtype):
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), [((4096, 64), -1), ((4, 16, 64, 64), 1)], ids=str)
-def test_inference(simt, shape, axis, dtype):
+def test_inference_reads_and_writes_once(simt, shape, axis, dtype):
     size = int(np.prod(shape)) * ITEM[dtype]
     forward, _ = _split(_counted(simt, Case(shape, axis, dtype, False, "relu"), "h200"))
     assert _passes(forward, "x", size) == (1, 0)
@@ -76,7 +76,7 @@ def test_inference(simt, shape, axis, dtype):
 
 
 @pytest.mark.parametrize(("offset", "sectors"), [(0, 4), (1, 5), (8, 4)])
-def test_what_is_counted(simt, offset, sectors):
+def test_counts_of_a_known_kernel_are_exact(simt, offset, sectors):
     """A kernel of 16 warps, each of which reads 32 neighbouring floats; beyond an aligned address, one sector more."""
     simt.configure("three")
     source = memory((512,), np.float32, offset)
