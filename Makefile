@@ -3,7 +3,7 @@
 #   make wheel                     the wheel alone, into build/wheel
 #   make mnist DATA=mnist.npz      other digits than Keras' own loader finds; ARGS="--epochs 1" for more options
 #   make alexnet ARGS="--image-size 67 --width 0.25"      on a CPU; DATA=FOLDER: class folders of images
-#   make test ARGS="-k op"         pytest's arguments
+#   make test ARGS=python_tests/ops  pytest's arguments; ARGS="-n auto": tests side by side
 #   make test-installed            the wheel in a new environment, and the tests without the source tree
 #   make reproducible              builds twice, in two places, and compares; ARGS="-C cmake.define.TFOPS_CUDA=OFF"
 #   make fuzz                      100,000 random calls of the ops; ARGS="--seed 2"

@@ -96,7 +96,9 @@ def test_remat_scope_changes_no_result_with_masks(how):
     _assert_same(call, _stock("relu", mask=MASK))
 
 
-@pytest.mark.skipif("renorm" not in keras.layers.BatchNormalization.__init__.__code__.co_varnames, reason="older Keras")
+@pytest.mark.skipif(
+    "renorm" not in keras.layers.BatchNormalization.__init__.__code__.co_varnames, reason="this Keras has no renorm"
+)
 @pytest.mark.parametrize("recomputed", [True, False])
 def test_renorm_takes_a_batch_in_once(recomputed):
     layers = [_layer(cls, renorm=True) for cls in (keras.layers.BatchNormalization, tfops.keras.BatchNormalization)]

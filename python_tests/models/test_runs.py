@@ -81,7 +81,7 @@ def test_runs_write_history_logs_and_pictures(run):
         names += [f"norm_1/{each}" for each in ("gamma", "beta", "moving_mean", "moving_variance")]
         wanted = {f"log/{name}" for name in names}
     else:
-        pytest.importorskip("tensorboard")
+        pytest.importorskip("tensorboard", reason="needs tensorboard")
         wanted = {"epoch_loss", "epoch_accuracy", "epoch_learning_rate"}
         seen = tags(folder / "logs")
         for each in ("gamma", "beta", "moving_mean", "moving_variance"):
