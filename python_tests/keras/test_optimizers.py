@@ -189,7 +189,7 @@ UNCOPYABLE = {
 
 
 @pytest.mark.parametrize("name", UNCOPYABLE)
-def test_optimizers_that_cannot_be_copied_begin_anew_with_a_warning(name):
+def test_optimizers_that_cannot_be_copied_leave_the_copy_uncompiled(name):
     make, reason = UNCOPYABLE[name]
     if name == "function" and not hasattr(optimizers, "MultiOptimizer"):
         pytest.skip("this Keras has no MultiOptimizer")

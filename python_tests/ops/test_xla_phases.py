@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(bool(_xla.PROBLEM), reason=f"no XLA kernels: {_x
     ],
     ids=str,
 )
-def test_phases_have_the_same_bits(shape, axis, masked, activation, residual, dtype):
+def test_phases_agree_with_those_without_xla(shape, axis, masked, activation, residual, dtype):
     rng = np.random.default_rng(0)
     param = _phases.param_type(tf.as_dtype(dtype))
     x, other, dy = (tf.constant(rng.standard_normal(shape) + 1, dtype) for _ in range(3))
