@@ -3,7 +3,7 @@
 #   make wheel                     the portable wheel alone, into build/wheel
 #   make mnist DATA=mnist.npz      other digits than Keras' own loader finds; ARGS="--epochs 1" for more options
 #   make alexnet ARGS="--image-size 67 --width 0.25"      on a CPU; DATA=FOLDER: class folders of images
-#   make test ARGS="-k op"         pytest's arguments
+#   make test ARGS=python_tests/ops       pytest's arguments
 #   make test-all                  all tests, those too that take minutes
 #   make test-installed            the wheel in a new environment, and the tests without the source tree
 #   make reproducible              builds twice, in two places, and compares; ARGS="-C cmake.define.TFOPS_CUDA=OFF"
@@ -63,13 +63,13 @@ reproducible: $(SOURCES) | $(VENV)/.environment
 	@echo "Both builds are the same."
 
 fuzz: install $(VENV)/.test-environment
-	$(BIN)/python python_tests/fuzz_ops.py $(ARGS)
+	cd python_tests/helpers && $(abspath $(BIN))/python -m tfops_testing.fuzz_ops $(ARGS)
 
 limits: install $(VENV)/.test-environment
 	$(BIN)/pytest -m limits $(ARGS)
 
 sanitize: install $(VENV)/.test-environment
-	$(BIN)/python python_tests/sanitize.py $(ARGS)
+	cd python_tests/helpers && $(abspath $(BIN))/python -m tfops_testing.sanitize $(ARGS)
 
 mnist alexnet: $(VENV)/.installed-$(BUILT)
 	@echo "==> Training, with tfops and with Keras' own layer"

@@ -26,9 +26,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import accuracy_fused
 import ml_dtypes
 import numpy as np
+
+import accuracy_fused
 from accuracy_report import QUANTITIES, markdown, plot
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -36,14 +36,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import cpu_modes
 import cpu_report
-import numpy as np
+import tfops_kernels
 from cpu_exact import exact
 from cpu_worker import ENVIRONMENT, Prepared
 from problems import BYTES, CPU_NETWORKS, PASSES, VARIANTS, Cell, cells
-
-import tfops_kernels
 
 ALL_PASSES = (*PASSES, "forward_backward")
 LEAST_ROUNDS, MOST_ROUNDS = 5, 25

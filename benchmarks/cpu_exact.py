@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
+
 from cpu_worker import EPSILON, RESULTS, memory_shape, numbers, sample_indices
 from problems import Cell
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from cpu_peers import FusedPeer, TensorFlowWorker, TfopsPeer
 from cpu_report import NOISE, geometric_mean, markdown_table
 from cpu_worker import ENVIRONMENT, EPSILON, MOMENTUM, memory_shape

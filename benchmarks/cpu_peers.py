@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+
 from cpu_worker import (
     EPSILON,
     MOMENTUM,

@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from problems import Cell
 
 EPSILON = 2.0**-10  # exact in every type: TensorFlow's ops keep it as a float32, Keras and PyTorch as a double

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
+
 from alexnet_options import CONVOLUTIONS, DENSE, DROPOUT, WEIGHT_DECAY, boundaries, parse, read_data, scaled
 from graph_session import Network, moving_statistics, summarize_norms
 from graph_session import train as run_session

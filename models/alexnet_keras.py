@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import keras
+
 from alexnet_options import (
     CONVOLUTIONS,
     DENSE,

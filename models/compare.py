@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import keras
+
 from norms import NORMS
 from options import configure, run_main
 from runs import Run

@@ -18,6 +18,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
+
 from data import UserError
 from image_data import Batches
 from options import session_config

@@ -13,8 +13,9 @@ from typing import Any
 
 import keras
 import numpy as np
-import replicas
 import tensorflow as tf
+
+import replicas
 from data import UserError
 from image_data import Batches
 from runs import PROFILED_STEPS, WRONG_IMAGES, Run, write_classes

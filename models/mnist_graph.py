@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
+
 from graph_session import Network, moving_statistics, summarize_norms
 from graph_session import train as run_session
 from image_data import Batches, digit_batches

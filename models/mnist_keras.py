@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import keras
+
 from image_data import Batches, digit_batches
 from keras_training import run_model
 from norms import norm_relu

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tensorflow as tf
+
 from data import UserError
 from norms import NORMS
 

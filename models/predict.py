@@ -14,12 +14,12 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
-from data import DataError, UserError
-from image_data import SUFFIXES
-from options import count, run_main
 from PIL import Image, ImageOps
 
 import tfops  # noqa: F401  (registers the ops that the model holds)
+from data import DataError, UserError
+from image_data import SUFFIXES
+from options import count, run_main
 
 
 class Classifier:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import keras
 import tensorflow as tf
+
 from data import UserError
 from image_data import Batches
 from options import configure_workers

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data import UserError
 from matplotlib.figure import Figure
+
+from data import UserError
 
 WARM_UP = 10  # steps that are not timed: they trace and allocate
 PROFILED_STEPS = (10, 15)

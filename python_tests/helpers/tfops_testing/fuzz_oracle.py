@@ -1,0 +1,310 @@
+"""What an op has to return for a valid call of fuzz_cases, and how far from it rounding may lead.
+
+A channel is compared unless a value in it is not finite, or so large that float32 may overflow on the way: then nothing
+is asked of it, but of all the others still.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from . import kernel_cases, oracle
+from .fuzz_cases import Array, Call, attribute_value, mask_row
+
+
+class Expected(NamedTuple):
+    value: Array
+    bound: Array
+
+
+def _act(call: Call, z: Array) -> Array:
+    return oracle.activate(call.activation or None, z)
+
+
+def _near_a_kink(call: Call, z: Array, error: Array) -> Array:
+    near = np.zeros(z.shape, bool)
+    if call.activation in ("relu", "relu6", "leaky_relu"):
+        near |= np.abs(z) <= 4 * error
+    if call.activation == "relu6":
+        near |= np.abs(z - 6) <= 4 * error
+    return near
+
+
+class Oracle:
+    """Everything that the ops of a call compute, in wide arithmetic."""
+
+    def __init__(self, call: Call):
+        self.call = call
+        self.wide = np.longdouble if call.dtype == "float64" else np.float64
+        self.eps = kernel_cases.ROUNDING[call.param]
+        # What flushing denormals to zero may cost, after a few multiplications.
+        self.tiny = 1e-200 if call.dtype == "float64" else 1e-18
+        self.x = self._wide(call.inputs["x"])
+        self.axis = call.attributes["axis"]
+        self.others = tuple(i for i in range(self.x.ndim) if i != self.axis % self.x.ndim)
+        self.channels = self.x.shape[self.axis]
+        self.count = math.prod(self.x.shape[i] for i in self.others)
+        self.wild = np.zeros(self.channels, bool)
+        self.largest = 1e12
+        self.epsilon = self.wide(attribute_value(call, "epsilon"))
+        self.factor = self.wide(attribute_value(call, "exponential_avg_factor"))
+
+    def _wide(self, array: Array) -> Array:
+        return np.asarray(array).astype(self.wide)
+
+    def v(self, vector: Array) -> Array:
+        return oracle.vector_like(vector, self.x, self.axis)
+
+    def watch(self, *arrays: Array) -> None:
+        """Channels where one of these is too large, or no number, are wild."""
+        for array in arrays:
+            bad = ~(np.abs(array) < self.largest)
+            if array.ndim == 1:
+                self.wild |= bad
+            else:
+                self.wild |= bad.any(self.others)
+
+    def vector(self, name: str) -> Array:
+        vector = self._wide(self.call.inputs[name])
+        self.watch(vector)
+        return vector
+
+    def residual(self) -> Array:
+        given = self.call.inputs["residual"]
+        residual = self._wide(given[0]) if given else np.zeros_like(self.x)
+        self.watch(residual)
+        return residual
+
+    def statistics(self, keep: Array | None = None) -> None:
+        """Of the elements that count: mean, variance, and the errors allowed."""
+        kept = np.ones(self.x.shape, bool) if keep is None else np.broadcast_to(keep[..., None], self.x.shape)
+        # What does not count may be anything.
+        x = np.where(kept, self.x, 0)
+        self.watch(x)
+        self.n = kept.sum(self.others)
+        n = np.maximum(self.n, 1)
+        self.mean = x.sum(self.others) / n
+        self.variance = np.where(kept, np.square(x - self.v(self.mean)), 0).sum(self.others) / n
+        largest = np.abs(x).max(self.others, initial=0)
+        self.mean_error = 16 * self.eps * (largest + np.sqrt(self.variance)) + self.tiny
+        self.variance_error = 64 * self.eps * self.variance + self.mean_error**2 + self.tiny
+        if self.call.dtype == "float64":  # means are rounded to the data's own type, each time that two are merged
+            self.variance_error += 16 * self.eps * largest * np.sqrt(self.variance)
+        with np.errstate(all="ignore"):  # of constant data with an epsilon of 0
+            self.inv_std = 1 / np.sqrt(self.variance + self.epsilon)
+            self.inv_std_error = self.inv_std * (16 * self.eps + self.variance_error / (self.variance + self.epsilon))
+        self.watch(self.inv_std)
+
+    def given(self, mean: str, spread: str) -> None:
+        self.mean, spread_values = self.vector(mean), self.vector(spread)
+        self.inv_std = 1 / np.sqrt(spread_values + self.epsilon) if spread == "variance" else spread_values
+        self.watch(self.inv_std)
+        self.mean_error = self.tiny * np.ones_like(self.mean)
+        self.inv_std_error = 16 * self.eps * np.abs(self.inv_std)
+
+    def normalize(self) -> None:
+        """z and its error."""
+        self.scale, self.offset = self.vector("scale"), self.vector("offset")
+        residual = self.residual()
+        self.slope = self.scale * self.inv_std
+        self.xc = self.x - self.v(self.mean)
+        self.z = self.xc * self.v(self.slope) + self.v(self.offset) + residual
+        self.magnitude = np.abs(self.x) + np.abs(self.v(self.mean))
+        terms = self.magnitude * np.abs(self.v(self.slope)) + np.abs(self.v(self.offset)) + np.abs(residual)
+        self.watch(terms, self.z, self.magnitude)
+        self.z_error = 16 * self.eps * terms + self.tiny
+        self.z_error += self.v(np.abs(self.slope) * self.mean_error)
+        self.z_error += self.magnitude * self.v(np.abs(self.scale) * self.inv_std_error)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def near_kinks(self) -> Array:
+        """Elements of a gradient op where the activation's slope is a matter of rounding."""
+        self._gradient_inputs()
+        if self.call.needs_mask:
+            return np.zeros(self.x.shape, bool)
+        return _near_a_kink(self.call, self.z, self.z_error)
+
+    def _gradient_inputs(self) -> None:
+        training = self.call.op == "TrainingGrad"
+        self.given(*(("saved_mean", "saved_inv_std") if training else ("mean", "variance")))
+        self.normalize()
+
+    def _slope(self) -> Array:
+        if not (self.call.needs_mask and self.x.size):
+            return oracle.slope_of(self.call.activation or None, self.z)
+        rows, row = mask_row(self.x.shape, self.axis)
+        bits = np.unpackbits(self.call.inputs["mask"].reshape(rows, -1), axis=1, bitorder="little")[:, :row]
+        zero = np.float64(np.float32(0.2)) if self.call.activation == "leaky_relu" else 0.0
+        return np.where(bits.reshape(self.x.shape), 1, self.wide(zero))
+
+    def results(self) -> dict[str, Expected]:
+        with np.errstate(all="ignore"):
+            return getattr(self, f"_{self.call.op}")()
+
+    def _vector(self, value: Array, error: Array) -> Expected:
+        return Expected(value, self.eps * np.abs(value) + error + self.tiny)
+
+    def _data(self, value: Array, error: Array) -> Expected:
+        rounding = kernel_cases.ROUNDING[self.call.dtype] * 1.01
+        subnormal = 2.0**-24 if self.call.dtype == "float16" else 0
+        return Expected(value, rounding * (np.abs(value) + error) + error + self.tiny + subnormal)
+
+    def _y(self) -> Expected:
+        error = 1.2 * self.z_error
+        if self.call.activation == "silu":
+            error = error + 64 * self.eps * (1 + np.abs(self.z))
+        return self._data(_act(self.call, self.z), error)
+
+    def _Training(self) -> dict[str, Expected]:
+        running = self.call.inputs["running"]
+        old = [self._wide(v) for v in running] or [np.zeros(self.channels, self.wide)] * 2
+        if not self.count:
+            self.scale = self.vector("scale")
+            flushed = np.full(self.channels, self.tiny)  # TensorFlow's threads take denormals for zeros
+            return {
+                "y": Expected(self.x, self.x),
+                "mean": Expected(old[0], flushed),
+                "variance": Expected(old[1], flushed),
+            }
+        self.statistics()
+        self.normalize()
+        self.watch(*old, self.variance)
+        f, n = self.factor, self.count
+        bessel = n / max(n - 1, 1) if self.call.attributes["unbiased"] else 1
+        results = {"y": self._y()}
+        for name, before, now, error in (
+            ("mean", old[0], self.mean, self.mean_error),
+            ("variance", old[1], self.variance * bessel, self.variance_error * bessel),
+        ):
+            terms = np.abs(before) + np.abs(now)
+            results[name] = self._vector((1 - f) * before + f * now, error + 16 * self.eps * terms)
+        results["saved_mean"] = self._vector(self.mean, self.mean_error)
+        results["saved_inv_std"] = self._vector(self.inv_std, self.inv_std_error)
+        return results
+
+    def mask(self) -> tuple[Array, Array]:
+        """Of Training: the bits, and which of them are sure."""
+        sure = ~_near_a_kink(self.call, self.z, self.z_error) & self.v(~self.wild)
+        return oracle.slope_of(self.call.activation, self.z) == 1, sure
+
+    def _Inference(self) -> dict[str, Expected]:
+        self.given("mean", "variance")
+        self.normalize()
+        return {"y": self._y()}
+
+    def _Moments(self) -> dict[str, Expected]:
+        keep = self.call.inputs["keep"]
+        self.statistics(keep[0] if keep else None)
+        return {
+            "count": Expected(self.n.astype(self.wide), np.zeros(self.channels)),
+            "mean": self._vector(self.mean, self.mean_error),
+            "variance": self._vector(self.variance, self.variance_error),
+        }
+
+    def _sums(self) -> None:
+        self._gradient_inputs()
+        dy = self._wide(self.call.inputs["dy"])
+        self.watch(dy)
+        self.dz = dy * self._slope()
+        # The slope of silu at a z that is off by its error, and is itself rounded.
+        self.dz_size = np.abs(dy) * 1.1
+        self.dz_error = self.dz_size * self.eps * 4
+        if self.call.activation == "silu":
+            self.dz_error = self.dz_size * (self.z_error + 64 * self.eps * (1 + np.abs(self.z)))
+        self.sum_dz, self.sum_dz_xc = self.dz.sum(self.others), (self.dz * self.xc).sum(self.others)
+        self.sum_dz_error = (self.dz_error + 32 * self.eps * self.dz_size).sum(self.others)
+        sizes = (self.dz_error + 32 * self.eps * self.dz_size) * self.magnitude
+        self.sum_dz_xc_error = sizes.sum(self.others)
+        self.sum_dz_xc_size = (self.dz_size * self.magnitude).sum(self.others)
+        power = np.abs(self.slope * self.inv_std**2) * self.sum_dz_xc_size
+        self.watch(self.inv_std**3, power, self.sum_dz_xc_size)
+
+    def _vectors(self) -> dict[str, Expected]:
+        inv, slope = np.abs(self.inv_std), np.abs(self.slope)
+        loose = 64 * self.eps
+        dvariance_size = slope * inv**2
+        return {
+            "doffset": self._vector(self.sum_dz, self.sum_dz_error),
+            "dscale": self._vector(
+                self.inv_std * self.sum_dz_xc, inv * (self.sum_dz_xc_error + loose * self.sum_dz_xc_size)
+            ),
+            "dmean": self._vector(-self.slope * self.sum_dz, slope * (self.sum_dz_error + loose * np.abs(self.sum_dz))),
+            "dvariance": self._vector(
+                -self.slope * self.inv_std**2 * self.sum_dz_xc / 2,
+                dvariance_size * (self.sum_dz_xc_error + loose * self.sum_dz_xc_size),
+            ),
+        }
+
+    def _dx_of_dz(self) -> tuple[Array, Array]:
+        slope = np.abs(self.v(self.slope))
+        return self.v(self.slope) * self.dz, slope * (self.dz_error + 64 * self.eps * self.dz_size)
+
+    def _dresidual(self) -> dict[str, Expected]:
+        if not (self.call.has_residual and self.call.activation):
+            return {"dresidual": Expected(np.zeros(0), np.zeros(0))}
+        return {"dresidual": self._data(self.dz, self.dz_error)}
+
+    def _InferenceGrad(self) -> dict[str, Expected]:
+        self._sums()
+        return {"dx": self._data(*self._dx_of_dz())} | self._vectors() | self._dresidual()
+
+    def _GradientMoments(self) -> dict[str, Expected]:
+        self._sums()
+        return self._vectors()
+
+    def _GradientNormalize(self) -> dict[str, Expected]:
+        self._sums()
+        tilt, shift = self.vector("tilt"), self.vector("shift")
+        keep = self.call.inputs["keep"]
+        kept = keep[0][..., None] if keep else True
+        dx, error = self._dx_of_dz()
+        dx = dx + np.where(kept, self.xc * self.v(tilt) + self.v(shift), 0)
+        size = self.magnitude * np.abs(self.v(tilt)) + np.abs(self.v(shift))
+        self.watch(size)
+        return {"dx": self._data(dx, error + 64 * self.eps * size)} | self._dresidual()
+
+    def _TrainingGrad(self) -> dict[str, Expected]:
+        self._sums()
+        vectors = self._vectors()
+        n = max(self.count, 1)
+        zeros = np.zeros(self.channels, self.wide)
+        dmean, dvariance = [self._wide(v) for v in self.call.inputs["drunning"]] or [zeros, zeros]
+        self.watch(dmean, dvariance)
+        divisor = max(n - 1, 1) if self.call.attributes["unbiased"] else n
+        of_mean = self.slope * self.sum_dz / n
+        tilt = self.slope * self.inv_std**2 * self.sum_dz_xc / n
+        dx, error = self._dx_of_dz()
+        dx = dx - self.v(of_mean) - self.xc * self.v(tilt)
+        dx = dx + self.v(self.factor * dmean / n) + self.xc * self.v(self.factor * dvariance * 2 / divisor)
+        slope, loose = np.abs(self.slope), 64 * self.eps
+        error = error + self.v(slope * (self.sum_dz_error + loose * self.dz_size.sum(self.others)) / n)
+        sums = self.sum_dz_xc_error + loose * self.sum_dz_xc_size
+        error = error + self.magnitude * self.v(slope * self.inv_std**2 * sums / n)
+        error = error + loose * self.v(np.abs(self.factor * dmean) / n)
+        error = error + loose * self.magnitude * self.v(np.abs(self.factor * dvariance) * 2 / divisor)
+        self.watch(error, dx)
+        return {"dx": self._data(dx, error)} | {k: vectors[k] for k in ("dscale", "doffset")} | self._dresidual()
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def compare(self, name: str, got: Array, expected: Expected, dtype: str) -> int:
+        """Asserts that they agree. Returns how many elements that were."""
+        value, bound = np.asarray(expected.value), np.asarray(expected.bound)
+        assert got.shape == value.shape, f"{name} has shape {got.shape}, not {value.shape}"
+        got = got.astype(self.wide)
+        asked = np.ones(got.shape, bool)
+        if got.size and not (name == "dresidual" and value.shape == (0,)):
+            asked &= ~self.wild if got.ndim == 1 else self.v(~self.wild)
+        # What the type cannot hold is an infinity.
+        limit = {"float16": 65504.0, "float64": 1e300}.get(dtype, 3e38)
+        with np.errstate(all="ignore"):
+            asked &= np.abs(value) < 0.99 * limit
+            wrong = asked & ~(np.abs(got - value) <= bound)
+        if wrong.any():
+            i = tuple(map(int, np.argwhere(wrong)[0]))
+            raise AssertionError(f"{name}{list(i)} is {got[i]}, not {value[i]} (+- {bound[i]})")
+        return int(asked.sum())

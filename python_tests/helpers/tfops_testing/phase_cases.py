@@ -1,0 +1,125 @@
+"""Calls of a machine's phases by themselves, the CPU's or those of a GPU that csrc/simt plays, and their comparison."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from tfops_kernels import _kernels
+
+from . import kernel_cases
+from .simt import Simt, memory
+
+
+class Phases:
+    """Calls the phases of one machine: the CPU, or a GPU that csrc/simt plays."""
+
+    def __init__(self, module: Any, cuda: bool, place: Any, threads: int = 2):
+        self.module, self.cuda, self.place, self.threads, self._held = module, cuda, place, threads, []
+
+    def _address(self, array: np.ndarray) -> int:
+        self._held.append(array)
+        return array.ctypes.data
+
+    def _kept(self, kept: Any, keep: np.ndarray | None, shape: tuple[int, ...]) -> Any:
+        kept.length = shape[-1]
+        kept.flags = 0 if keep is None else self._address(self.place(keep.astype(np.uint8)))
+        return kept
+
+    def _problem(self, x: np.ndarray, axis: int, activation: str | None = None, residual: bool = False) -> Any:
+        return self.module.Problem(
+            shape=list(x.shape),
+            axis=axis,
+            dtype=getattr(self.module.DataType, x.dtype.name),
+            activation=activation or "",
+            has_residual=residual,
+            training=False,
+            epsilon=2**-10,
+            exponential_avg_factor=1.0,
+            unbiased=False,
+        )
+
+    def _outputs(self, arrays: Any, like: dict[str, np.ndarray]) -> list[np.ndarray]:
+        placed = {name: self.place(np.full_like(array, 77)) for name, array in like.items()}
+        for name, array in placed.items():
+            setattr(arrays, name, self._address(array))
+        return list(placed.values())
+
+    def _call(self, phase: str, direction: str, problem: Any, *arguments: Any) -> None:
+        if not self.cuda:
+            getattr(self.module, f"cpu_{phase}")(problem, *arguments, self.threads)
+            return
+        workspace_bytes = getattr(self.module, f"cuda_{direction}_workspace_bytes")(problem)
+        workspace = memory((workspace_bytes,), np.uint8)  # aligned, whatever the arrays are
+        getattr(self.module, f"cuda_{phase}")(problem, *arguments, self._address(workspace), 0)
+
+    def moments(self, x: np.ndarray, axis: int, keep: np.ndarray | None, vector: np.ndarray) -> list[np.ndarray]:
+        arrays = self.module.MomentsArrays()
+        arrays.x = self._address(self.place(x))
+        arrays.kept = self._kept(self.module.Kept(), keep, x.shape)
+        outputs = self._outputs(arrays, dict.fromkeys(("count", "mean", "variance"), vector))
+        self._call("moments", "moments", self._problem(x, axis), arrays)
+        return outputs
+
+    def gradient(
+        self, given: dict[str, np.ndarray], axis: int, activation: str | None, residual: bool, keep: np.ndarray | None
+    ) -> list[np.ndarray]:
+        """What both gradient phases write."""
+        x, scale = given["x"], given["scale"]
+        arrays, statistics = self.module.BackwardArrays(), self.module.StatisticsGradient()
+        for field in ("dy", "x", "scale", "offset", "mean"):
+            setattr(arrays, field, self._address(self.place(given[field])))
+        arrays.spread = self._address(self.place(given["variance"]))
+        if residual:
+            arrays.residual = self._address(self.place(given["residual"]))
+        for field in ("tilt", "shift"):
+            setattr(statistics, field, self._address(self.place(given[field])))
+        statistics.kept = self._kept(self.module.Kept(), keep, x.shape)
+        problem = self._problem(x, axis, activation, residual)
+        outputs = self._outputs(arrays, dict.fromkeys(("dscale", "doffset", "dmean_in", "dvariance_in"), scale))
+        self._call("gradient_phase", "backward", problem, arrays, None)
+        outputs += self._outputs(arrays, {"dx": x, **({"dresidual": x} if residual else {})})
+        self._call("gradient_phase", "backward", problem, arrays, statistics)
+        return outputs
+
+
+def make_given(shape, axis, dtype):
+    case = kernel_cases.Case(shape, axis, dtype)
+    given = kernel_cases.inputs(case)
+    rng = np.random.default_rng(8)
+    return given | {name: rng.standard_normal(shape[axis]).astype(given["scale"].dtype) for name in ("tilt", "shift")}
+
+
+def make_keeps(shape):
+    rng = np.random.default_rng(9)
+    return [None, rng.random(shape[:-1]) < 0.5, np.zeros(shape[:-1], bool)]
+
+
+def assert_close(got, want, dtype):
+    bound = {"float32": 2e-5, "float64": 1e-12, "float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        w = np.asarray(w).astype(np.float64)
+        np.testing.assert_allclose(g.astype(np.float64), w, rtol=0, atol=bound * (1 + np.abs(w).max()), err_msg=str(i))
+
+
+cpu = functools.partial(Phases, _kernels, False, np.copy)
+
+
+def assert_cuda_agrees(simt: Simt, shape, axis, dtype, device):
+    given = make_given(shape, axis, dtype)
+    for i, keep in enumerate(make_keeps(shape)):
+        simt.configure(device, seed=i, offset=i % 2 if keep is None or shape[-1] % 8 else 0)
+        cuda = functools.partial(Phases, simt.machine, True, simt.place)
+        assert_close(
+            cuda().moments(given["x"], axis, keep, given["scale"]),
+            cpu().moments(given["x"], axis, keep, given["scale"]),
+            "float64" if dtype == "float64" else "float32",
+        )
+        activation, residual = [("silu", True), ("leaky_relu", False), (None, False)][i]
+        assert_close(
+            cuda().gradient(given, axis, activation, residual, keep),
+            cpu().gradient(given, axis, activation, residual, keep),
+            dtype,
+        )

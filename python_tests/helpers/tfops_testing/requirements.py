@@ -1,0 +1,34 @@
+"""What is there to run tests with, and marks for tests that need it.
+
+A folder whose modules cannot even be imported without it says so in its conftest.py:
+
+    collect_ignore_glob = [] if has_tensorflow() else ["*"]
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+import tfops_kernels
+
+from .paths import ROOT
+
+
+def has_tensorflow() -> bool:
+    return importlib.util.find_spec("tensorflow") is not None
+
+
+def has_source_tree() -> bool:
+    """Whether the tests lie in it, rather than beside an installed package alone."""
+    return (ROOT / "csrc").is_dir()
+
+
+def has_model_packages() -> bool:
+    """Whether the dependency group `models` of pyproject.toml is installed; models/*.py import it."""
+    return all(importlib.util.find_spec(name) for name in ("matplotlib", "PIL"))
+
+
+needs_tensorflow = pytest.mark.skipif(not has_tensorflow(), reason="needs TensorFlow")
+needs_cuda_build = pytest.mark.skipif(not tfops_kernels.build_info()["cuda"], reason="this build has no CUDA kernels")

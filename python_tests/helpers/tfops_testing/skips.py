@@ -1,0 +1,45 @@
+"""A plugin: skips tests that are marked as needing what is not there, or was not asked for.
+
+At the end of a run it says what was skipped, or failed as expected, with one line for each reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+import tfops_kernels
+
+from .requirements import has_source_tree
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {}
+    info = tfops_kernels.build_info()
+    if not info["gpus"]:
+        reasons["gpu"] = f"no GPU: {info['cuda_problem'] or 'the driver lists none'}"
+    if "limits" not in config.option.markexpr:
+        reasons["limits"] = "takes minutes and up to 24 GiB: make limits"
+    if not has_source_tree():
+        reasons["source_tree"] = "needs the source tree, not only the installed package"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    if hasattr(report, "wasxfail"):
+        return report.wasxfail.removeprefix("reason: ")
+    return report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counts = Counter(
+        (outcome, _reason(report))
+        for outcome in ("skipped", "xfailed", "xpassed")
+        for report in terminalreporter.stats.get(outcome, [])
+    )
+    for (outcome, reason), count in counts.most_common():
+        terminalreporter.write_line(f"{outcome} {count}: {reason or 'no reason given'}")

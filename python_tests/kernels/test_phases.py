@@ -1,0 +1,73 @@
+"""The CPU's phases by themselves agree with float64 NumPy; and CUDA's, run on the CPU by csrc/simt, with those."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from tfops_testing import kernel_cases, oracle
+from tfops_testing.phase_cases import assert_close, assert_cuda_agrees, cpu, make_given, make_keeps
+
+SHAPES = [
+    ((37, 3), -1),
+    ((6, 50, 24), -1),
+    ((3, 2049), -1),
+    ((600, 64), -1),
+    ((300, 1), -1),
+    ((5, 6, 4, 9), 1),
+    ((2, 3, 40, 16), 1),
+    ((40, 7, 5), 1),
+    ((30, 5, 1), 1),
+]
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+def test_cpu_agrees_with_numpy(shape, axis, dtype):
+    given = make_given(shape, axis, dtype)
+    # A z near a kink would be on either side of it.
+    activation = "silu" if dtype != "float64" else "relu6"
+    want = oracle.backward(
+        given["dy"],
+        given["x"],
+        given["scale"],
+        given["offset"],
+        given["mean"],
+        given["variance"],
+        residual=given["residual"],
+        axis=axis,
+        epsilon=2**-10,
+        training=False,
+        activation=activation,
+    )
+    vector = functools.partial(oracle.vector_like, x=given["x"], axis=axis)
+    xc = given["x"].astype(np.float64) - vector(given["mean"].astype(np.float64))
+    for keep in make_keeps(shape):
+        got = cpu().gradient(given, axis, activation, True, keep)
+        kept = 1 if keep is None else keep[..., None]
+        dx = want.x + kept * (xc * vector(given["tilt"]) + vector(given["shift"]))
+        assert_close(got, [want.scale, want.offset, want.mean, want.variance, dx, want.residual], dtype)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((3000, 128), -1), ((8, 6, 100, 99), 1)], ids=str)
+def test_cpu_threads_change_nothing(shape, axis):
+    given = make_given(shape, axis, "float32")
+    for keep in make_keeps(shape)[:2]:
+        results = [
+            cpu(threads=n).moments(given["x"], axis, keep, given["scale"])
+            + cpu(threads=n).gradient(given, axis, "relu", True, keep)
+            for n in (1, 2, 5)
+        ]
+        for other in results[1:]:
+            for got, want in zip(other, results[0], strict=True):
+                np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.source_tree
+@pytest.mark.parametrize("device", ["three", "small"])
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+def test_cuda_by_simt_agrees_with_cpu(simt, shape, axis, dtype, device):
+    assert_cuda_agrees(simt, shape, axis, dtype, device)

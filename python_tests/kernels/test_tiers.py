@@ -1,0 +1,189 @@
+"""Which CUDA kernels a problem takes: the policy, on paper, for an H200 unless a test says otherwise."""
+
+from __future__ import annotations
+
+import pytest
+
+import tfops_kernels
+from tfops_testing.requirements import needs_cuda_build
+
+pytestmark = needs_cuda_build
+
+H200 = {
+    "compute_capability": 90,
+    "multiprocessors": 132,
+    "shared_bytes_per_block": 227 << 10,
+    "shared_bytes_per_multiprocessor": 228 << 10,
+    "l2_bytes": 50 << 20,
+    "largest_cluster": 16,
+    "cooperative": True,
+}
+A100 = {
+    "compute_capability": 80,
+    "multiprocessors": 108,
+    "shared_bytes_per_block": 163 << 10,
+    "shared_bytes_per_multiprocessor": 164 << 10,
+    "l2_bytes": 40 << 20,
+    "largest_cluster": 1,
+}
+TIERS = ("one_block", "cluster", "grid", "streaming")
+
+# (shape, axis, dtype, residual, forward's tier, backward's), all with relu.
+PROBLEMS = [
+    # MNIST with batches of 256, and dense layers
+    ((256, 26, 26, 32), -1, "float32", False, "grid", "streaming"),
+    ((256, 26, 26, 32), -1, "float16", False, "grid", "grid"),
+    ((256, 11, 11, 64), -1, "float32", False, "cluster", "grid"),
+    ((256, 11, 11, 64), -1, "float16", False, "grid", "grid"),
+    ((256, 128), -1, "float32", False, "one_block", "one_block"),
+    ((32, 10), -1, "float32", False, "one_block", "one_block"),
+    ((512, 1000), -1, "float16", False, "cluster", "cluster"),
+    # AlexNet with batches of 256
+    ((256, 55, 55, 96), -1, "float16", False, "streaming", "streaming"),
+    ((256, 27, 27, 256), -1, "float16", False, "streaming", "streaming"),
+    ((256, 13, 13, 384), -1, "float16", False, "cluster", "cluster"),
+    ((256, 4096), -1, "float16", False, "one_block", "one_block"),
+    # ResNet-50 with batches of 32 and of 256
+    ((32, 112, 112, 64), -1, "float16", False, "streaming", "streaming"),
+    ((32, 56, 56, 64), -1, "float16", False, "grid", "grid"),
+    ((32, 28, 28, 128), -1, "float16", False, "cluster", "cluster"),
+    ((32, 28, 28, 512), -1, "float16", True, "cluster", "streaming"),
+    ((32, 14, 14, 256), -1, "float32", False, "cluster", "cluster"),
+    ((32, 14, 14, 1024), -1, "float16", True, "cluster", "cluster"),
+    ((32, 7, 7, 512), -1, "float16", False, "cluster", "cluster"),
+    ((32, 7, 7, 2048), -1, "float16", True, "cluster", "cluster"),
+    ((256, 56, 56, 256), -1, "float16", True, "streaming", "streaming"),
+    ((256, 7, 7, 2048), -1, "float16", True, "cluster", "streaming"),
+    ((32, 512, 28, 28), 1, "float16", True, "one_block", "cluster"),
+    ((32, 2048, 7, 7), 1, "float16", True, "one_block", "one_block"),
+    # Ragged channels, and five dimensions
+    ((128, 28, 28, 24), -1, "float32", False, "grid", "grid"),
+    ((128, 28, 28, 131), -1, "float32", False, "streaming", "streaming"),
+    ((8, 16, 32, 32, 32), -1, "float16", False, "grid", "grid"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_forced_tier(monkeypatch):
+    monkeypatch.delenv("TFOPS_TIER", raising=False)
+
+
+def plan(shape, device=H200, **settings):
+    return tfops_kernels.cuda_plan(shape, **{"activation": "relu", **settings}, **{**H200, **device})
+
+
+@pytest.mark.parametrize(("shape", "axis", "dtype", "residual", "forward", "backward"), PROBLEMS, ids=str)
+def test_problems_take_the_expected_tiers(shape, axis, dtype, residual, forward, backward):
+    plans = [plan(shape, axis=axis, dtype=dtype, residual=residual, backward=b) for b in (False, True)]
+    assert [p.tier for p in plans] == [forward, backward]
+    for p in plans:
+        assert p.launches == (3 if p.tier == "streaming" else 1)
+        assert p.lanes == {"float16": 8, "float32": 4}[dtype]
+        assert p.blocks % p.blocks_per_slab == 0
+        if p.tier != "streaming":
+            assert p.shared_bytes <= H200["shared_bytes_per_block"]
+        if p.tier == "one_block":
+            assert p.blocks_per_slab == 1
+        if p.tier == "cluster":
+            assert 2 <= p.blocks_per_slab <= 16
+        if p.tier == "grid":
+            assert p.blocks <= H200["multiprocessors"]
+
+
+def test_larger_batches_take_more_blocks_until_they_stream():
+    """As batches grow, blocks get company, until nothing fits."""
+    order = [plan((n, 64)).tier for n in (16, 4096, 100_000, 1_000_000)]
+    assert order == ["one_block", "cluster", "grid", "streaming"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("shape", [(100_000, 64), (4096, 2048)])
+def test_problems_too_large_for_the_chip_stream(shape, backward):
+    """The least shared memory with which a problem stays on the chip is what its plan asks for, or less."""
+    device = {"largest_cluster": 1, "cooperative": False}
+    assert plan(shape, device, backward=backward).tier in ("one_block", "streaming")
+    tiers = [plan(shape, {"shared_bytes_per_block": kb << 10}, backward=backward).tier for kb in (1, 2, 4)]
+    assert tiers == ["streaming"] * 3
+    assert "do not fit" in plan(shape, {"shared_bytes_per_block": 1024}, backward=backward).reason
+
+
+@pytest.mark.parametrize(("shape", "axis", "dtype", "residual", "forward", "backward"), PROBLEMS, ids=str)
+def test_without_clusters_plans_fit_the_device(shape, axis, dtype, residual, forward, backward):
+    for b in (False, True):
+        p = plan(shape, A100, axis=axis, dtype=dtype, residual=residual, backward=b)
+        assert p.tier != "cluster"
+        assert p.shared_bytes <= A100["shared_bytes_per_block"]
+        p = plan(shape, {**A100, "cooperative": False}, axis=axis, dtype=dtype, residual=residual, backward=b)
+        assert p.tier in ("one_block", "streaming")
+
+
+def test_inference_streams_in_one_pass():
+    """Its forward pass is one pass; its gradient takes sums."""
+    p = plan((256, 128), training=False)
+    assert (p.tier, p.launches) == ("streaming", 1)
+    assert "single pass" in p.reason
+    assert plan((256, 128), training=False, backward=True).tier == "one_block"
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0)])
+def test_plan_without_elements_says_so(shape):
+    assert "no elements" in plan(shape).reason
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((128, 14, 14, c), -1) for c in (24, 40, 116, 131)] + [((32, 2048, 7, 7), 1), ((32, 512, 13, 13), 1)],
+    ids=str,
+)
+def test_ragged_sizes_have_wide_accesses(shape, axis, residual):
+    """With a mask, too, whose rows are of whole bytes, and so begin elsewhere than the rows of elements."""
+    for backward in (False, True):
+        p = plan(shape, axis=axis, dtype="float16", residual=residual, backward=backward)
+        assert p.lanes == 8 or p.tier == "streaming"
+        assert plan(shape, axis=axis, dtype="float16", backward=backward, aligned=False).lanes == 1
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_forced_tier_is_taken(monkeypatch, tier):
+    monkeypatch.setenv("TFOPS_TIER", tier)
+    for backward in (False, True):
+        p = plan((1024, 64), backward=backward)
+        assert p.tier == tier
+        assert "TFOPS_TIER" in p.reason
+    # There is only one way to do this.
+    assert plan((1024, 64), training=False).tier == "streaming"
+
+
+@pytest.mark.parametrize(
+    ("tier", "device", "why"),
+    [
+        ("one_block", {}, "has at most 227 KB"),
+        ("cluster", {}, "has at most 227 KB"),
+        ("grid", {}, "has at most 227 KB"),
+        ("cluster", A100, "compute capability 8.0 has no clusters"),
+        ("grid", {"cooperative": False}, "no cooperative launches"),
+        ("fastest", {}, "must be one_block, cluster, grid or streaming, but it is fastest"),
+    ],
+    ids=str,
+)
+def test_forced_tier_that_cannot_be_is_refused(monkeypatch, tier, device, why):
+    monkeypatch.setenv("TFOPS_TIER", tier)
+    with pytest.raises(ValueError, match=why):
+        plan((10_000_000, 64), device)
+
+
+def test_reason_gives_blocks_and_times():
+    p = plan((32, 14, 14, 256))
+    assert p.reason.startswith(f"{p.blocks // p.blocks_per_slab} slabs of ")
+    assert f"{p.blocks_per_slab} blocks each" in p.reason
+    assert " us, against " in p.reason
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(TypeError, match="but it is int8"):
+        plan((4, 4), dtype="int8")
+    with pytest.raises(TypeError, match="warps is unknown"):
+        tfops_kernels.cuda_plan((4, 4), warps=3)
+    with pytest.raises(ValueError, match="multiprocessors must be > 0, but it is 0"):
+        plan((4, 4), {"multiprocessors": 0})

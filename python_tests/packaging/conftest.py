@@ -1,0 +1,7 @@
+"""The tests of the package need TensorFlow."""
+
+from __future__ import annotations
+
+from tfops_testing.requirements import has_tensorflow
+
+collect_ignore = [] if has_tensorflow() else ["test_package.py"]

@@ -1,0 +1,196 @@
+"""What is installed: its libraries, what they need, the import checks, and what it says of itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+
+import tfops
+import tfops_kernels
+from tfops import _library
+from tfops.keras._batch_normalization import check_backend
+from tfops_testing.fresh_process import run_python
+
+SYSTEM = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
+
+
+def _library_file(name: str) -> Path:
+    (path,) = Path(tfops_kernels.__file__).parent.parent.glob(name)
+    return path
+
+
+def _dynamic(path: Path) -> tuple[set[str], str]:
+    """The libraries that an ELF file needs, and its RUNPATH."""
+    readelf = shutil.which("readelf")
+    if not readelf:
+        pytest.skip("needs readelf")
+    lines = subprocess.run([readelf, "-dW", path], capture_output=True, text=True, check=True).stdout.splitlines()
+    values = {kind: [line.split("[")[1].split("]")[0] for line in lines if f"({kind})" in line] for kind in _KINDS}
+    return set(values["NEEDED"]), "".join(values["RUNPATH"] + values["RPATH"])
+
+
+_KINDS = ("NEEDED", "RUNPATH", "RPATH")
+
+
+def test_libraries_need_no_driver_and_vendor_nothing():
+    needed, path = _dynamic(_library_file("tfops_kernels/libtfops_kernels.so"))
+    assert needed <= SYSTEM
+    assert path == ""
+    needed, path = _dynamic(_library_file("tfops_kernels/_kernels.*.so"))
+    assert needed - SYSTEM == {"libtfops_kernels.so"}
+    assert path == "$ORIGIN"
+    needed, path = _dynamic(_library_file("tfops/_tfops_ops.so"))
+    assert needed - SYSTEM == {"libtfops_kernels.so", "libtensorflow_framework.so.2"}
+    assert path == "$ORIGIN/../tfops_kernels"
+    # TensorFlow has loaded its own two; what is loaded is found by name.
+    needed, path = _dynamic(_library_file("tfops/_tfops_xla.so"))
+    assert needed - SYSTEM == {"libtfops_kernels.so", "libtensorflow_framework.so.2", "libtensorflow_cc.so.2"}
+    assert path == "$ORIGIN/../tfops_kernels"
+
+
+def test_package_holds_what_it_should():
+    files = {str(file) for file in importlib.metadata.files("tfops") if "__pycache__" not in str(file)}
+    information = f"tfops-{tfops.__version__}.dist-info/"
+    libraries = {file for file in files if ".so" in file}
+    assert {Path(file).name.split(".")[0] for file in libraries} == {
+        "libtfops_kernels",
+        "_kernels",
+        "_tfops_ops",
+        "_tfops_xla",
+    }
+    # Python, its marks of being typed, and nothing else: no headers, no sources, no tests.
+    others = {file for file in files - libraries if not file.startswith(information)}
+    assert {Path(file).name for file in others if not file.endswith(".py")} == {"py.typed"}
+    assert {file.split("/")[0] for file in others} == {"tfops", "tfops_kernels"}
+    for file in ("tfops/py.typed", "tfops_kernels/py.typed", "tfops_kernels/_build.py"):
+        assert file in files
+    written = {file.removeprefix(information) for file in files if file.startswith(information)}
+    by_installers = {"INSTALLER", "REQUESTED", "direct_url.json"}
+    assert written - by_installers == {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
+
+
+def test_libraries_do_not_tell_where_they_were_built():
+    """So they are the same wherever that is, too: make reproducible."""
+    for name in ("tfops_kernels/*.so", "tfops/*.so"):
+        for path in Path(tfops_kernels.__file__).parent.parent.glob(name):
+            strings = re.findall(rb"[\x20-\x7e]{6,}", path.read_bytes())
+            places = [s for s in strings if re.search(rb"/(tmp|home|root|build|site-packages)/", s)]
+            assert not places, (path, places[:5])
+
+
+def test_wheel_needs_no_more_than_glibc_2_34():
+    """`auditwheel show` finds nothing that a system with glibc 2.34 does not have, but TensorFlow's own libraries."""
+    wheels = list(Path("build/wheel").glob("*.whl"))
+    auditwheel = Path(sys.executable).with_name("auditwheel")
+    if not wheels or not auditwheel.exists():
+        pytest.skip("needs auditwheel, and a wheel in build/wheel: make wheel")
+    (wheel,) = wheels
+    assert wheel.stat().st_size < 20e6
+    if platform.machine() != "x86_64":
+        return
+    run = subprocess.run([auditwheel, "show", wheel], capture_output=True, text=True, check=True)
+    shown = " ".join(run.stdout.split())
+    libraries = set(re.findall(r"lib\S+\.so[.\d]*", shown))
+    assert libraries - {"libtensorflow_framework.so.2", "libtensorflow_cc.so.2", "libtfops_kernels.so"} <= SYSTEM
+    policy = re.search(r"manylinux_2_(\d+)_x86_64", shown)
+    assert policy, shown
+    assert int(policy[1]) <= 34
+
+
+def test_requirements_are_those_of_the_project():
+    requirements = importlib.metadata.requires("tfops")
+    assert "tensorflow~=2.21.0" in [r.replace(" ", "") for r in requirements]
+    assert importlib.metadata.metadata("tfops")["Requires-Python"] in (">=3.10,<3.14", "<3.14,>=3.10")
+
+
+@pytest.mark.parametrize("running", ["2.20.0", "2.22.0-rc1", "3.0.0"])
+def test_another_release_is_refused(running):
+    run = run_python("-c", f"import tensorflow as tf; tf.__version__ = {running!r}; import tfops")
+    assert run.returncode != 0
+    message = run.stderr.splitlines()[-1]
+    assert message.startswith("ImportError")
+    assert "built for TensorFlow 2.21" in message
+    assert f"TensorFlow {running} is running" in message
+    assert "pip install tensorflow~=2.21.0" in message
+
+
+def test_another_patch_release_is_fine():
+    _library.check_release("2.21.9", "2.21.0")
+
+
+def test_build_without_tensorflow_says_so():
+    with pytest.raises(ImportError, match="TFOPS_TENSORFLOW=OFF"):
+        _library.load(Path("anything.so"), built="")
+
+
+def test_source_tree_in_the_way_is_explained():
+    with pytest.raises(ImportError, match=r"nowhere\.so does not exist.* PYTHONSAFEPATH=1"):
+        _library.load(Path("nowhere.so"), built=tf.__version__)
+
+
+def test_kernels_do_without_tensorflow():
+    run = run_python(
+        "-c",
+        "import sys; sys.modules['tensorflow'] = None\n"
+        "import numpy as np, tfops_kernels\n"
+        "y = tfops_kernels.forward(np.eye(3, dtype=np.float32), *np.ones((2, 3), np.float32)).y\n"
+        "tfops_kernels.build_info()\n"
+        "print(y.shape, [m for m in sys.modules if m.startswith(('tensorflow.', 'keras'))])",
+    )
+    assert run.stdout.strip() == "(3, 3) []", run.stderr
+
+
+def test_another_backend_is_refused():
+    with pytest.raises(
+        ImportError, match="the backend is 'jax': set the environment variable KERAS_BACKEND=tensorflow"
+    ):
+        check_backend("jax")
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_another_backend_is_refused_at_import(backend):
+    """Whether it is installed, or not: Keras itself cannot be imported then."""
+    run = run_python("-c", "import tfops.keras", KERAS_BACKEND=backend)
+    message = "ImportError: tfops needs Keras' TensorFlow backend, but .*KERAS_BACKEND=tensorflow before Keras is first"
+    assert re.search(message, run.stderr), run.stderr
+
+
+def test_build_info_is_complete():
+    info = tfops.build_info()
+    assert json.loads(json.dumps(info)) == info
+    assert info["version"] == tfops.__version__ == importlib.metadata.version("tfops")
+    assert info["tensorflow"].startswith("2.21.")
+    assert info["tensorflow_running"] == tf.__version__
+    assert info["cpu_instruction_set"] in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "generic")
+    if not info["cuda"]:
+        assert (info["cuda_toolkit"], info["cuda_architectures"]) == ("", "")
+    if not info["gpus"]:
+        assert info["cuda_problem"]
+
+
+def test_info_command_names_everything():
+    run = run_python("-m", "tfops.info")
+    assert run.returncode == 0, run.stderr
+    for name in ("tfops", "TensorFlow", "CPU kernels", "CUDA kernels", "XLA kernels", "CUDA driver", "GPU"):
+        assert f"\n{name} " in f"\n{run.stdout}"
+
+
+def test_cpu_level_can_be_forced():
+    info = "import tfops_kernels; print(tfops_kernels.build_info()['cpu_instruction_set'])"
+    assert run_python("-c", info, TFOPS_CPU="x86-64-v2").stdout.strip() in ("x86-64-v2", "generic")
+
+
+@pytest.mark.parametrize("variable", ["TFOPS_CPU", "TFOPS_CPU_STREAMS"])
+def test_unknown_cpu_choice_is_named(variable):
+    call = "import numpy as np, tfops_kernels as k; k.forward(np.eye(2), np.ones(2), np.ones(2))"
+    run = run_python("-c", call, **{variable: "sse9"})
+    assert f"{variable} is 'sse9', but this machine and build have: " in run.stderr

@@ -1,0 +1,92 @@
+"""The tests' own plugins: exclusive tests run alone under pytest-xdist, and skips are told by reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tfops_testing.fresh_process import run_python
+
+CONFTEST = 'pytest_plugins = ["tfops_testing.exclusive", "tfops_testing.skips"]\n'
+
+# Each test writes when it began and ended, setup and teardown included.
+SUITE = """
+import os, time
+from pathlib import Path
+import pytest
+
+TIMES = Path(os.environ["TIMES"])
+
+@pytest.fixture(autouse=True)
+def timed(request):
+    begin = time.monotonic()
+    time.sleep(0.02)
+    yield
+    time.sleep(0.02)
+    name = request.node.name.partition("[")[0]
+    (TIMES / f"{time.monotonic_ns()}_{os.getpid()}").write_text(f"{name} {begin} {time.monotonic()}")
+
+@pytest.mark.parametrize("i", range(12))
+def test_ordinary(i):
+    time.sleep(0.05)
+
+@pytest.mark.exclusive
+@pytest.mark.parametrize("i", range(6))
+def test_exclusive(i):
+    time.sleep(0.05)
+
+@pytest.mark.parametrize("i", range(12))
+def test_ordinary_too(i):
+    time.sleep(0.05)
+"""
+
+
+def _run(folder: Path, suite: str, *arguments: str):
+    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
+    (folder / "test_suite.py").write_text(suite)
+    (folder / "times").mkdir()
+    arguments = ("-p", "no:cacheprovider", "-q", *arguments, str(folder))
+    return run_python("-m", "pytest", *arguments, TIMES=str(folder / "times"))
+
+
+def test_nothing_runs_beside_an_exclusive_test(tmp_path):
+    pytest.importorskip("xdist", reason="needs pytest-xdist")
+    run = _run(tmp_path, SUITE, "-n", "3")
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = [path.read_text().split() for path in (tmp_path / "times").iterdir()]
+    spans = [(name == "test_exclusive", float(begin), float(end)) for name, begin, end in lines]
+    assert len(spans) == 30
+    overlaps = [
+        one[0] or other[0]
+        for i, one in enumerate(spans)
+        for other in spans[:i]
+        if one[1] < other[2] and other[1] < one[2]
+    ]
+    assert overlaps, "nothing ran beside anything"
+    assert not any(overlaps)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skips_are_told_by_reason(tmp_path, workers):
+    if workers:
+        pytest.importorskip("xdist", reason="needs pytest-xdist")
+    suite = """
+import pytest
+
+@pytest.mark.skip(reason="no luck")
+@pytest.mark.parametrize("i", range(5))
+def test_marked(i):
+    pass
+
+def test_skips():
+    pytest.skip("no time")
+
+@pytest.mark.xfail(reason="to be mended")
+def test_fails():
+    assert False
+"""
+    run = _run(tmp_path, suite, *(["-n", str(workers)] if workers else []))
+    told = [line for line in run.stdout.splitlines() if line.startswith(("skipped ", "xfailed "))]
+    assert sorted(told) == ["skipped 1: no time", "skipped 5: no luck", "xfailed 1: to be mended"], run.stdout

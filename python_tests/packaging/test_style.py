@@ -1,0 +1,57 @@
+"""The code is formatted and lints clean; versions that are written down in several places agree."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tfops_testing.paths import ROOT
+
+pytestmark = pytest.mark.source_tree
+
+
+def _tool(name: str) -> str:
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if not found:
+        pytest.skip(f"needs {name}")
+    return found
+
+
+def _run(*command: str | Path) -> None:
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_python_is_linted_and_formatted():
+    ruff = _tool("ruff")
+    _run(ruff, "check", ".")
+    _run(ruff, "format", "--check", ".")
+
+
+def test_cpp_is_formatted():
+    files = [path for suffix in ("h", "cc", "cu", "cuh") for path in (ROOT / "csrc").rglob(f"*.{suffix}")]
+    assert files
+    _run(_tool("clang-format"), "--dry-run", "--Werror", *files)
+
+
+def test_no_file_is_too_long():
+    for folder in ("csrc", "tfops", "python_tests", "models", "cmake"):
+        for path in (ROOT / folder).rglob("*.*"):
+            if path.suffix in (".py", ".h", ".cc", ".cu", ".cuh", ".cmake"):
+                assert len(path.read_text().splitlines()) <= 500, path
+
+
+def test_tensorflow_release_is_the_same_everywhere():
+    def release(file: str, pattern: str) -> str:
+        match = re.search(pattern, (ROOT / file).read_text())
+        assert match, f"{file} has no {pattern}"
+        return match[1]
+
+    wanted = release("pyproject.toml", r"tensorflow~=(\d+\.\d+)\.0")
+    assert release("cmake/build_backend.py", r'TENSORFLOW = "(\d+\.\d+)\.\*"') == wanted
+    assert release("CMakeLists.txt", r"find_package\(TensorFlow (\d+\.\d+)") == wanted
