@@ -130,7 +130,7 @@ TEST(RunsBeginAtTheirBits) {
 
 // Items may be written at the same time: no byte is of two.
 TEST(ItemsShareNoByteOfTheMask) {
-  ForSmallProblems(kProblems / 3, 4 * kMostElements, [](const Problem& drawn, Random*) {
+  ForSmallProblems(kProblems / 10, 20 * kMostElements, [](const Problem& drawn, Random*) {
     std::vector<int64_t> owners;
     bool shared = false;
     ForRuns(drawn, [&](const Problem& problem, const cpu::Plan&, int64_t item, const runs::Run& run) {

@@ -15,7 +15,7 @@
 namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
 
-constexpr int kProblems = 4000;
+constexpr int kProblems = 1500;
 constexpr int64_t kMostElements = 3 << 20;  // of more than one item, and of chunks
 
 // A run's elements are of the channels that its column says.
@@ -153,6 +153,13 @@ void ExpectLimits(const Problem& problem, bool backward) {
     EXPECT_EQ(plan.fold, 1);
     EXPECT_TRUE(!takes_sums || plan.group <= kMaxGroup);
     EXPECT_LE(plan.segment, problem.inner);
+  }
+  // Chunks are as large as each other, but for a unit of rows and what is left over.
+  const int64_t row_unit = plan.channels_last ? kRowUnit : 1;
+  for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+    const int64_t rows = plan.RowEnd(chunk) - plan.RowBegin(chunk);
+    EXPECT_LE(rows, plan.RowEnd(0) + row_unit - 1);
+    EXPECT_LE(plan.RowEnd(0), rows + row_unit);
   }
   // Items, and runs of them, begin at whole bytes of the mask.
   const int64_t unit = plan.channels_last ? plan.column_block : plan.segment;

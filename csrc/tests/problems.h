@@ -75,7 +75,10 @@ inline Problem SmallProblem(Random* random, int64_t most_elements) {
 
 // Of more elements than 31 bits can count, and at most 2^36, which are as many as a GPU's memory has room for.
 inline Problem HugeProblem(Random* random) {
-  const auto size = [random](int64_t bits) { return (int64_t{1} << random->Below(bits)) + random->Below(130); };
+  const auto size = [random](int64_t bits) {
+    const int64_t power = int64_t{1} << random->Below(bits);
+    return power + random->Below(power);
+  };
   const auto is_huge = [](const Problem& problem) {
     const double elements = 1.0 * problem.outer * problem.channels * problem.inner;
     return elements > 0x1p31 && elements <= 0x1p36;

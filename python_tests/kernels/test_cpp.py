@@ -34,7 +34,7 @@ def _tool(name: str) -> str:
 
 
 def _run(*command: str | Path) -> str:
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert run.returncode == 0, f"{' '.join(map(str, command))}\n{run.stdout}{run.stderr}"
     return run.stdout
 
