@@ -1,9 +1,11 @@
-# Decides whether to build the CUDA kernels, and with which nvcc: sets TFOPS_WITH_CUDA and enables the language.
+# Decides whether to build the CUDA kernels, with which nvcc and for which GPUs: sets TFOPS_WITH_CUDA, TFOPS_CUDA_OPTIONS
+# and TFOPS_CUDA_ARCHITECTURES (as CMake writes them), and enables the language.
 #
 # nvcc is taken from CUDACXX, else PATH, else from NVIDIA's packages of PyPI beside this Python (build_backend.py asks
 # for them where there is no nvcc).
 
 set(TFOPS_WITH_CUDA FALSE)
+set(TFOPS_CUDA_OPTIONS "")
 if(NOT TFOPS_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "TFOPS_CUDA must be AUTO, ON or OFF, but it is '${TFOPS_CUDA}'")
 endif()
@@ -12,9 +14,10 @@ if(TFOPS_CUDA STREQUAL "OFF")
   return()
 endif()
 
-# Machine code for each generation, which also serves the later ones of the same major version, and PTX of the newest for
-# those to come. For this machine alone: its GPUs, and no CUDA where there are none.
-set(architectures 75-real 80-real 86-real 89-real 90-real 100-real 110-real 120)
+# Machine code for each generation, and PTX for those to come. For this machine alone: its GPUs, and no CUDA where there
+# are none.
+set(generations 75 80 86 89 90 100 110 120)
+set(ptx 90)
 if(TFOPS_NATIVE)
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
                   OUTPUT_VARIABLE listed RESULT_VARIABLE ignored ERROR_QUIET)
@@ -24,11 +27,12 @@ if(TFOPS_NATIVE)
   foreach(capability IN LISTS capabilities)
     string(REPLACE "." "" architecture ${capability})
     if(architecture GREATER_EQUAL 75)
-      list(APPEND here ${architecture}-real)
+      list(APPEND here ${architecture})
     endif()
   endforeach()
   if(here)
-    set(architectures ${here})
+    set(generations ${here})
+    set(ptx "")
   elseif(TFOPS_CUDA STREQUAL "AUTO")
     message(STATUS "CUDA kernels: none, for this build is for this machine alone, and nvidia-smi lists no GPU of "
                    "compute capability 7.5 or later")
@@ -58,8 +62,23 @@ endif()
 include(CheckLanguage)
 check_language(CUDA)
 if(CMAKE_CUDA_COMPILER)
-  if(NOT CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES ${architectures})
+  set(TFOPS_CUDA_ARCHITECTURES ${CMAKE_CUDA_ARCHITECTURES})
+  if(NOT TFOPS_CUDA_ARCHITECTURES)
+    # What takes the time is PTX, and the kernels use nothing that came after these: so generations share it.
+    set(CMAKE_CUDA_ARCHITECTURES OFF)
+    foreach(generation IN LISTS generations)
+      foreach(candidate 75 80 90)
+        if(candidate LESS_EQUAL generation)
+          set(virtual ${candidate})
+        endif()
+      endforeach()
+      list(APPEND TFOPS_CUDA_OPTIONS -gencode=arch=compute_${virtual},code=sm_${generation})
+      list(APPEND TFOPS_CUDA_ARCHITECTURES ${generation}-real)
+    endforeach()
+    if(ptx)
+      list(APPEND TFOPS_CUDA_OPTIONS -gencode=arch=compute_${ptx},code=compute_${ptx})
+      list(APPEND TFOPS_CUDA_ARCHITECTURES ${ptx}-virtual)
+    endif()
   endif()
   enable_language(CUDA)
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.0)
@@ -67,7 +86,7 @@ if(CMAKE_CUDA_COMPILER)
                         "set CUDACXX to another, or TFOPS_CUDA=OFF")
   endif()
   set(TFOPS_WITH_CUDA TRUE)
-  message(STATUS "CUDA kernels: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
+  message(STATUS "CUDA kernels: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${TFOPS_CUDA_ARCHITECTURES}")
 elseif(TFOPS_CUDA STREQUAL "ON")
   message(FATAL_ERROR "TFOPS_CUDA=ON, but no working nvcc was found: set CUDACXX, or put nvcc on PATH")
 else()

@@ -28,11 +28,9 @@ struct Level {
   const Kernels& KernelsFor(DataType dtype) const { return kernels_of[static_cast<int>(dtype)](); }
 };
 
-#define TFOPS_KERNELS(level)                                                                  \
-  {                                                                                           \
-    &level::KernelsOf<DataType::kFloat16>, &level::KernelsOf<DataType::kBFloat16>,            \
-        &level::KernelsOf<DataType::kFloat32>, &level::KernelsOf<DataType::kFloat64> \
-  }
+#define TFOPS_KERNELS(level)                                                      \
+  {&level::KernelsOf<DataType::kFloat16>, &level::KernelsOf<DataType::kBFloat16>, \
+   &level::KernelsOf<DataType::kFloat32>, &level::KernelsOf<DataType::kFloat64>}
 
 #ifdef __x86_64__
 // Not every compiler's __builtin_cpu_supports knows this one.
@@ -47,11 +45,11 @@ std::vector<Level> Levels() {
   std::vector<Level> levels;
 #ifdef __x86_64__
   __builtin_cpu_init();
-  [[maybe_unused]] const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                  __builtin_cpu_supports("bmi2") && SupportsF16c();
+  [[maybe_unused]] const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                   __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && SupportsF16c();
   [[maybe_unused]] const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                  __builtin_cpu_supports("avx512vl");
+                                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                                   __builtin_cpu_supports("avx512vl");
 #endif
 #ifdef TFOPS_HAS_x86_64_v4
   levels.push_back({"x86-64-v4", TFOPS_KERNELS(x86_64_v4), v4});
@@ -106,7 +104,9 @@ Choice Choose() {
     choice.status = NotAChoice(kStreams, streams, "few, many");
   }
   std::string built, supported;
-  const auto add = [](const char* name, std::string* names) { *names += (names->empty() ? "" : ", ") + std::string(name); };
+  const auto add = [](const char* name, std::string* names) {
+    *names += (names->empty() ? "" : ", ") + std::string(name);
+  };
   for (const Level& level : levels) {
     add(level.name, &built);
     if (!level.supported) continue;

@@ -267,13 +267,20 @@ TFOPS_INLINE void GradientNormalizeVector(const GradientArrays<T, A>& arrays, co
 }
 
 // The parts of a run, as in NormalizeRun.
-template <Activation kActivation, typename T, typename C>
-__attribute__((noinline)) void GradientNormalizeSome(const GradientArrays<T, AnyArrays> arrays, const C coefficients,
-                                                     bool training, int64_t begin, int64_t end) {
+template <Activation kActivation, typename T, typename A, typename C>
+TFOPS_INLINE void GradientNormalizeSome(const GradientArrays<T, A>& arrays, const C& coefficients, bool training,
+                                        int64_t begin, int64_t end) {
   for (int64_t i = begin, n; i < end; i += n) {
     n = Min(kLanes<Param<T>>, end - i);
     GradientNormalizeVector<true, kActivation>(arrays, coefficients, training, i, n, false);
   }
+}
+
+template <Activation kActivation, typename T, typename C>
+__attribute__((noinline)) void GradientNormalizeOutsideLines(const GradientArrays<T, AnyArrays> arrays,
+                                                             const C coefficients, bool training, int64_t begin,
+                                                             int64_t end) {
+  GradientNormalizeSome<kActivation>(arrays, coefficients, training, begin, end);
 }
 
 // Returns where they end. Unless they are streamed, `begin` is a multiple of the lanes.
@@ -343,18 +350,21 @@ TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T, A> arrays, const C& coe
   }
   constexpr int kL = kLanes<Param<T>>;
   const int64_t length = arrays.length;
-  const auto normalize_some = [&](int64_t begin, int64_t end) {
-    if (begin < end) GradientNormalizeSome<kActivation, T>(arrays.Forgotten(), coefficients, training, begin, end);
-  };
   if (!lines.IsEmpty()) {
-    normalize_some(0, lines.begin);
+    const auto normalize_outside = [&](int64_t begin, int64_t end) {
+      if (begin >= end) return;
+      GradientNormalizeOutsideLines<kActivation, T>(arrays.Forgotten(), coefficients, training, begin, end);
+    };
+    normalize_outside(0, lines.begin);
     GradientNormalizeStreamed<kActivation>(arrays, coefficients, training, lines);
-    return normalize_some(lines.end, length);
+    return normalize_outside(lines.end, length);
   }
   const bool overlaps = OverlapsItsEnd<T>(length), at_once = IsReadAtOnce<T>(length);
   const int64_t last = length - kL;
   Gradient<Param<T>> g{};
-  const auto read_last = [&] { g = GradientOfVector<false, kActivation, /*kInPlace=*/false>(arrays, coefficients, last, kL); };
+  const auto read_last = [&] {
+    g = GradientOfVector<false, kActivation, /*kInPlace=*/false>(arrays, coefficients, last, kL);
+  };
   if (overlaps && at_once) read_last();
   const int64_t end = overlaps && !at_once ? last : length;
   int64_t i = GradientNormalizeVectors<kActivation, false>(arrays, coefficients, training, 0, end);
@@ -363,7 +373,7 @@ TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T, A> arrays, const C& coe
     for (; i < last; i += kL) GradientNormalizeVector<false, kActivation>(arrays, coefficients, training, i, kL, false);
     WriteGradient<false, kActivation>(arrays, g, coefficients, training, last, kL, false);
   } else {
-    normalize_some(i, length);
+    GradientNormalizeSome<kActivation>(arrays, coefficients, training, i, length);
   }
 }
 

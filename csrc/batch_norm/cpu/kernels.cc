@@ -1,5 +1,5 @@
-// The CPU kernels. Compiled once for each instruction set, as namespace TFOPS_CPU_LEVEL, and in each for every data type,
-// TFOPS_CPU_DATA_TYPE: as files of their own they compile side by side.
+// The CPU kernels. Compiled once for each instruction set, as namespace TFOPS_CPU_LEVEL, and in each for every data
+// type, TFOPS_CPU_DATA_TYPE: as files of their own they compile side by side.
 //
 //   moments             x -> partial mean, m2 of each column           rows, a few at a time, through sums of a chain;
 //   gradient moments    dy, x -> partial sums of dz, dz * (x - mean)   chains join in double

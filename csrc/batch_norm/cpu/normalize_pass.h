@@ -154,17 +154,25 @@ class MaskWriter {
   int64_t count_ = 0;  // of pending bits
 };
 
-// The parts of a run. What is less than a block or a line, in vectors that are written in part: out of line and of any
-// arrays, for all runs may have some, and little of it.
-template <Activation kActivation, typename T, typename C>
-__attribute__((noinline)) void NormalizeSome(const NormalizeArrays<T, AnyArrays> arrays, const C coefficients,
-                                             int64_t begin, int64_t end, MaskWriter* mask) {
+// The parts of a run: vectors that are written in part,
+template <Activation kActivation, typename T, typename A, typename C>
+TFOPS_INLINE void NormalizeSome(const NormalizeArrays<T, A>& arrays, const C& coefficients, int64_t begin, int64_t end,
+                                MaskWriter* mask) {
   for (int64_t i = begin, n; i < end; i += n) {
     n = Min(kLanes<Param<T>>, end - i);
     mask->PutFirst(NormalizeVector<true, kActivation>(arrays, coefficients, i, n, false), n);
   }
 }
 
+// such as are no whole cache line at either end of what is streamed. Out of line and of any arrays, for there is little
+// of it;
+template <Activation kActivation, typename T, typename C>
+__attribute__((noinline)) void NormalizeOutsideLines(const NormalizeArrays<T, AnyArrays> arrays, const C coefficients,
+                                                     int64_t begin, int64_t end, MaskWriter* mask) {
+  NormalizeSome<kActivation>(arrays, coefficients, begin, end, mask);
+}
+
+// and whole blocks, whose variables are locals of their own, which so stay in registers.
 // Whole blocks, whose variables are locals of their own, which so stay in registers.
 // Returns where they end.
 template <Activation kActivation, typename T, typename A, typename C>
@@ -228,17 +236,17 @@ template <Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T, A>& arrays, const C& coefficients, int64_t length) {
   constexpr int kL = kLanes<Param<T>>;
   MaskWriter mask(kIsPiecewiseLinear<kActivation> && arrays.HasBits() ? arrays.bits : nullptr);
-  const auto normalize_some = [&](int64_t begin, int64_t end) {
-    if (begin < end) NormalizeSome<kActivation, T>(arrays.Forgotten(), coefficients, begin, end, &mask);
-  };
   const StreamedLines lines = arrays.IsStreamed() ? LinesToStream(arrays.y, length) : StreamedLines{};
   if (!lines.IsEmpty()) {
-    normalize_some(0, lines.begin);
+    const auto normalize_outside = [&](int64_t begin, int64_t end) {
+      if (begin < end) NormalizeOutsideLines<kActivation, T>(arrays.Forgotten(), coefficients, begin, end, &mask);
+    };
+    normalize_outside(0, lines.begin);
     int64_t i = lines.begin;
     constexpr int64_t kMost = ElementsToStream<T, A, C>();
     if constexpr (kMost > kBlock) i = StreamBlocks<kActivation, kMost>(arrays, coefficients, i, lines.end, &mask);
     StreamBlocks<kActivation, kBlock>(arrays, coefficients, i, lines.end, &mask);
-    normalize_some(lines.end, length);
+    normalize_outside(lines.end, length);
     return mask.Finish();
   }
   // The last vector may overlap the one before. So it is loaded before that is written, perhaps to the same place: of
@@ -256,7 +264,7 @@ TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T, A>& arrays, const C& coe
     const uint32_t bits = NormalizeLoaded<false, kActivation>(arrays, inputs, coefficients, last, kL, false);
     mask.PutFirst(bits >> (i - last), length - i);
   } else {
-    normalize_some(i, length);
+    NormalizeSome<kActivation>(arrays, coefficients, i, length, &mask);
   }
   mask.Finish();
 }

@@ -1,0 +1,355 @@
+// The choice of a tier and of its plan, for GPUs of several kinds.
+
+#include "csrc/batch_norm/cuda/policy.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "csrc/batch_norm/cuda/tuning.h"
+#include "csrc/tests/problems.h"
+#include "csrc/tests/testing.h"
+#include "csrc/tests/walks.h"
+
+namespace tfops::cuda {
+namespace {
+
+constexpr int kProblems = 1000;
+constexpr int64_t kMostElements = 3 << 20;
+constexpr Tier kTiers[] = {Tier::kOneBlock, Tier::kCluster, Tier::kGrid, Tier::kStreaming};
+
+// With clusters and without, large and small, with and without cooperative launches.
+const Device kDevices[] = {
+    {},
+    {80, 108, 163 << 10, 164 << 10, 40 << 20, 1, true},
+    {120, 170, 99 << 10, 100 << 10, 96 << 20, 8, true},
+    {75, 40, 64 << 10, 64 << 10, 4 << 20, 1, true},
+    {90, 5, 227 << 10, 228 << 10, 4 << 20, 16, true},
+    {75, 14, 48 << 10, 64 << 10, 1 << 20, 1, false},
+    {90, 1, 227 << 10, 228 << 10, 1 << 20, 16, true},
+};
+
+// TFOPS_TIER, for as long as it lives.
+class Forced {
+ public:
+  explicit Forced(Tier tier) { setenv("TFOPS_TIER", NameOf(tier), 1); }
+  ~Forced() { unsetenv("TFOPS_TIER"); }
+};
+
+struct Case {
+  Problem problem;
+  Pass pass;
+  bool aligned;
+  Device device;
+
+  bool IsSinglePass() const { return pass == Pass::kForward && !problem.training; }
+  Status Choose(Choice* choice) const { return ChooseTier(problem, pass, aligned, device, choice); }
+  Choice Chosen() const {
+    Choice choice;
+    EXPECT_TRUE(Choose(&choice).ok());
+    return choice;
+  }
+  // What is chosen if only this tier may be; nothing if that cannot be had.
+  std::optional<Choice> ChosenOf(Tier tier) const {
+    const Forced forced(tier);
+    Choice choice;
+    if (!Choose(&choice).ok()) return {};
+    return choice;
+  }
+};
+
+// Calls body(case) for small and huge problems, each on one of the devices.
+template <typename Body>
+void ForCases(Body body) {
+  unsetenv("TFOPS_TIER");
+  const auto draw = [&body](const Problem& problem, Random* random) {
+    const Case drawn{problem, random->Flag() ? Pass::kForward : Pass::kBackward, random->Below(4) > 0,
+                     random->Of(kDevices)};
+    testing::about += std::string(drawn.pass == Pass::kForward ? ", forward" : ", backward") +
+                      (drawn.aligned ? ", " : ", unaligned, ") + std::to_string(drawn.device.multiprocessors) +
+                      " multiprocessors";
+    body(drawn);
+  };
+  ForSmallProblems(kProblems, kMostElements, draw);
+  ForHugeProblems(kProblems / 4, draw);
+}
+
+// The same with every plan that is chosen on the chip, of all tiers or of one.
+template <typename Body>
+void ForPlans(Body body) {
+  ForCases([&body](const Case& drawn) {
+    if (drawn.IsSinglePass()) return;
+    const std::string about = testing::about;
+    for (const Tier tier : {Tier::kOneBlock, Tier::kCluster, Tier::kGrid}) {
+      testing::about = about + ", " + NameOf(tier);
+      if (const auto choice = drawn.ChosenOf(tier)) body(drawn, choice->plan);
+    }
+  });
+}
+
+TEST(ForcedTiersAreTakenOrRefused) {
+  int taken = 0, refused = 0;
+  ForCases([&](const Case& drawn) {
+    for (const Tier tier : kTiers) {
+      const Forced forced(tier);
+      Choice choice;
+      const Status status = drawn.Choose(&choice);
+      if (drawn.IsSinglePass() || tier == Tier::kStreaming) {
+        EXPECT_TRUE(status.ok());
+        EXPECT_EQ(choice.tier, Tier::kStreaming);
+        continue;
+      }
+      EXPECT_TRUE(choice.forced);
+      ++(status.ok() ? taken : refused);
+      if (status.ok()) {
+        EXPECT_EQ(choice.tier, tier);
+        EXPECT_TRUE(choice.any_fits);
+      } else {
+        const std::string expected = std::string("TFOPS_TIER=") + NameOf(tier) + " cannot be had: ";
+        EXPECT_EQ(status.code, StatusCode::kInvalidArgument);
+        EXPECT_EQ(status.message.substr(0, expected.size()), expected);
+        EXPECT_LT(expected.size(), status.message.size());
+      }
+    }
+  });
+  EXPECT_LT(100, taken);
+  EXPECT_LT(100, refused);
+}
+
+TEST(InferenceForwardIsOnePass) {
+  ForCases([](const Case& drawn) {
+    Case inference = drawn, training = drawn;
+    inference.problem.training = false;
+    training.problem.training = true;
+    inference.pass = training.pass = Pass::kForward;
+    const Choice one = inference.Chosen();
+    EXPECT_EQ(one.tier, Tier::kStreaming);
+    const auto two = training.ChosenOf(Tier::kStreaming);
+    EXPECT_TRUE(two.has_value() && one.nanoseconds < two->nanoseconds);
+  });
+}
+
+// What a choice is of: the least time of all tiers; and what it says of the next best.
+TEST(ChoicesTakeTheLeastTime) {
+  int on_chip = 0;
+  ForCases([&](const Case& drawn) {
+    const Choice choice = drawn.Chosen();
+    EXPECT_TRUE(!choice.forced);
+    EXPECT_TRUE(std::isfinite(choice.nanoseconds) && choice.nanoseconds > 0);
+    if (drawn.IsSinglePass()) return;
+    bool any_fits = false;
+    double next = 0;
+    for (const Tier tier : kTiers) {
+      const auto other = drawn.ChosenOf(tier);
+      if (!other) {
+        EXPECT_TRUE(choice.tier != tier);
+        continue;
+      }
+      any_fits = any_fits || tier != Tier::kStreaming;
+      EXPECT_LE(choice.nanoseconds, other->nanoseconds);
+      if (tier == choice.tier) {
+        EXPECT_EQ(other->nanoseconds, choice.nanoseconds);
+      } else if (next == 0 || other->nanoseconds < next) {
+        next = other->nanoseconds;
+      }
+    }
+    on_chip += choice.tier != Tier::kStreaming;
+    EXPECT_EQ(choice.any_fits, any_fits);
+    EXPECT_EQ(choice.next_nanoseconds, next);
+    if (next > 0) EXPECT_EQ(drawn.ChosenOf(choice.next)->nanoseconds, next);
+  });
+  EXPECT_LT(100, on_chip);
+}
+
+TEST(PlansFitTheDevice) {
+  ForPlans([](const Case& drawn, const OnChip& plan) {
+    const Device& device = drawn.device;
+    EXPECT_LE(plan.shared_bytes, device.shared_bytes_per_block);
+    EXPECT_LE(plan.threads, OnChipTuning::kThreads);
+    EXPECT_EQ(plan.threads % 32, 0);
+    EXPECT_LE(plan.block.x * plan.block.y * plan.block.z, plan.threads);
+    EXPECT_LE(plan.slab_channels, plan.threads);  // for a thread finishes a channel
+    EXPECT_LE(plan.Blocks(), INT32_MAX);
+    EXPECT_EQ(plan.group > 1, plan.scope != Scope::kBlock);
+    if (plan.scope == Scope::kCluster) EXPECT_LE(plan.group, device.largest_cluster);
+    if (plan.scope != Scope::kGrid) return;
+    // Blocks that meet are resident, all at once: by registers, and by shared memory with what CUDA reserves of it.
+    EXPECT_TRUE(device.cooperative);
+    const int64_t by_registers = 65536 / (plan.threads * 128);
+    const int64_t by_shared = device.shared_bytes_per_multiprocessor / (plan.shared_bytes + 1024);
+    EXPECT_LE(plan.Blocks(), std::min(by_registers, by_shared) * device.multiprocessors);
+  });
+}
+
+// Every block of a group has steps, and room to keep what it reads in them.
+TEST(GroupsShareTheirSteps) {
+  ForPlans([](const Case&, const OnChip& plan) {
+    EXPECT_EQ(plan.FirstStep(0), 0);
+    EXPECT_EQ(plan.FirstStep(plan.group), plan.steps);
+    for (int64_t rank = 0; rank < plan.group; ++rank) {
+      const int64_t steps = plan.FirstStep(rank + 1) - plan.FirstStep(rank);
+      EXPECT_LT(0, steps);
+      EXPECT_LE(steps, plan.held_steps);
+    }
+  });
+}
+
+// What lies in shared memory, one behind the other, by onchip.h.
+TEST(SharedMemoryHoldsWhatABlockKeeps) {
+  ForPlans([](const Case& drawn, const OnChip& plan) {
+    const int64_t size = SizeOf(drawn.problem.dtype), arithmetic = std::max<int64_t>(size, 4);
+    const int64_t channels = plan.slab_channels, vectors = int64_t{plan.held_steps} * plan.threads;
+    const bool backward = drawn.pass == Pass::kBackward;
+    const bool bits = NeedsMask(drawn.problem) && (backward || plan.Folded());
+    const int arrays = (backward ? 2 : 1) + (plan.holds_residual ? 1 : 0);
+    const int64_t scratch = plan.entries * plan.slots * arithmetic, parts = int64_t{8} * plan.parts * plan.slots;
+    const int64_t sums = plan.parts_at + parts - plan.scratch_at;
+    const std::pair<int64_t, int64_t> pieces[] = {
+        {plan.totals_at, 2 * 8 * channels},
+        {plan.own_at, 24 * channels},
+        {plan.channels_at, 3 * arithmetic * channels},
+        {plan.scratch_at, std::max(sums, 24 * plan.group * channels)},
+        {plan.bits_at, bits ? vectors : 0},
+        {plan.held_at, arrays * vectors * plan.lanes * size},
+    };
+    EXPECT_LE(plan.scratch_at + scratch, plan.parts_at);
+    int64_t end = 0;
+    for (const auto& [at, bytes] : pieces) {
+      EXPECT_EQ(at % 16, 0);
+      EXPECT_LE(end, at);
+      end = at + bytes;
+    }
+    EXPECT_LE(end, plan.shared_bytes);
+    if (backward || !drawn.problem.has_residual)
+      EXPECT_EQ(plan.holds_residual, backward && NeedsResidual(drawn.problem));
+    EXPECT_LE(plan.parts * plan.slots, std::max(plan.threads, plan.slots));
+  });
+}
+
+// Slabs have whole channels, and whole rows of the mask or threads that share a byte of it side by side.
+TEST(SlabsHaveWholeChannels) {
+  ForPlans([](const Case& drawn, const OnChip& plan) {
+    EXPECT_LE((plan.slabs - 1) * plan.slab_channels, drawn.problem.channels - 1);
+    EXPECT_LE(drawn.problem.channels, plan.slabs * plan.slab_channels);
+    EXPECT_EQ(plan.slots, plan.planes ? plan.slab_channels : plan.slab_channels * plan.UnitsPerChannel());
+    if (plan.repeat > 1) EXPECT_EQ(plan.slabs, 1);
+    if (!NeedsMask(drawn.problem)) return;
+    if (plan.Folded()) {
+      EXPECT_EQ(plan.slots % plan.mask_row_elements, 0);
+    } else {
+      EXPECT_EQ(plan.block.x * plan.lanes % 8, 0);
+    }
+  });
+}
+
+TEST(PlansWalkEveryElementOnce) {
+  ForPlans([](const Case& drawn, const OnChip& plan) {
+    const Problem& problem = drawn.problem;
+    if (problem.Elements() > 100'000) return;
+    Cover cover;
+    bool own_channels = true;
+    for (int64_t slab = 0; slab < plan.slabs; ++slab) {
+      for (int64_t rank = 0; rank < plan.group; ++rank) {
+        const int64_t first = plan.FirstStep(rank);
+        ForVectorsOfBlock(plan, Step{slab, rank, first}, plan.FirstStep(rank + 1) - first, [&](const auto& walk, Step) {
+          cover.Add(walk.Offset(), plan.lanes);
+          for (int lane = 0; lane < plan.lanes; ++lane) {
+            const int64_t channel = (walk.Offset() + lane) / problem.inner % problem.channels;
+            own_channels = own_channels && channel / plan.slab_channels == slab;
+          }
+        });
+      }
+    }
+    EXPECT_TRUE(cover.Is(problem.Elements()));
+    EXPECT_TRUE(own_channels);
+  });
+}
+
+// More of anything but multiprocessors leaves all plans that there were, none of which takes longer for it. (More for a
+// block may hold a residual, which may take longer.)
+TEST(BetterDevicesAreNoSlower) {
+  ForCases([](const Case& drawn) {
+    const double before = drawn.Chosen().nanoseconds;
+    const auto expect_no_slower = [&](const Case& better) { EXPECT_LE(better.Chosen().nanoseconds, before); };
+    Case better = drawn;
+    better.device.l2_bytes *= 2;
+    expect_no_slower(better);
+    better = drawn;
+    better.device.cooperative = true;
+    expect_no_slower(better);
+    better = drawn;
+    better.device.largest_cluster *= 2;
+    expect_no_slower(better);
+    better = drawn;
+    better.device.shared_bytes_per_multiprocessor *= 2;
+    expect_no_slower(better);
+    if (drawn.pass == Pass::kForward && drawn.problem.has_residual) return;
+    better.device.shared_bytes_per_block *= 2;
+    expect_no_slower(better);
+  });
+}
+
+TEST(MoreDataTakesLonger) {
+  ForCases([](const Case& drawn) {
+    const auto time = [](const Case& any) { return any.ChosenOf(Tier::kStreaming)->nanoseconds; };
+    Case more = drawn;
+    more.problem.outer += 1 + drawn.problem.outer / 10;
+    EXPECT_LT(time(drawn), time(more));
+    more = drawn;
+    more.problem.channels += 1;
+    EXPECT_LT(time(drawn), time(more));
+    more = drawn;
+    more.problem.inner += 1;
+    EXPECT_LT(time(drawn), time(more));
+    more = drawn;
+    more.problem.has_residual = true;
+    EXPECT_LE(time(drawn), time(more));
+    more = drawn;
+    more.problem.dtype = DataType::kFloat64;
+    EXPECT_LE(time(drawn), time(more));
+  });
+}
+
+// Of choices that differ in one thing alone, each is remembered by itself: for all settings, GPUs, and forced tiers,
+// and for more problems than are remembered.
+TEST(ChoicesAreRememberedAsTheyWere) {
+  unsetenv("TFOPS_TIER");
+  constexpr int64_t kSizes[] = {1, 7, 64, 1024};
+  Random random(5);
+  std::vector<Case> cases;
+  for (int i = 0; i < 4000; ++i) {
+    Problem problem;
+    DrawSettings(&random, &problem);
+    problem.outer = random.Of(kSizes);
+    problem.channels = random.Of(kSizes);
+    problem.inner = random.Of(kSizes);
+    cases.push_back({problem, random.Flag() ? Pass::kForward : Pass::kBackward, random.Flag(), random.Of(kDevices)});
+  }
+  for (const auto tier : {std::optional<Tier>(), {Tier::kStreaming}, {Tier::kOneBlock}, std::optional<Tier>()}) {
+    std::optional<Forced> forced;
+    if (tier) forced.emplace(*tier);
+    for (const Case& drawn : cases) {
+      testing::about = Shown(drawn.problem);
+      const auto number = std::find_if(std::begin(kDevices), std::end(kDevices), [&](const Device& device) {
+        return device.multiprocessors == drawn.device.multiprocessors;
+      });
+      Choice expected, recalled;
+      const Status status = drawn.Choose(&expected);
+      const Status again = RecallTier(drawn.problem, drawn.pass, drawn.aligned, drawn.device,
+                                      static_cast<int>(number - kDevices), &recalled);
+      EXPECT_EQ(again.code, status.code);
+      EXPECT_EQ(again.message, status.message);
+      EXPECT_EQ(recalled.tier, expected.tier);
+      EXPECT_EQ(recalled.nanoseconds, expected.nanoseconds);
+      EXPECT_EQ(recalled.plan.shared_bytes, expected.plan.shared_bytes);
+      EXPECT_EQ(recalled.plan.lanes, expected.plan.lanes);
+      EXPECT_EQ(recalled.forced, expected.forced);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tfops::cuda
