@@ -377,13 +377,20 @@ TFOPS_INLINE void GradientNormalizeRun(GradientArrays<T, A> arrays, const C& coe
   }
 }
 
+// A run whose arrays may be any: out of line, for it is what is left over in many places, or rare.
+template <Activation kActivation, typename T, typename C>
+__attribute__((noinline)) void GradientNormalizeAnyRun(const GradientArrays<T, AnyArrays> arrays, const C coefficients,
+                                                       bool training) {
+  GradientNormalizeRun<kActivation>(arrays, coefficients, training);
+}
+
 // As NormalizeRest, of arrays that have the length.
 template <Activation kActivation, typename T>
 __attribute__((noinline)) void GradientNormalizeRest(const GradientArrays<T, AnyArrays> arrays,
                                                      const ColumnCoefficients<Param<T>> coefficients, bool training,
                                                      int64_t rows, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    GradientNormalizeRun<kActivation>(arrays.From(r * stride, arrays.length), coefficients, training);
+    GradientNormalizeAnyRun<kActivation>(arrays.From(r * stride, arrays.length), coefficients, training);
   }
 }
 
@@ -444,19 +451,24 @@ void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
     constexpr Activation kActivation = decltype(activation)::value;
     WithArraysOfDx<kActivation>(job, [&](auto known) {
       using A = decltype(known);
-      const bool training = A::kAreKnown || job.problem.training;
+      const auto normalize = [&](const GradientArrays<T, A>& arrays, const auto& coefficients) {
+        if constexpr (A::kAreKnown) {
+          GradientNormalizeRun<kActivation>(arrays, coefficients, /*training=*/true);
+        } else {
+          GradientNormalizeAnyRun<kActivation>(arrays, coefficients, job.problem.training);
+        }
+      };
       if (!job.plan.channels_last) {
         return ForEachSegment(job.problem, job.plan, item, [&](const Run& run) {
           const uint8_t* bits = MaskInPlace(job.problem, job.plan, run, job.arrays.mask);
-          const auto coefficients = ChannelCoefficients<P>(job.coefficients, run.column);
-          GradientNormalizeRun<kActivation>(ArraysOfRun<T, A>(job, run, bits, job.dx_ahead), coefficients, training);
+          normalize(ArraysOfRun<T, A>(job, run, bits, job.dx_ahead),
+                    ChannelCoefficients<P>(job.coefficients, run.column));
         });
       }
       ForEachRow(job.plan, item, [&](const Run& run) {
         uint8_t buffer[kRunMaskBytes];
         const uint8_t* bits = MaskOfRun(job.problem, job.plan, run, job.arrays.mask, buffer);
-        const ColumnCoefficients<P> coefficients(job.coefficients, run.column);
-        GradientNormalizeRun<kActivation>(ArraysOfRun<T, A>(job, run, bits, job.dx_ahead), coefficients, training);
+        normalize(ArraysOfRun<T, A>(job, run, bits, job.dx_ahead), ColumnCoefficients<P>(job.coefficients, run.column));
       });
     });
   });

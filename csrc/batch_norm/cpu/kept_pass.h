@@ -210,9 +210,9 @@ void KeptGradientNormalizeItem(const BackwardJob& job, const Kept& kept, int64_t
         const auto arrays = ArraysOfRun<T, AnyArrays>(job, stretch, nullptr, job.dx_ahead);
         if (job.plan.channels_last) {
           const ColumnCoefficients<P> coefficients(job.coefficients, run.column + first);
-          GradientNormalizeRun<kActivation>(arrays, coefficients, is_kept);
+          GradientNormalizeAnyRun<kActivation>(arrays, coefficients, is_kept);
         } else {
-          GradientNormalizeRun<kActivation>(arrays, ChannelCoefficients<P>(job.coefficients, run.column), is_kept);
+          GradientNormalizeAnyRun<kActivation>(arrays, ChannelCoefficients<P>(job.coefficients, run.column), is_kept);
         }
       });
     });
