@@ -38,11 +38,11 @@ step = @echo "==> $(1) ($(2) on two cores)"; start=$$(date +%s); { $(3); } && ec
 
 test: install $(VENV)/.test-environment
 	@echo "==> Tests (about 10 minutes on two cores; make test-all runs the slow ones too)"
-	@$(PYTEST) -m "not slow and not limits" $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-all: install $(VENV)/.test-environment
 	@echo "==> All tests (about 25 minutes on two cores)"
-	@$(PYTEST) -m "not limits" $(ARGS)
+	@$(PYTEST) --slow $(ARGS)
 
 test-installed: build/wheel/.built
 	rm -rf build/installed && mkdir -p build/installed/tests

@@ -64,5 +64,5 @@ def get_requires_for_build_editable(config_settings: dict[str, Any] | None = Non
     return [*_backend.get_requires_for_build_editable(config_settings), *_requirements(config_settings)]
 
 
-if __name__ == "__main__":  # for an environment that builds without isolation: see the Makefile
-    print(*cuda_requirements({f"cmake.define.{name}": value for name, _, value in (a.partition("=") for a in sys.argv[1:])}))
+if __name__ == "__main__":  # for an environment that builds the portable wheel without isolation: see the Makefile
+    print(*cuda_requirements())

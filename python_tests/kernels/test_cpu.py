@@ -412,27 +412,33 @@ def test_nan_stays_nan(dtype):
         np.testing.assert_array_equal(gradient.residual.astype(np.float32), dy.astype(np.float32))
 
 
+# All tests of another choice of kernels, or a sample of them.
+SAMPLES = [pytest.param(12, id="sample"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
-def test_all_levels_of_instruction_sets_pass(level):
-    """All of this file and the CPU's phases by themselves, with the kernels of another instruction set."""
+@pytest.mark.parametrize("every", SAMPLES)
+def test_all_levels_of_instruction_sets_pass(level, every):
+    """This file and the CPU's phases by themselves, with the kernels of another instruction set."""
     if level == tfops_kernels.build_info()["cpu_instruction_set"]:
         pytest.skip(f"{level} is what the other tests ran")
 
     run = functools.partial(run_python, TFOPS_CPU=level)
     chosen = run("-c", "import tfops_kernels; print(tfops_kernels.build_info()['cpu_instruction_set'])").stdout
     if chosen.strip() != level:
-        pytest.skip(f"this machine has no {level}")
+        pytest.skip(f"this machine and build have no {level}")
     phases = str(Path(__file__).with_name("test_phases.py"))
-    selected = ("-k", "not levels and not streams and not by_simt")
+    selected = ("-k", "not levels and not streams and not by_simt", f"--every={every}")
     tests = run("-m", "pytest", "-q", *selected, "-p", "no:cacheprovider", __file__, phases)
     assert tests.returncode == 0, tests.stdout
 
 
 @pytest.mark.parametrize("streams", ["few", "many"])
-def test_few_and_many_streams_pass(streams):
+@pytest.mark.parametrize("every", SAMPLES)
+def test_few_and_many_streams_pass(streams, every):
     """Past the cache memory is read and written in few streams or in many, as suits the core: both do everywhere."""
     tests = run_python(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__),
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--every={every}", __file__),
         *("-k", "larger_than_the_cache and not unaligned and not 131 and not 2056"),
         TFOPS_CPU_STREAMS=streams,
     )

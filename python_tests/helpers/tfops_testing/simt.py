@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +19,7 @@ import pytest
 import tfops_kernels._api
 import tfops_kernels._arrays
 
+from . import building
 from .paths import ROOT
 
 BUILD = ROOT / "build" / "simt"
@@ -35,30 +33,12 @@ BACKWARD = ("dy", "x", "residual", "dx", "dresidual", "mask", "scale", "offset",
 BACKWARD += ("dscale", "doffset", "dmean_in", "dvariance_in")
 
 
-def _tool(name: str) -> str:
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if not found:
-        raise RuntimeError(f"csrc/simt needs {name} to be built: pip install {name}")
-    return found
-
-
-def _run(*command: str | Path) -> None:
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, f"{' '.join(map(str, command))}\n{run.stdout}{run.stderr}"
-
-
 def build() -> None:
-    """Builds both variants, or what of them is out of date."""
+    """Builds the variants, or what of them is out of date."""
     import pybind11
 
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (BUILD / "build.ninja").exists():
-            options = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-            options += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
-            _run(_tool("cmake"), "-S", ROOT / "csrc" / "simt", "-B", BUILD, "-G", "Ninja", *options)
-        _run(_tool("ninja"), "-C", BUILD)
+    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    building.build(ROOT / "csrc" / "simt", BUILD, *options)
 
 
 def sanitizer_environment(name: str = "asan") -> dict[str, str]:

@@ -1,6 +1,7 @@
 """A plugin: skips tests that are marked as needing what is not there, or was not asked for.
 
-At the end of a run it says what was skipped, or failed as expected, with one line for each reason.
+At the end of a run it says what was skipped, or failed as expected, with one line for each reason. `--slow` asks for
+the tests that take minutes too, and `--every N` for a sample: every N-th test.
 """
 
 from __future__ import annotations
@@ -14,11 +15,24 @@ import tfops_kernels
 from .requirements import has_source_tree
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("tfops")
+    group.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+    group.addoption("--every", type=int, default=1, metavar="N", help="run every N-th test only")
+
+
+@pytest.hookimpl(trylast=True)  # a sample of what -k and -m have chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (every := config.option.every) < 1:
+        raise pytest.UsageError(f"--every must be at least 1, not {every}")
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % every])
+    items[:] = items[::every]
     reasons = {}
     info = tfops_kernels.build_info()
     if not info["gpus"]:
         reasons["gpu"] = f"no GPU: {info['cuda_problem'] or 'the driver lists none'}"
+    if not config.option.slow and "slow" not in config.option.markexpr:
+        reasons["slow"] = "takes minutes: make test-all"
     if "limits" not in config.option.markexpr:
         reasons["limits"] = "takes minutes and up to 24 GiB: make limits"
     if not has_source_tree():

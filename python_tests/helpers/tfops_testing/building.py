@@ -1,0 +1,36 @@
+"""Builds the CMake projects of csrc that tests alone need. They are kept in build/, and what changed is built again."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run(*command: str | Path, timeout: float = 1800) -> str:
+    """The output of a command. Raises AssertionError, with the output, if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def _tool(name: str) -> str:
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if not found:
+        raise RuntimeError(f"to build this, the tests need {name}: pip install {name}")
+    return found
+
+
+def build(source: Path, folder: Path, *options: str) -> None:
+    """Builds the project in `source`, or what of it is out of date, in `folder`. One process at a time does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "build.ninja").exists():
+            tools = [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
+            if ccache := shutil.which("ccache"):
+                tools.append(f"-DCMAKE_CXX_COMPILER_LAUNCHER={ccache}")
+            run(_tool("cmake"), "-S", source, "-B", folder, "-G", "Ninja", *tools, *options)
+        run(_tool("ninja"), "-C", folder)
