@@ -15,6 +15,7 @@
 # Models run on whatever was built: on the portable wheel if that is there, else on a build for this machine alone, which
 # takes a third of the time. All that is built is kept in build/ and .venv/, and built again where its sources change.
 
+SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -24,7 +25,9 @@ PYTEST := PYTHONSAFEPATH=1 $(BIN)/pytest -n auto --maxprocesses=8
 # TensorFlow with its CUDA libraries where there is a GPU, and without CUDA where there is none.
 GPU := $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null)
 TENSORFLOW ?= $(if $(GPU),tensorflow[and-cuda],$(if $(filter x86_64,$(shell uname -m)),tensorflow-cpu,tensorflow))~=2.21.0
-export TF_CPP_MIN_LOG_LEVEL ?= 3
+# Its messages matter where there is one. Two come before it reads its own setting, and mean nothing.
+export TF_CPP_MIN_LOG_LEVEL ?= $(if $(GPU),1,3)
+QUIETLY := 2> >(grep --line-buffered -v -e 'before absl::InitializeLog' -e 'oneDNN custom operations are on' >&2)
 
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh')
 SOURCES = $(shell git ls-files csrc tfops cmake CMakeLists.txt pyproject.toml README.md LICENSE)
@@ -73,7 +76,7 @@ sanitize: install $(VENV)/.test-environment
 
 mnist alexnet: $(VENV)/.installed-$(BUILT)
 	@echo "==> Training, with tfops and with Keras' own layer"
-	@$(BIN)/python models/compare.py $@ $(if $(DATA),--data "$(DATA)") $(ARGS)
+	@$(BIN)/python models/compare.py $@ $(if $(DATA),--data "$(DATA)") $(ARGS) $(QUIETLY)
 
 wheel: build/wheel/.built
 install: $(VENV)/.installed-wheel
@@ -111,7 +114,7 @@ build/native/.built: $(SOURCES) | $(VENV)/.environment
 
 $(VENV)/.installed-%: build/%/.built $(VENV)/.environment
 	@$(PIP) install --force-reinstall --no-deps build/$*/tfops-*.whl
-	@cd $(VENV) && bin/python -m tfops.info 2>/dev/null
+	@cd $(VENV) && bin/python -m tfops.info $(QUIETLY)
 	@rm -f $(VENV)/.installed-* && touch $@
 
 format: $(VENV)/.test-environment

@@ -12,7 +12,8 @@ def main() -> int:
     rows = [
         ("tfops", f"{info['version']} ({info['compiler']}, {info['build_type']})"),
         ("TensorFlow", f"built for {info['tensorflow']}, running {info['tensorflow_running']}"),
-        ("CPU kernels", info["cpu_instruction_set"]),
+        ("Built for", "this machine alone (TFOPS_NATIVE=ON)" if info["native"] else "all machines"),
+        ("CPU kernels", f"{info['cpu_instruction_set']}, of {info['cpu_instruction_sets']}"),
         (
             "CUDA kernels",
             f"toolkit {info['cuda_toolkit']}, architectures {info['cuda_architectures']}"

@@ -195,8 +195,9 @@ TFOPS_EXPORT Status GradientNormalize(const Problem& problem, const BackwardArra
                                       const StatisticsGradient& statistics, void* workspace, const Threads& threads);
 
 // The instruction set whose kernels run: "x86-64-v4", "x86-64-v3", "x86-64-v2" or "generic". It is the best that this
-// machine has, or what the environment variable TFOPS_CPU names, if the machine has that. (TFOPS_CPU_STREAMS, "many" or
-// "few", likewise forces how tensors that are larger than the cache are gone through: see ../README.md.)
+// build and this machine have, or what the environment variable TFOPS_CPU names, if they have that; "none" if the build
+// is for another machine. (TFOPS_CPU_STREAMS, "many" or "few", likewise forces how tensors that are larger than the
+// cache are gone through: see ../README.md.)
 TFOPS_EXPORT const char* InstructionSet();
 
 }  // namespace cpu

@@ -295,15 +295,19 @@ def build_info() -> dict[str, Any]:
     """What this build holds and what is on this machine.
 
     Returns:
-      A dict with `version`, `tensorflow` (built for; "" if without), `compiler`, `build_type`, `cuda` (bool),
-      `cuda_toolkit`, `cuda_architectures`, `cpu_instruction_set` (chosen now), `cuda_driver` (the CUDA version that the
-      driver serves; "" if none), `gpus` (a list of dicts) and `cuda_problem` (why no GPU can be used; "" if one can).
+      A dict with `version`, `tensorflow` (built for; "" if without), `compiler`, `build_type`, `native` (bool: for one
+      machine alone, TFOPS_NATIVE=ON), `cpu_instruction_sets` (of this build, separated by spaces),
+      `cpu_instruction_set` (chosen now; "none" if this machine has none of them), `cuda` (bool), `cuda_toolkit`,
+      `cuda_architectures`, `cuda_driver` (the CUDA version that the driver serves; "" if none), `gpus` (a list of
+      dicts) and `cuda_problem` (why no GPU can be used; "" if one can).
     """
     return {
         "version": _build.VERSION,
         "tensorflow": _build.TENSORFLOW,
         "compiler": _build.COMPILER,
         "build_type": _build.BUILD_TYPE,
+        "native": _build.NATIVE,
+        "cpu_instruction_sets": _build.CPU_INSTRUCTION_SETS,
         "cpu_instruction_set": _kernels.instruction_set(),
         **_kernels.cuda_build(),
         **_kernels.driver(),

@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 
-def run(*command: str | Path, timeout: float = 1800) -> str:
+def run(*command: str | Path, timeout: float = 1800, env: dict[str, str] | None = None) -> str:
     """The output of a command. Raises AssertionError, with the output, if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=env)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
+    """The path of a program, of this environment if that has it."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if not found:
         raise RuntimeError(f"to build this, the tests need {name}: pip install {name}")
@@ -29,8 +30,8 @@ def build(source: Path, folder: Path, *options: str) -> None:
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "build.ninja").exists():
-            tools = [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
+            tools = [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
             if ccache := shutil.which("ccache"):
                 tools.append(f"-DCMAKE_CXX_COMPILER_LAUNCHER={ccache}")
-            run(_tool("cmake"), "-S", source, "-B", folder, "-G", "Ninja", *tools, *options)
-        run(_tool("ninja"), "-C", folder)
+            run(tool("cmake"), "-S", source, "-B", folder, "-G", "Ninja", *tools, *options)
+        run(tool("ninja"), "-C", folder)
