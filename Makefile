@@ -20,7 +20,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-PYTEST := PYTHONSAFEPATH=1 $(BIN)/pytest -n auto --maxprocesses=8
+PYTEST := $(BIN)/pytest -n auto --maxprocesses=8 --dist=worksteal
 
 # TensorFlow with its CUDA libraries where there is a GPU, and without CUDA where there is none.
 GPU := $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null)
@@ -30,7 +30,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= $(if $(GPU),1,3)
 QUIETLY := 2> >(grep --line-buffered -v -e 'before absl::InitializeLog' -e 'oneDNN custom operations are on' >&2)
 
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh')
-SOURCES = $(shell git ls-files csrc tfops cmake CMakeLists.txt pyproject.toml README.md LICENSE)
+SOURCES = $(shell git ls-files csrc/batch_norm csrc/python csrc/tensorflow tfops cmake CMakeLists.txt pyproject.toml \
+  README.md LICENSE)
 BUILT := $(if $(wildcard build/wheel/.built),wheel,native)
 
 # $(call step,WHAT,HOW LONG,COMMANDS): says what runs, how long that takes on two idle cores, and how long it took.

@@ -11,12 +11,14 @@ import pytest
 from tfops_testing.fresh_process import run_python
 
 _RUN = """
+import os
 import sys
 import pytest
 import keras.src.layers
 import tfops
 keras.src.layers.BatchNormalization = tfops.keras.BatchNormalization
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-W", "ignore", sys.argv[1]]))
+no_settings = ["-c", os.devnull, f"--rootdir={sys.prefix}"]  # of a checkout that Keras is installed within
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-W", "ignore", *no_settings, sys.argv[1]]))
 """
 
 

@@ -57,7 +57,9 @@ def resources():
 
 
 def test_every_architecture_has_every_kernel(resources):
-    wanted = {f"sm_{arch.removesuffix('-real')}" for arch in INFO["cuda_architectures"].split()}
+    # As CMake writes them: "90-real" is machine code, "90-virtual" PTX, and "90" both.
+    architectures = [arch for arch in INFO["cuda_architectures"].split() if not arch.endswith("-virtual")]
+    wanted = {f"sm_{arch.removesuffix('-real')}" for arch in architectures}
     by_architecture: dict[str, set[str]] = {}
     for architecture, name in resources:
         by_architecture.setdefault(architecture, set()).add(name)
@@ -69,10 +71,10 @@ def test_every_architecture_has_every_kernel(resources):
         assert sum(f"{len(phase)}{phase}I" in name for name in names) == 8, phase
 
 
-def test_newest_architecture_has_ptx():
+def test_there_is_ptx_for_gpus_to_come():
     virtual = [arch for arch in INFO["cuda_architectures"].split() if not arch.endswith("-real")]
     assert virtual, "no PTX: the wheel would not run on GPUs to come"
-    assert f"sm_{virtual[-1]}" in _cuobjdump("-lptx")
+    assert f"sm_{virtual[-1].removesuffix('-virtual')}" in _cuobjdump("-lptx")
 
 
 def test_no_kernel_spills_registers(resources):

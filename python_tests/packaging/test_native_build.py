@@ -25,7 +25,7 @@ def _configure(folder: Path, gpus: str) -> dict[str, str]:
     (tools / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{gpus}'\n")
     (tools / "nvidia-smi").chmod(0o755)
     definitions = {
-        "SKBUILD_PROJECT_VERSION": "0",
+        "SKBUILD_PROJECT_VERSION": "1.0",
         "TFOPS_NATIVE": "ON",
         "TFOPS_TENSORFLOW": "OFF",
         "Python_EXECUTABLE": sys.executable,
