@@ -34,14 +34,14 @@ SOURCES = $(shell git ls-files csrc/batch_norm csrc/python csrc/tensorflow tfops
   README.md LICENSE)
 BUILT := $(if $(wildcard build/wheel/.built),wheel,native)
 
-# $(call step,WHAT,HOW LONG,COMMANDS): says what runs, how long that takes on two idle cores, and how long it took.
+# $(call step,WHAT,HOW LONG,COMMANDS): says what runs, how long that takes on two cores, and how long it took.
 step = @echo "==> $(1) ($(2) on two cores)"; start=$$(date +%s); { $(3); } && echo "    $$(($$(date +%s) - start)) s"
 
 .PHONY: test test-all test-installed reproducible fuzz sanitize limits mnist alexnet wheel install format clean
 .DELETE_ON_ERROR:
 
 test: install $(VENV)/.test-environment
-	@echo "==> Tests (about 10 minutes on two cores; make test-all runs the slow ones too)"
+	@echo "==> Tests (about 11 minutes on two cores; make test-all runs the slow ones too)"
 	@$(PYTEST) $(ARGS)
 
 test-all: install $(VENV)/.test-environment
@@ -85,7 +85,7 @@ install: $(VENV)/.installed-wheel
 # --- Environments. --group takes the lists of pyproject.toml.
 
 $(VENV)/.environment: pyproject.toml
-	$(call step,Environment: TensorFlow and what builds and trains,about half a minute and 400 MB,\
+	$(call step,Environment: TensorFlow and what builds and trains,$(if $(GPU),some minutes and 4 GB,about a minute and 400 MB),\
 	  $(PYTHON) -m venv $(VENV) && $(PIP) install --upgrade 'pip>=25.1' && \
 	  $(PIP) install --group build --group models '$(TENSORFLOW)')
 	@touch $@
@@ -106,11 +106,11 @@ build = rm -rf $(2) && \
   $(PIP) wheel --no-build-isolation --no-deps -C build-dir=build/cmake -C cmake.define.TFOPS_NATIVE=$(1) --wheel-dir $(2) .
 
 build/wheel/.built: $(SOURCES) | $(VENV)/.environment $(VENV)/.cuda-environment
-	$(call step,Wheel: kernels for all processors and GPUs,about 6 minutes,$(call build,OFF,build/wheel))
+	$(call step,Wheel: kernels for all processors and GPUs,about 5 minutes,$(call build,OFF,build/wheel))
 	@touch $@
 
 build/native/.built: $(SOURCES) | $(VENV)/.environment
-	$(call step,Build for this machine alone: its processor$(if $(GPU), and GPU),about 3 minutes,$(call build,ON,build/native))
+	$(call step,Build for this machine alone: its processor$(if $(GPU), and GPU),about 2 minutes,$(call build,ON,build/native))
 	@touch $@
 
 $(VENV)/.installed-%: build/%/.built $(VENV)/.environment

@@ -86,7 +86,7 @@ def _folds(model):
 
 
 # Ten seconds each, and their graphs are like the others'.
-SLOW = {name: [pytest.mark.slow] for name in ("InceptionV3", "NASNetMobile", "ResNet50V2")}
+SLOW = {name: [pytest.mark.slow] for name in ("DenseNet121", "InceptionV3", "NASNetMobile", "ResNet50V2", "Xception")}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, [])) for name in APPLICATIONS])

@@ -105,6 +105,7 @@ def test_two_processes_agree_with_one(tmp_path):
         check(tmp_path / f"out_{index}.npz", want)
 
 
+@pytest.mark.slow
 def test_devices_option_learns_and_resumes(tmp_path):
     """Two logical devices learn what one does, and go on from a checkpoint."""
     np.savez(tmp_path / "mnist.npz", **draw_arrays(1000, 110))

@@ -90,3 +90,32 @@ def test_fails():
     run = _run(tmp_path, suite, *(["-n", str(workers)] if workers else []))
     told = [line for line in run.stdout.splitlines() if line.startswith(("skipped ", "xfailed "))]
     assert sorted(told) == ["skipped 1: no time", "skipped 5: no luck", "xfailed 1: to be mended"], run.stdout
+
+
+CHOICES = """
+import pytest
+
+@pytest.mark.parametrize("i", range(9))
+def test_quick(i):
+    pass
+
+@pytest.mark.slow
+def test_slow():
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "outcome"),
+    [
+        ((), "9 passed, 1 skipped"),
+        (("--slow",), "10 passed"),
+        (("-m", "slow"), "1 passed, 9 deselected"),
+        (("--every=4",), "3 passed, 7 deselected"),
+        (("--every=4", "-k", "3 or 4 or 5 or 6 or 7"), "2 passed, 8 deselected"),
+        (("--every=0",), "--every must be at least 1, not 0"),
+    ],
+)
+def test_slow_tests_and_samples_are_chosen(tmp_path, arguments, outcome):
+    run = _run(tmp_path, CHOICES, *arguments)
+    assert outcome in run.stdout + run.stderr
