@@ -16,6 +16,7 @@
 # takes a third of the time. All that is built is kept in build/ and .venv/, and built again where its sources change.
 
 SHELL := bash
+.DEFAULT_GOAL := test
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -23,22 +24,25 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTEST := $(BIN)/pytest -n auto --maxprocesses=8 --dist=worksteal
 
 # TensorFlow with its CUDA libraries where there is a GPU, and without CUDA where there is none.
-GPU := $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null)
+GPU := $(shell names=$$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null) && echo "$$names")
 TENSORFLOW ?= $(if $(GPU),tensorflow[and-cuda],$(if $(filter x86_64,$(shell uname -m)),tensorflow-cpu,tensorflow))~=2.21.0
 # Its messages matter where there is one. Two come before it reads its own setting, and mean nothing.
-export TF_CPP_MIN_LOG_LEVEL ?= $(if $(GPU),1,3)
+TF_CPP_MIN_LOG_LEVEL ?= $(if $(GPU),1,3)
+mnist alexnet fuzz $(VENV)/.installed-wheel $(VENV)/.installed-native: export TF_CPP_MIN_LOG_LEVEL := $(TF_CPP_MIN_LOG_LEVEL)
 QUIETLY := 2> >(grep --line-buffered -v -e 'before absl::InitializeLog' -e 'oneDNN custom operations are on' >&2)
 
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh')
 SOURCES = $(shell git ls-files csrc/batch_norm csrc/python csrc/tensorflow tfops cmake CMakeLists.txt pyproject.toml \
   README.md LICENSE)
 BUILT := $(if $(wildcard build/wheel/.built),wheel,native)
+MACHINE := $(shell { uname -m; grep -m1 '^flags' /proc/cpuinfo; } | cksum) $(GPU)
 
 # $(call step,WHAT,HOW LONG,COMMANDS): says what runs, how long that takes on two cores, and how long it took.
 step = @echo "==> $(1) ($(2) on two cores)"; start=$$(date +%s); { $(3); } && echo "    $$(($$(date +%s) - start)) s"
 
-.PHONY: test test-all test-installed reproducible fuzz sanitize limits mnist alexnet wheel install format clean
+.PHONY: test test-all test-installed reproducible fuzz sanitize limits mnist alexnet wheel install format clean FORCE
 .DELETE_ON_ERROR:
+.NOTPARALLEL:  # builds share a folder, and use all cores by themselves
 
 test: install $(VENV)/.test-environment
 	@echo "==> Tests (about 11 minutes on two cores; make test-all runs the slow ones too)"
@@ -56,6 +60,7 @@ test-installed: build/wheel/.built
 	cd build/installed/tests && ../venv/bin/python -m pip install --quiet ../../wheel/tfops-*.whl --group test
 	cd build/installed/tests && ../venv/bin/pytest $(ARGS)
 
+reproducible: export CCACHE_DISABLE = 1
 reproducible: $(SOURCES) | $(VENV)/.environment
 	rm -rf build/reproducible
 	for i in 1 2; do \
@@ -96,27 +101,32 @@ $(VENV)/.test-environment: $(VENV)/.environment
 
 # nvcc from PyPI, where there is none.
 $(VENV)/.cuda-environment: $(VENV)/.environment cmake/build_backend.py
-	@packages="$$($(BIN)/python cmake/build_backend.py)"; [ -z "$$packages" ] || $(PIP) install $$packages
+	@packages="$$($(BIN)/python cmake/build_backend.py)" && { [ -z "$$packages" ] || $(PIP) install $$packages; }
 	@touch $@
 
-# --- Builds share a folder, and so what they have in common.
+# --- Builds share a folder, and so what they have in common, but no settings of one before.
 
 # $(call build,NATIVE,FOLDER)
-build = rm -rf $(2) && \
+build = rm -rf $(2) build/cmake/CMakeCache.txt && \
   $(PIP) wheel --no-build-isolation --no-deps -C build-dir=build/cmake -C cmake.define.TFOPS_NATIVE=$(1) --wheel-dir $(2) .
 
 build/wheel/.built: $(SOURCES) | $(VENV)/.environment $(VENV)/.cuda-environment
 	$(call step,Wheel: kernels for all processors and GPUs,about 5 minutes,$(call build,OFF,build/wheel))
 	@touch $@
 
-build/native/.built: $(SOURCES) | $(VENV)/.environment
+build/machine: FORCE
+	@mkdir -p build && { echo '$(MACHINE)' | cmp -s - $@ || echo '$(MACHINE)' > $@; }
+FORCE:
+
+build/native/.built: $(SOURCES) build/machine | $(VENV)/.environment $(if $(GPU),$(VENV)/.cuda-environment)
 	$(call step,Build for this machine alone: its processor$(if $(GPU), and GPU),about 2 minutes,$(call build,ON,build/native))
 	@touch $@
 
 $(VENV)/.installed-%: build/%/.built $(VENV)/.environment
+	@rm -f $(VENV)/.installed-*
 	@$(PIP) install --force-reinstall --no-deps build/$*/tfops-*.whl
 	@cd $(VENV) && bin/python -m tfops.info $(QUIETLY)
-	@rm -f $(VENV)/.installed-* && touch $@
+	@touch $@
 
 format: $(VENV)/.test-environment
 	$(BIN)/ruff check --fix-only .

@@ -71,6 +71,7 @@ def test_every_architecture_has_every_kernel(resources):
         assert sum(f"{len(phase)}{phase}I" in name for name in names) == 8, phase
 
 
+@pytest.mark.skipif(INFO["native"], reason="this build is for one machine alone")
 def test_there_is_ptx_for_gpus_to_come():
     virtual = [arch for arch in INFO["cuda_architectures"].split() if not arch.endswith("-real")]
     assert virtual, "no PTX: the wheel would not run on GPUs to come"

@@ -5,25 +5,24 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import sys
 from pathlib import Path
 
-import pybind11
 import pytest
 
 import tfops_kernels
 from tfops_testing import building
 from tfops_testing.paths import ROOT
 
+pybind11 = pytest.importorskip("pybind11")
 pytestmark = pytest.mark.source_tree
 
 
-def _configure(folder: Path, gpus: str) -> dict[str, str]:
-    """What CMake says of the build and writes into _build.py, with an nvidia-smi that lists these capabilities."""
+def _configure(folder: Path, gpus: str, status: int = 0) -> dict[str, str]:
+    """What CMake says of the build and writes into _build.py, with an nvidia-smi that prints this."""
     tools = folder / "tools"
     tools.mkdir()
-    (tools / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{gpus}'\n")
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{gpus}'\nexit {status}\n")
     (tools / "nvidia-smi").chmod(0o755)
     definitions = {
         "SKBUILD_PROJECT_VERSION": "1.0",
@@ -72,17 +71,30 @@ def _supported() -> list[str]:
     return supported
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
-def test_native_build_is_for_the_gpus_that_are_there(tmp_path):
-    built = _configure(tmp_path, gpus="9.0\\n7.0\\n8.6\\n9.0\\n")
-    wanted = {"arch=compute_90,code=sm_90", "arch=compute_80,code=sm_86"}
-    options = {word.partition("-gencode=")[2] for word in built["commands"].split() if word.startswith("-gencode=")}
-    assert options == wanted
-    assert re.search(r"CUDA kernels: nvcc \S+ for 90-real;86-real\n", built["said"])
+@pytest.mark.skipif(not tfops_kernels.build_info()["cuda"], reason="this build has no CUDA kernels")
+@pytest.mark.parametrize(
+    ("gpus", "options", "architectures"),
+    [
+        ("9.0\\n7.0\\n8.6\\n9.0\\n", ["compute_90,code=sm_90", "compute_80,code=sm_86"], "90-real;86-real"),
+        ("99.0\\n", ["compute_100,code=compute_100"], "100-virtual"),  # newer than nvcc: by PTX
+    ],
+)
+def test_native_build_is_for_the_gpus_that_are_there(tmp_path, gpus, options, architectures):
+    built = _configure(tmp_path, gpus)
+    asked = {word.partition("-gencode=")[2] for word in built["commands"].split() if word.startswith("-gencode=")}
+    assert asked == {f"arch={option}" for option in options}
+    assert re.search(rf"CUDA kernels: nvcc \S+ for {architectures}\n", built["said"])
 
 
-def test_gpus_that_are_too_old_mean_no_cuda(tmp_path):
-    built = _configure(tmp_path, gpus="7.0\\n")
+@pytest.mark.parametrize(
+    ("printed", "status"),
+    [
+        ("7.0\\n", 0),
+        ("Failed to initialize NVML: Driver/library version mismatch\\nNVML library version: 535.183\\n", 18),
+    ],
+)
+def test_without_a_gpu_that_can_be_used_there_is_no_cuda(tmp_path, printed, status):
+    built = _configure(tmp_path, printed, status)
     assert "nvidia-smi lists no GPU of compute capability 7.5 or later" in " ".join(built["said"].split())
 
 

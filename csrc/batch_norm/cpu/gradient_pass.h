@@ -266,7 +266,7 @@ TFOPS_INLINE void GradientNormalizeVector(const GradientArrays<T, A>& arrays, co
   WriteGradient<kPartial, kActivation>(arrays, g, coefficients, training, i, n, stream);
 }
 
-// The parts of a run, as in NormalizeRun.
+// As NormalizeSome.
 template <Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE void GradientNormalizeSome(const GradientArrays<T, A>& arrays, const C& coefficients, bool training,
                                         int64_t begin, int64_t end) {
@@ -276,6 +276,7 @@ TFOPS_INLINE void GradientNormalizeSome(const GradientArrays<T, A>& arrays, cons
   }
 }
 
+// As NormalizeOutsideLines.
 template <Activation kActivation, typename T, typename C>
 __attribute__((noinline)) void GradientNormalizeOutsideLines(const GradientArrays<T, AnyArrays> arrays,
                                                              const C coefficients, bool training, int64_t begin,

@@ -80,10 +80,18 @@ struct Kernels {
 
 // Those of each instruction set. A build has some of them (TFOPS_CPU_LEVELS in CMake), and defines TFOPS_HAS_ and the
 // name for each.
-#define TFOPS_DECLARE_KERNELS(level) \
-  namespace level {                  \
-  template <DataType kType>          \
-  const Kernels& KernelsOf();        \
+#define TFOPS_DECLARE_KERNELS(level)               \
+  namespace level {                                \
+  template <DataType kType>                        \
+  const Kernels& KernelsOf();                      \
+  template <>                                      \
+  const Kernels& KernelsOf<DataType::kFloat16>();  \
+  template <>                                      \
+  const Kernels& KernelsOf<DataType::kBFloat16>(); \
+  template <>                                      \
+  const Kernels& KernelsOf<DataType::kFloat32>();  \
+  template <>                                      \
+  const Kernels& KernelsOf<DataType::kFloat64>();  \
   }
 TFOPS_DECLARE_KERNELS(x86_64_v2)
 TFOPS_DECLARE_KERNELS(x86_64_v3)

@@ -154,7 +154,7 @@ class MaskWriter {
   int64_t count_ = 0;  // of pending bits
 };
 
-// The parts of a run: vectors that are written in part,
+// A part of a run, in vectors of which some may be written in part.
 template <Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE void NormalizeSome(const NormalizeArrays<T, A>& arrays, const C& coefficients, int64_t begin, int64_t end,
                                 MaskWriter* mask) {
@@ -164,15 +164,13 @@ TFOPS_INLINE void NormalizeSome(const NormalizeArrays<T, A>& arrays, const C& co
   }
 }
 
-// such as are no whole cache line at either end of what is streamed. Out of line and of any arrays, for there is little
-// of it;
+// What is no whole cache line, at either end of what is streamed. Out of line and of any arrays, for there is little.
 template <Activation kActivation, typename T, typename C>
 __attribute__((noinline)) void NormalizeOutsideLines(const NormalizeArrays<T, AnyArrays> arrays, const C coefficients,
                                                      int64_t begin, int64_t end, MaskWriter* mask) {
   NormalizeSome<kActivation>(arrays, coefficients, begin, end, mask);
 }
 
-// and whole blocks, whose variables are locals of their own, which so stay in registers.
 // Whole blocks, whose variables are locals of their own, which so stay in registers.
 // Returns where they end.
 template <Activation kActivation, typename T, typename A, typename C>

@@ -29,9 +29,12 @@ def build(source: Path, folder: Path, *options: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "build.ninja").exists():
-            tools = [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
-            if ccache := shutil.which("ccache"):
-                tools.append(f"-DCMAKE_CXX_COMPILER_LAUNCHER={ccache}")
-            run(tool("cmake"), "-S", source, "-B", folder, "-G", "Ninja", *tools, *options)
+        settings = [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", *options]
+        if ccache := shutil.which("ccache"):
+            settings.append(f"-DCMAKE_CXX_COMPILER_LAUNCHER={ccache}")
+        configured = folder / ".settings"  # of the environment that built it last
+        if not configured.exists() or configured.read_text() != "\n".join(settings):
+            (folder / "CMakeCache.txt").unlink(missing_ok=True)
+            run(tool("cmake"), "-S", source, "-B", folder, "-G", "Ninja", *settings)
+            configured.write_text("\n".join(settings))
         run(tool("ninja"), "-C", folder)
