@@ -14,6 +14,18 @@ import tfops_kernels
 
 from .requirements import has_source_tree
 
+MARKERS = {
+    "gpu": "needs a GPU (and no TensorFlow); skipped where there is none",
+    "slow": "minutes, not seconds; skipped unless asked for, with --slow",
+    "limits": "minutes, and up to 24 GiB; skipped unless selected, with -m limits",
+    "source_tree": "needs the source tree, not only the installed package; skipped beside an installed package alone",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tfops")
