@@ -55,17 +55,15 @@ struct KnownArrays {
   static constexpr bool kHasMask = kMask;
 };
 
-// Calls body with whether a job's arrays are cached, as a constant. With tiles they are, or as good as that. Rare
-// activations, and the processors of before AVX2, have no loops of their own for what is cached: they ask.
-template <Activation kActivation, Tiling kTiling, typename Body>
+// Calls body with whether a job's arrays are cached, as a constant. With tiles they are, or as good as that. Processors
+// of before AVX2 have no loops of their own for what is cached: they ask.
+template <Tiling kTiling, typename Body>
 TFOPS_INLINE void WithCached(bool cached, Body body) {
   static_assert(kTiling != Tiling::kStreamed, "these tiles are for memory");
-  constexpr bool kIsRare =
-      kActivation == Activation::kLeakyRelu || kActivation == Activation::kSilu || kLanes<float> < 8;
   if constexpr (kTiling != Tiling::kNone) {
     body(std::true_type());
   } else {
-    if constexpr (!kIsRare) {
+    if constexpr (kLanes<float> >= 8) {
       if (cached) return body(std::true_type());
     }
     body(std::false_type());

@@ -70,7 +70,7 @@ TFOPS_INLINE GradientArrays<T, A> ArraysOfRun(const BackwardJob& job, const Run&
 // Calls body with whether there is a mask, and whether the arrays are cached, as constants.
 template <Activation kActivation, Tiling kTiling, typename Body>
 TFOPS_INLINE void WithMaskOf(const BackwardJob& job, bool cached, Body body) {
-  WithCached<kActivation, kTiling>(cached, [&](auto is_cached) {
+  WithCached<kTiling>(cached, [&](auto is_cached) {
     constexpr bool kCached = decltype(is_cached)::value;
     if constexpr (kIsPiecewiseLinear<kActivation>) {
       if (job.arrays.mask) return body(KnownArrays<kCached, false, true>());

@@ -55,7 +55,7 @@ TFOPS_INLINE void WithArraysOf(const ForwardJob& job, Body body) {
     body(AnyArrays());
   } else {
     const bool cached = !job.stream_y && job.x_ahead == 0 && job.residual_ahead == 0;
-    WithCached<kActivation, kTiling>(cached, [&](auto is_cached) {
+    WithCached<kTiling>(cached, [&](auto is_cached) {
       constexpr bool kCached = decltype(is_cached)::value;
       if (!job.arrays.residual) return body(KnownArrays<kCached, false, false>());
       if constexpr (kIsPiecewiseLinear<kActivation>) {
