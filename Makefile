@@ -80,7 +80,7 @@ limits: install $(VENV)/.test-environment
 sanitize: install $(VENV)/.test-environment
 	cd python_tests/helpers && $(abspath $(BIN))/python -m tfops_testing.sanitize $(ARGS)
 
-mnist alexnet: $(VENV)/.installed-$(BUILT)
+mnist alexnet: $(VENV)/.models-environment $(VENV)/.installed-$(BUILT)
 	@echo "==> Training, with tfops and with Keras' own layer"
 	@$(BIN)/python models/compare.py $@ $(if $(DATA),--data "$(DATA)") $(ARGS) $(QUIETLY)
 
@@ -90,12 +90,16 @@ install: $(VENV)/.installed-wheel
 # --- Environments. --group takes the lists of pyproject.toml.
 
 $(VENV)/.environment: pyproject.toml
-	$(call step,Environment: TensorFlow and what builds and trains,$(if $(GPU),some minutes and 4 GB,about a minute and 400 MB),\
+	$(call step,Environment: TensorFlow and what builds,$(if $(GPU),some minutes and 4 GB,about half a minute and 300 MB),\
 	  $(PYTHON) -m venv $(VENV) && $(PIP) install --upgrade 'pip>=25.1' && \
-	  $(PIP) install --group build --group models '$(TENSORFLOW)')
+	  $(PIP) install --group build '$(TENSORFLOW)')
 	@touch $@
 
-$(VENV)/.test-environment: $(VENV)/.environment
+$(VENV)/.models-environment: $(VENV)/.environment
+	$(call step,Environment: what trains,some seconds,$(PIP) install --group models)
+	@touch $@
+
+$(VENV)/.test-environment: $(VENV)/.models-environment
 	$(call step,Environment: what the tests need,some seconds,$(PIP) install --group test)
 	@touch $@
 
