@@ -49,7 +49,7 @@ test: install $(VENV)/.test-environment
 	@$(PYTEST) $(ARGS)
 
 test-all: install $(VENV)/.test-environment
-	@echo "==> All tests (about 25 minutes on two cores)"
+	@echo "==> All tests, the slow ones too"
 	@$(PYTEST) --slow $(ARGS)
 
 test-installed: build/wheel/.built
