@@ -82,7 +82,7 @@ sanitize: install $(VENV)/.test-environment
 
 mnist alexnet: $(VENV)/.models-environment $(VENV)/.installed-$(BUILT)
 	@echo "==> Training, with tfops and with Keras' own layer"
-	@$(BIN)/python models/compare.py $@ $(if $(DATA),--data "$(DATA)") $(ARGS) $(QUIETLY)
+	@$(BIN)/python models/train.py compare $@ $(if $(DATA),--data "$(DATA)") $(ARGS) $(QUIETLY)
 
 wheel: build/wheel/.built
 install: $(VENV)/.installed-wheel

@@ -1,4 +1,4 @@
-"""models/image_data.py reads digits, CIFAR-10 and folders of images, or says in a line what is wrong with them."""
+"""trainer.image_data reads digits, CIFAR-10 and folders of images, or says in a line what is wrong with them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import alexnet_options
-from data import DataError, UserError
-from image_data import digit_batches, image_batches
-from tfops_testing.models_data import draw_arrays, run_script
+from tfops_testing.models_data import draw_arrays, run_program
+from trainer import alexnet_options
+from trainer.data import DataError, UserError
+from trainer.image_data import digit_batches, image_batches
 
 
 def gather(dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -169,9 +169,9 @@ def test_broken_image_is_named(tmp_path, style):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)).save(odd)
     odd.write_bytes(odd.read_bytes()[:200])
     arguments = ["--data", "data", "--image-size", 67, "--width", 0.0625, "--batch-size", 8, "--epochs", 1]
-    run = run_script(f"alexnet_{style}.py", *arguments, cwd=tmp_path)
+    run = run_program(f"alexnet_{style}", *arguments, cwd=tmp_path)
     assert run.returncode == 2, run.stderr
-    assert run.stderr.splitlines()[-1].startswith(f"alexnet_{style}.py: data/green/odd.png: not a readable image")
+    assert run.stderr.splitlines()[-1].startswith(f"train.py alexnet_{style}: data/green/odd.png: not a readable image")
     assert "Traceback" not in run.stderr
 
 

@@ -1,4 +1,4 @@
-"""models/compare.py trains on real digits, and models/data.py finds them or says what is wrong."""
+"""trainer.compare trains on real digits, and trainer.data finds them or says what is wrong."""
 
 import gzip
 import os
@@ -14,13 +14,10 @@ import keras
 import numpy as np
 import pytest
 
-import compare
-import data
-import mnist_keras
-import norms
 import tfops
-from tfops_testing.models_data import draw_arrays, run_script
+from tfops_testing.models_data import draw_arrays, run_program
 from tfops_testing.paths import find_mnist
+from trainer import compare, data, mnist_keras, norms
 
 PARAMETERS = 9 * 32 + 9 * 32 * 64 + 49 * 64 * 128 + 129 * 10 + 4 * (32 + 64 + 128)
 
@@ -63,6 +60,11 @@ def real_mnist() -> Path:
     if path is None:
         pytest.skip("no MNIST: set TFOPS_MNIST to mnist.npz, or have Keras download it (keras.datasets.mnist)")
     return path
+
+
+@pytest.fixture(autouse=True)
+def unset_mnist(monkeypatch):
+    monkeypatch.delenv("TFOPS_MNIST", raising=False)
 
 
 def summary(output: str) -> dict[tuple[str, str], tuple[float, float, int]]:
@@ -193,6 +195,11 @@ def test_wrong_arrays_are_named(arrays, tmp_path, name, change, message):
         data.load_mnist(path)
 
 
+def test_environment_names_a_file(arrays, npz, monkeypatch):
+    monkeypatch.setenv("TFOPS_MNIST", str(npz))
+    assert_same(data.load_mnist(), arrays)
+
+
 def fail_to_load(*_):
     raise Exception("URL fetch failure on https://example.org/mnist.npz: None -- no network")
 
@@ -253,8 +260,8 @@ def test_download_that_never_answers_is_given_up(tmp_path):
         (tmp_path / "mlxtend").mkdir()
         (tmp_path / "mlxtend" / "__init__.py").write_text("raise ImportError('not this one')")
         start = time.perf_counter()
-        run = run_script(
-            "compare.py",
+        run = run_program(
+            "compare",
             "mnist",
             cwd=tmp_path,
             KERAS_HOME=str(tmp_path),
@@ -285,8 +292,8 @@ def test_all_norms_start_from_the_same_weights():
 
 
 def test_compare_learns_and_prints_every_row(npz, tmp_path):
-    run = run_script(
-        "compare.py",
+    run = run_program(
+        "compare",
         "mnist",
         "--data",
         npz.name,
@@ -313,7 +320,7 @@ def test_compare_learns_and_prints_every_row(npz, tmp_path):
 
 def test_compare_runs_one_norm_alone(idx_folder, tmp_path):
     arguments = ["--data", str(idx_folder), "--norm", "tfops", "--epochs", "1", "--limit", "7", "--device", "cpu"]
-    run = run_script("compare.py", "mnist", *arguments, "--style", "graph", cwd=tmp_path)
+    run = run_program("compare", "mnist", *arguments, "--style", "graph", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert list(summary(run.stdout)) == [("tfops", "graph")]
     assert summary(run.stdout)["tfops", "graph"][2] == PARAMETERS
@@ -322,9 +329,9 @@ def test_compare_runs_one_norm_alone(idx_folder, tmp_path):
 
 def test_compare_names_bad_data(tmp_path):
     missing = tmp_path / "nothing.npz"
-    run = run_script("compare.py", "mnist", "--data", str(missing), cwd=tmp_path)
+    run = run_program("compare", "mnist", "--data", str(missing), cwd=tmp_path)
     assert run.returncode == 2
-    assert run.stderr.splitlines()[-1] == f"compare.py: {missing}: no such file or folder"
+    assert run.stderr.splitlines()[-1] == f"train.py compare: {missing}: no such file or folder"
     assert "Traceback" not in run.stderr
 
 
@@ -362,7 +369,7 @@ def test_bad_arguments_are_named(arguments, named, capsys):
 def test_an_eighth_of_mnist_is_learned(style, real_mnist, tmp_path):
     """An eighth of MNIST, two epochs: enough to tell a network that learns digits from one that does not."""
     arguments = ["--data", str(real_mnist), "--limit", "7500", "--epochs", "2", "--norm", "tfops", "--style", style]
-    run = run_script("compare.py", "mnist", *arguments, cwd=tmp_path)
+    run = run_program("compare", "mnist", *arguments, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert summary(run.stdout)["tfops", style][0] > 96.5
 
@@ -371,7 +378,7 @@ def test_an_eighth_of_mnist_is_learned(style, real_mnist, tmp_path):
 @pytest.mark.exclusive
 def test_all_of_mnist_is_learned_as_well_as_with_keras(real_mnist, tmp_path):
     """99.2 % on the 10,000 test images in both styles, and both norms within 0.3 points."""
-    run = run_script("compare.py", "mnist", "--data", str(real_mnist), "--style", "both", cwd=tmp_path)
+    run = run_program("compare", "mnist", "--data", str(real_mnist), "--style", "both", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "60,000 images to train on, 10,000 to test on" in run.stdout
     results = summary(run.stdout)

@@ -1,4 +1,4 @@
-"""models/replicas.py: two replicas compute what one device does with the whole batch, and survive a lost worker."""
+"""trainer.replicas: two replicas compute what one device does with the whole batch, and survive a lost worker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfops_testing.models_data import command, draw_arrays, environment, run_script
+from tfops_testing.models_data import command, draw_arrays, environment, run_program
 from tfops_testing.replica_check import SHARES, batch_of, build
 
 CHECK = ["-m", "tfops_testing.replica_check"]
@@ -110,9 +110,9 @@ def test_devices_option_learns_and_resumes(tmp_path):
     """Two logical devices learn what one does, and go on from a checkpoint."""
     np.savez(tmp_path / "mnist.npz", **draw_arrays(1000, 110))
     shared = ["--data", "mnist.npz", "--devices", 2, "--batch-size", 45, "--out", "run"]
-    first = run_script("mnist_keras.py", *shared, "--epochs", 2, cwd=tmp_path)
+    first = run_program("mnist_keras", *shared, "--epochs", 2, cwd=tmp_path)
     assert first.returncode == 0, first.stderr[-3000:]
-    again = run_script("mnist_keras.py", *shared, "--epochs", 4, "--resume", cwd=tmp_path)
+    again = run_program("mnist_keras", *shared, "--epochs", 4, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "Resuming after 2 epochs" in again.stdout
     history = json.loads((tmp_path / "run" / "history.json").read_text())
@@ -132,7 +132,7 @@ def test_lost_worker_is_noticed_and_both_resume(tmp_path):
         workers = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
         shared = ["--data", "mnist.npz", "--batch-size", 100, "--out", "run", "--timeout", timeout]
         shared += ["--workers", workers, *more]
-        return [command("mnist_keras.py", *shared, "--index", index) for index in range(2)]
+        return [command("mnist_keras", *shared, "--index", index) for index in range(2)]
 
     history = tmp_path / "run" / "history.json"
     with processes(commands("--epochs", 1000), [environment()] * 2, tmp_path) as (started, logs):
@@ -146,7 +146,8 @@ def test_lost_worker_is_noticed_and_both_resume(tmp_path):
         assert wait(started[0], logs[0]) == 3, logs[0].read_text()[-3000:]
         assert time.monotonic() - killed < 2 * timeout + 20
         last = logs[0].read_text().splitlines()[-1]
-        assert re.match(r"mnist_keras.py: worker 0: another worker died or does not answer \(\w+\); start", last), last
+        wanted = r"train.py mnist_keras: worker 0: another worker died or does not answer \(\w+\); start"
+        assert re.match(wanted, last), last
 
     done = len(json.loads(history.read_text())["epochs"])
     for log in logs:

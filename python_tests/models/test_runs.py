@@ -1,4 +1,4 @@
-"""Runs of models/*.py: interrupted and resumed, repeated, reported, exported and read again."""
+"""Runs of the package trainer: interrupted and resumed, repeated, reported, exported and read again."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from data import UserError
-from tfops_testing.models_data import command, draw_arrays, draw_digits, environment, run_script
+from tfops_testing.models_data import command, draw_arrays, draw_digits, environment, run_program
+from trainer.data import UserError
 
 STYLES = ("graph", "keras")
 ALEXNET = ["--image-size", 67, "--width", 0.0625, "--batch-size", 25]
@@ -31,7 +31,7 @@ def npz(tmp_path_factory) -> Path:
 
 def train(module: str, *arguments: object):
     """In this process, with its devices."""
-    models = importlib.import_module(module)
+    models = importlib.import_module(f"trainer.{module}")
     return models.train(models.parse_arguments([str(each) for each in arguments]))
 
 
@@ -95,7 +95,7 @@ def test_exported_model_predicts_pngs(run, npz, tmp_path):
     images, labels = draw_digits(20, np.random.default_rng(5))
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         Image.fromarray(image if index % 2 else 255 - image).save(tmp_path / f"{index:02}_{label}.png")
-    result = run_script("predict.py", folder / "model", tmp_path, cwd=tmp_path)
+    result = run_program("predict", folder / "model", tmp_path, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 20
@@ -135,7 +135,7 @@ def test_killed_run_loses_at_most_one_epoch(style, npz, tmp_path):
     folder = tmp_path / "run"
     shared = ["--data", npz, "--limit", 300, "--batch-size", 50, "--out", folder]
     process = subprocess.Popen(
-        command(f"mnist_{style}.py", *shared, "--epochs", 1000),
+        command(f"mnist_{style}", *shared, "--epochs", 1000),
         env=environment(),
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
@@ -206,7 +206,7 @@ def test_split_devices_agree_with_one(npz, tmp_path):
     shared = ["--data", npz, "--limit", 200, "--epochs", 1]
     train("mnist_graph", *shared, "--out", tmp_path / "one")
     split = ["--logical-cpus", 2, "--split-devices", "/cpu:0,/cpu:1", "--log-device-placement", "--out", "split"]
-    run = run_script("mnist_graph.py", *shared, *split, cwd=tmp_path, TF_CPP_MIN_LOG_LEVEL="0")
+    run = run_program("mnist_graph", *shared, *split, cwd=tmp_path, TF_CPP_MIN_LOG_LEVEL="0")
     assert run.returncode == 0, run.stderr[-2000:]
     losses = [history(tmp_path / each)["epochs"][0]["loss"] for each in ("one", "split")]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)

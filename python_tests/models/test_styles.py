@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import alexnet_graph
-import alexnet_keras
-import mnist_graph
-import mnist_keras
-from norms import graph_norm_relu, norm_relu
+from trainer import alexnet_graph, alexnet_keras, mnist_graph, mnist_keras
+from trainer.norms import graph_norm_relu, norm_relu
 
 ALEXNET = {"image_size": 67, "classes": 12, "width": 1 / 32}
 

@@ -43,8 +43,8 @@ def draw_arrays(train: int, test: int) -> dict[str, np.ndarray]:
     return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
 
 
-def command(script: str, *arguments: object) -> list[str]:
-    return [sys.executable, str(MODELS / script), *map(str, arguments)]
+def command(program: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(MODELS / "train.py"), program, *map(str, arguments)]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -53,10 +53,10 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **extra}
 
 
-def run_script(script: str, *arguments: object, cwd: Path, timeout: float = 1800, **extra: str):
-    """Runs a program of models/ to its end."""
+def run_program(program: str, *arguments: object, cwd: Path, timeout: float = 1800, **extra: str):
+    """Runs a program of `models/train.py` to its end."""
     return subprocess.run(
-        command(script, *arguments),
+        command(program, *arguments),
         capture_output=True,
         text=True,
         timeout=timeout,

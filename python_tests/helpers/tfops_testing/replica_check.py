@@ -11,8 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import mnist_keras
-import replicas
+from trainer import mnist_keras, replicas
 
 SHARES = ((6, 6), (7, 3), (5, 0), (0, 4))  # images of each replica, by step
 TEST = (3, 1)

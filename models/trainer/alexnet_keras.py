@@ -1,4 +1,4 @@
-"""AlexNet in Keras: `python models/alexnet_keras.py`. To be read beside alexnet_graph.py.
+"""AlexNet in Keras: `python models/train.py alexnet_keras`. The same network as in alexnet_graph.py.
 
 The network of A. Krizhevsky, I. Sutskever and G. Hinton, "ImageNet Classification with Deep Convolutional Neural
 Networks", 2012, with batch norm where it had local response normalization: after the first two convolutions. Three of
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import keras
 
-from alexnet_options import (
+from trainer.alexnet_options import (
     CONVOLUTIONS,
     DENSE,
     DROPOUT,
@@ -25,11 +25,11 @@ from alexnet_options import (
     read_data,
     scaled,
 )
-from keras_training import run_model
-from norms import norm_relu
-from options import configure, run_main
-from replicas import make_strategy
-from runs import Run
+from trainer.keras_training import run_model
+from trainer.norms import norm_relu
+from trainer.options import configure, run_main
+from trainer.replicas import make_strategy
+from trainer.runs import Run
 
 # Read data and define parameters: alexnet_options.py. -----------------------------------------------------------------
 

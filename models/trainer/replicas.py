@@ -18,9 +18,9 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from data import UserError
-from image_data import Batches
-from options import configure_workers
+from trainer.data import UserError
+from trainer.image_data import Batches
+from trainer.options import configure_workers
 
 
 class WorkerLost(UserError):

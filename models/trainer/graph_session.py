@@ -19,10 +19,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from data import UserError
-from image_data import Batches
-from options import session_config
-from runs import PROFILED_STEPS, WRONG_IMAGES, Run, write_classes
+from trainer.data import UserError
+from trainer.image_data import Batches
+from trainer.options import session_config
+from trainer.runs import PROFILED_STEPS, WRONG_IMAGES, Run, write_classes
 
 v1 = tf.compat.v1
 

@@ -6,9 +6,16 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from data import UserError
-from image_data import Batches, image_batches
-from options import add_device_arguments, add_run_arguments, add_training_arguments, check_devices, count, positive
+from trainer.data import UserError
+from trainer.image_data import Batches, image_batches
+from trainer.options import (
+    add_device_arguments,
+    add_run_arguments,
+    add_training_arguments,
+    check_devices,
+    count,
+    positive,
+)
 
 MIN_IMAGE_SIZE = 67  # the last pooling still has its 3 x 3 pixels
 DENSE = (4096, 4096)  # and one more, of as many units as there are classes

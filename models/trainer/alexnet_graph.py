@@ -1,4 +1,4 @@
-"""AlexNet in the graph style: `python models/alexnet_graph.py`. To be read after mnist_graph.py, which explains more.
+"""AlexNet in the graph style: `python models/train.py alexnet_graph`.
 
 The network of A. Krizhevsky, I. Sutskever and G. Hinton, "ImageNet Classification with Deep Convolutional Neural
 Networks", 2012, with batch norm where it had local response normalization: after the first two convolutions.
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from alexnet_options import CONVOLUTIONS, DENSE, DROPOUT, WEIGHT_DECAY, boundaries, parse, read_data, scaled
-from graph_session import Network, moving_statistics, summarize_norms
-from graph_session import train as run_session
-from norms import graph_norm_relu
-from options import configure, run_main
-from runs import Run
+from trainer.alexnet_options import CONVOLUTIONS, DENSE, DROPOUT, WEIGHT_DECAY, boundaries, parse, read_data, scaled
+from trainer.graph_session import Network, moving_statistics, summarize_norms
+from trainer.graph_session import train as run_session
+from trainer.norms import graph_norm_relu
+from trainer.options import configure, run_main
+from trainer.runs import Run
 
 v1 = tf.compat.v1
 

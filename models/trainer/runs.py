@@ -3,7 +3,7 @@
 history.json       what was measured, epoch by epoch
 checkpoints/       the last states, to go on from with --resume
 best...            the weights that did best on the test images
-model/             the trained model as a SavedModel, with the names of its classes: models/predict.py reads it
+model/             the trained model as a SavedModel, with the names of its classes: trainer.predict reads it
 logs/              events for TensorBoard: `tensorboard --logdir FOLDER/logs`
 report.md, *.png   learning curves; test images it got wrong; batch norm's moving statistics
 """
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from data import UserError
+from trainer.data import UserError
 
 WARM_UP = 10  # steps that are not timed: they trace and allocate
 PROFILED_STEPS = (10, 15)

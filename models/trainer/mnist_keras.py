@@ -1,4 +1,4 @@
-"""MNIST in Keras: `python models/mnist_keras.py`. To be read beside mnist_graph.py: the same network and training.
+"""MNIST in Keras: `python models/train.py mnist_keras`. The same network and training as in mnist_graph.py.
 
 A Sequential model is a list of layers. `compile` says how it learns, `fit` is the training loop, `evaluate` the test;
 callbacks log, save and restore.
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import keras
 
-from image_data import Batches, digit_batches
-from keras_training import run_model
-from norms import norm_relu
-from options import (
+from trainer.image_data import Batches, digit_batches
+from trainer.keras_training import run_model
+from trainer.norms import norm_relu
+from trainer.options import (
     add_device_arguments,
     add_run_arguments,
     add_training_arguments,
@@ -23,8 +23,8 @@ from options import (
     configure,
     run_main,
 )
-from replicas import make_strategy
-from runs import Run
+from trainer.replicas import make_strategy
+from trainer.runs import Run
 
 # Read data and define parameters. -------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""MNIST in the graph style: `python models/mnist_graph.py`. To be read from top to bottom; mnist_keras.py beside it.
+"""MNIST in the graph style: `python models/train.py mnist_graph`.
 
 A program of this style has two parts. First it describes a computation as a graph: placeholders for what comes in,
 variables for what is learned, ops in between. Nothing is computed meanwhile. Then a session initializes the variables
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from graph_session import Network, moving_statistics, summarize_norms
-from graph_session import train as run_session
-from image_data import Batches, digit_batches
-from norms import graph_norm_relu
-from options import (
+from trainer.graph_session import Network, moving_statistics, summarize_norms
+from trainer.graph_session import train as run_session
+from trainer.image_data import Batches, digit_batches
+from trainer.norms import graph_norm_relu
+from trainer.options import (
     add_device_arguments,
     add_run_arguments,
     add_training_arguments,
@@ -27,7 +27,7 @@ from options import (
     configure,
     run_main,
 )
-from runs import Run
+from trainer.runs import Run
 
 v1 = tf.compat.v1
 

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from data import DOWNLOAD_TIMEOUT, DataError, load_mnist
+from trainer.data import DOWNLOAD_TIMEOUT, DataError, load_mnist
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")  # those of keras.utils.image_dataset_from_directory
 TEST_FRACTION = 0.2  # of a folder's images

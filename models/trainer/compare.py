@@ -1,4 +1,4 @@
-"""The same network with one batch norm after another: `python models/compare.py mnist --norm all --style both`.
+"""The same network with one batch norm after another: `python models/train.py compare mnist --norm all --style both`.
 
 All start from the same weights, see the same batches in the same order, and differ in the batch norm alone (norms.py);
 graph and Keras style draw other weights and other dropout. They are trained one after the other. The time per step is
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import keras
 
-from norms import NORMS
-from options import configure, run_main
-from runs import Run
+from trainer.norms import NORMS
+from trainer.options import configure, run_main
+from trainer.runs import Run
 
 MODELS = ("mnist", "alexnet")
 STYLES = ("keras", "graph")
@@ -39,7 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; `options.runs` holds that of each run, by style and norm."""
     parser = argparse.ArgumentParser(
         description="Trains the same network with one batch norm after another, and prints a table.",
-        epilog="All other options are those of the model: see models/mnist_keras.py --help, and so on.",
+        epilog="All other options are those of the model: see models/train.py mnist_keras --help, and so on.",
         allow_abbrev=False,
     )
     parser.add_argument("model", choices=MODELS)
@@ -51,7 +51,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(argv)
     options.runs = {}
     for style in STYLES if options.style == "both" else (options.style,):
-        parse = importlib.import_module(f"{options.model}_{style}").parse_arguments
+        parse = importlib.import_module(f"trainer.{options.model}_{style}").parse_arguments
         for norm in options.norm:
             out = options.out / f"{options.model}_{style}_{norm}"
             options.runs[style, norm] = parse([*rest, "--norm", norm, "--out", str(out)])
@@ -64,7 +64,7 @@ def compare(options: argparse.Namespace) -> None:
     for (style, norm), each in options.runs.items():
         print(f"{options.model} with {norm}, {style} style", flush=True)
         keras.backend.clear_session()
-        results[style, norm] = importlib.import_module(f"{options.model}_{style}").train(each)
+        results[style, norm] = importlib.import_module(f"trainer.{options.model}_{style}").train(each)
         print(flush=True)
     print(f"{'norm':<8}{'style':<8}{'test accuracy':>15}{'ms per step':>14}{'parameters':>13}")
     for (style, norm), run in results.items():

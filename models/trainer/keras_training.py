@@ -15,10 +15,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import replicas
-from data import UserError
-from image_data import Batches
-from runs import PROFILED_STEPS, WRONG_IMAGES, Run, write_classes
+from trainer import replicas
+from trainer.data import UserError
+from trainer.image_data import Batches
+from trainer.runs import PROFILED_STEPS, WRONG_IMAGES, Run, write_classes
 
 
 class Recorder(keras.callbacks.Callback):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from data import UserError
-from norms import NORMS
+from trainer.data import UserError
+from trainer.norms import NORMS
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 DEFAULT_SPLIT = "/cpu:0,/gpu:0"

@@ -1,4 +1,4 @@
-"""What is on an image? `python models/predict.py runs/mnist_keras/model digit.png`, or a folder of images.
+"""What is on an image? `python models/train.py predict runs/mnist_keras/model digit.png`, or a folder of images.
 
 Reads the SavedModel that any of the models here wrote, whichever way it was written in.
 """
@@ -17,9 +17,9 @@ import tensorflow as tf
 from PIL import Image, ImageOps
 
 import tfops  # noqa: F401  (registers the ops that the model holds)
-from data import DataError, UserError
-from image_data import SUFFIXES
-from options import count, run_main
+from trainer.data import DataError, UserError
+from trainer.image_data import SUFFIXES
+from trainer.options import count, run_main
 
 
 class Classifier:
