@@ -2,6 +2,7 @@
 
     y, mean, variance = tfops.fused_batch_norm(x, scale, offset, activation="relu", residual=shortcut)
     layer = tfops.keras.BatchNormalization(activation="relu")
+    model = tfops.keras.convert(model)
 
 Importing registers the ops, so that saved models and graphs that hold them can be loaded.
 """

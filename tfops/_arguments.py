@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 import struct
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import tensorflow as tf
 
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu")
+Activation = Literal["relu", "relu6", "leaky_relu", "silu"]
+ACTIVATIONS: tuple[Activation | None, ...] = (None, *get_args(Activation))
 _AXIS_OF_FORMAT = {"NHWC": -1, "NDHWC": -1, "NWC": -1, "NCHW": 1, "NCDHW": 1, "NCW": 1}
 _DATA_TYPES = (tf.float32, tf.bfloat16, tf.float16, tf.float64)
 
@@ -30,7 +31,7 @@ class Arguments(NamedTuple):
     epsilon: float
     exponential_avg_factor: float
     axis: int
-    activation: str | None
+    activation: Activation | None
     is_training: bool | tf.Tensor
     unbiased: bool
 
@@ -46,7 +47,7 @@ def float_attribute(name: str, value: float, dtype: tf.DType) -> dict[str, Any]:
 
 
 def value_of(attributes: dict[str, Any], name: str) -> float:
-    """The number as the kernels take it. (An eager op's attributes are as they were given, not rounded yet.)"""
+    """The number as the kernels take it: an eager op's attributes are as they were given, not rounded yet."""
     bits = attributes[f"{name}_bits"]
     return struct.unpack("d", struct.pack("q", bits))[0] if bits else float(np.float32(attributes[name]))
 
@@ -115,9 +116,10 @@ def _axis(axis: Any, data_format: Any) -> int:
     return _AXIS_OF_FORMAT[name]
 
 
-def _activation(activation: Any) -> str | None:
-    if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
-        return activation
+def _activation(activation: Any) -> Activation | None:
+    for known in ACTIVATIONS:
+        if activation is known or (isinstance(activation, str) and activation == known):
+            return known
     raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, but it is {activation!r}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfops import _gradients, _vectorization  # noqa: F401  (register gradients and converters)
-from tfops._arguments import convert, float_attribute
+from tfops._arguments import Activation, convert, float_attribute
 from tfops._library import ops
 
 
@@ -25,46 +25,77 @@ def fused_batch_norm(
     exponential_avg_factor: float | None = 1.0,
     *,
     axis: int | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     residual: Any = None,
     unbiased: bool = True,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Batch normalization, activation and residual addition in one op.
+    """Batch normalization, residual addition and activation in one op.
+
+    In training, with m and v the mean and the population variance of x over all dimensions but the channels':
 
         y = activation((x - m) / sqrt(v + epsilon) * scale + offset + residual)
 
-    with m and v the mean and the (population) variance of x over all dimensions but `axis` in training, and `mean` and
-    `variance` in inference (Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167). Signature and meaning are those
-    of `tf.compat.v1.nn.fused_batch_norm`; what comes after the star is new, as are float64, any rank, and derivatives
-    of the returned mean and variance. All arithmetic is in the dtype of `scale`.
+    In inference, m and v are the arguments `mean` and `variance`. Signature and meaning are those of
+    `tf.compat.v1.nn.fused_batch_norm`, and the formula is that of
+    [Ioffe and Szegedy, 2015](https://arxiv.org/abs/1502.03167). What comes after the star is new, and so are float64,
+    any rank of at least 2, and derivatives of the returned mean and variance. All arithmetic is in the dtype of
+    `scale`. `tfops.reference.fused_batch_norm` is the same, written in TensorFlow's own operations.
 
     Args:
-      x: float16, bfloat16, float32 or float64, of rank >= 2.
-      scale, offset: [C], float32 (float64 if x is), where C is the size of x's dimension `axis`.
-      mean, variance: likewise, but NumPy's arrays may have any number type. In inference, the statistics to use; in
-        training with exponential_avg_factor != 1, the running ones; else not needed, and one of them, or both, may be
-        missing or empty.
-      epsilon: >= 0; added to the variance. It is rounded to float32, as TensorFlow's op does, unless x is float64. With
-        0, a channel without variance comes out NaN. None: 0.0001, as in TensorFlow's op.
-      data_format: "NHWC" (or None), "NDHWC" or "NWC": channels are the last dimension; "NCHW", "NCDHW" or "NCW": the
-        second.
-      is_training: a Python bool, or a scalar bool tensor (which may be a placeholder). None: True.
-      name: of the op.
-      exponential_avg_factor: f in [0, 1] (None: 1); rounded as epsilon is.
-      axis: of the channels, in [-rank, rank), in place of data_format.
-      activation: None, "relu", "relu6", "leaky_relu" (slope 0.2) or "silu".
-      residual: added before the activation; of x's shape and dtype.
-      unbiased: the returned variance is the unbiased estimate, with n - 1 where v has n. (Where n is 1, both have 1.)
+        x: The data: float16, bfloat16, float32 or float64, of rank >= 2.
+        scale: The factors, of shape [C] with C the size of x's channel dimension; float64 if x is, else float32.
+        offset: The summands, of the shape and dtype of `scale`.
+        mean: In inference the mean to normalize with. In training with `exponential_avg_factor` other than 1 the
+            running mean; otherwise it is not needed, and may be None or empty. Of the shape and dtype of `scale`, but a
+            NumPy array may have any number type.
+        variance: In inference the variance to normalize with, in training the running one; likewise.
+        epsilon: A number >= 0, added to the variance. It is rounded to float32, as in TensorFlow's op, unless x is
+            float64. With 0, a channel without variance comes out NaN. None means 0.0001, as in TensorFlow's op.
+        data_format: "NHWC" (or None), "NDHWC" or "NWC" if channels are the last dimension; "NCHW", "NCDHW" or "NCW" if
+            they are the second.
+        is_training: A Python bool, or a scalar bool tensor, which may be a placeholder. None means True.
+        name: The name of the op.
+        exponential_avg_factor: The share f of the batch in the returned statistics, in [0, 1]. None means 1. It is
+            rounded as `epsilon` is.
+        axis: The dimension of the channels, in [-rank, rank). It replaces `data_format`.
+        activation: None, "relu", "relu6", "leaky_relu" (with slope 0.2) or "silu".
+        residual: A tensor of the shape and dtype of x, added before the activation.
+        unbiased: Whether the returned variance is the unbiased estimate, which divides by n - 1 where v divides by n,
+            the number of elements in a channel. (For n = 1, both divide by 1.)
 
     Returns:
-      y: of x's shape and dtype.
-      mean: [C]. In training (1 - f) * mean + f * m; in inference, mean.
-      variance: [C], likewise. An empty batch leaves both as they were given (zeros if they were not). In training, a
-        channel with infinities of one sign and no NaN has that infinity for its m, and NaN for v and y.
+        y: The result, of the shape and dtype of x.
+        mean: Of shape [C]. In training (1 - f) * mean + f * m; in inference `mean`.
+        variance: Of shape [C]. In training (1 - f) * variance + f * v, with v unbiased if `unbiased`; in inference
+            `variance`. An empty batch leaves both statistics as they were given, and returns zeros if they were not. In
+            training, a channel with infinities of one sign and no NaN has that infinity for its m, and NaN for v and y.
 
     Raises:
-      TypeError, ValueError: naming the argument and its value.
-      tf.errors.InvalidArgumentError: for shapes and values that are known only when the op runs.
+        TypeError: An argument has a wrong type or dtype. The message names the argument and its value.
+        ValueError: An argument has a wrong value, or shapes do not match while a graph is built. Likewise.
+        tf.errors.InvalidArgumentError: Shapes or values do not match when the op runs, as in every eager call.
+
+    Examples:
+        Training: the mean and the (unbiased) variance of the batch come back with the result.
+
+        >>> import tensorflow as tf
+        >>> import tfops
+        >>> x = tf.constant([[1.0, 10.0], [3.0, 30.0]])
+        >>> y, mean, variance = tfops.fused_batch_norm(x, scale=[1.0, 1.0], offset=[0.0, 0.0])
+        >>> print(y.numpy().round(2))
+        [[-1. -1.]
+         [ 1.  1.]]
+        >>> print(mean.numpy(), variance.numpy())
+        [ 2. 20.] [  2. 200.]
+
+        Inference with given statistics, a residual and an activation:
+
+        >>> y, _, _ = tfops.fused_batch_norm(
+        ...     x, [1.0, 1.0], [0.0, 0.0], mean, variance, is_training=False, residual=x, activation="relu6"
+        ... )
+        >>> print(y.numpy().round(1))
+        [[0.3 6. ]
+         [3.7 6. ]]
     """
     arguments = convert(
         x,
@@ -92,7 +123,7 @@ def fused_batch_norm(
     }
 
     def train() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        return ops.tfops_batch_norm_training(
+        y, new_mean, new_variance, *_ = ops.tfops_batch_norm_training(
             x,
             scale,
             offset,
@@ -100,7 +131,8 @@ def fused_batch_norm(
             **float_attribute("exponential_avg_factor", exponential_avg_factor, dtype),
             unbiased=unbiased,
             **common,
-        )[:3]
+        )
+        return y, new_mean, new_variance
 
     def infer() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         y = ops.tfops_batch_norm_inference(x, scale, offset, mean, variance, **common)

@@ -17,14 +17,15 @@ from tfops import _second_derivatives as second
 from tfops._arguments import param_type, value_of
 from tfops._library import ops
 
+_Gradient = Callable[..., list[Any]]
 _SHARED = ("axis", "epsilon", "epsilon_bits", "activation")
 _TRAINING = ("exponential_avg_factor", "exponential_avg_factor_bits", "unbiased")
 
 
-def _register(op_type: str) -> Callable[[Callable], Callable]:
+def _register(op_type: str) -> Callable[[_Gradient], _Gradient]:
     """tf.RegisterGradient, but for a module that is imported again: TensorFlow keeps its first registration."""
 
-    def register(function: Callable) -> Callable:
+    def register(function: _Gradient) -> _Gradient:
         with contextlib.suppress(KeyError):
             tf.RegisterGradient(op_type)(function)
         return function
@@ -83,6 +84,7 @@ def _training_grad(op: tf.Operation, dy: Any, dmean: Any, dvariance: Any, *_: An
 def _inference_grad(op: tf.Operation, dy: Any) -> list[Any]:
     x, scale, offset, mean, variance, *residual = op.inputs
     attributes = _attributes(op, _SHARED)
+    gradients: list[Any]
     *gradients, dresidual = ops.tfops_batch_norm_inference_grad(
         dy,
         x,
@@ -104,7 +106,7 @@ def _inference_grad(op: tf.Operation, dy: Any) -> list[Any]:
 
 
 def _wide(tensors: Any, dtype: tf.DType) -> list[tf.Tensor]:
-    """All in the type that the formulas are computed in. (A gradient may be the slices that someone took.)"""
+    """All in the type that the formulas are computed in; a gradient may be the slices that someone took."""
     return [tf.cast(tf.convert_to_tensor(tensor), dtype) for tensor in tensors]
 
 
@@ -117,8 +119,9 @@ def _has_dresidual(op: tf.Operation, attributes: dict[str, Any]) -> bool:
     return bool(op.get_attr("has_residual") and attributes["activation"])
 
 
-def _normalization(attributes: dict[str, Any], *inputs: tf.Tensor | None) -> second.Normalization:
-    return second.Normalization(*inputs, attributes["axis"], value_of(attributes, "epsilon"), attributes["activation"])
+def _normalization(attributes: dict[str, Any], *inputs: Any) -> second.Normalization:
+    epsilon = value_of(attributes, "epsilon")
+    return second.Normalization(attributes["axis"], epsilon, attributes["activation"], *inputs)
 
 
 @_register("Tfops>BatchNormTrainingGrad")

@@ -11,11 +11,21 @@ from tfops import _xla
 
 
 def build_info() -> dict[str, Any]:
-    """What this build of tfops holds and what is on this machine.
+    """What this build of tfops holds, and what is on this machine.
 
     Returns:
-      The dict of `tfops_kernels.build_info`, and `tensorflow_running`: the version of TensorFlow in this process; `xla`
-      (bool): whether XLA can compile the ops (`jit_compile=True`), and `xla_problem`: why not ("" if it can).
+        The dict of `tfops_kernels.build_info()`, and three more items. `tensorflow_running` (str) is the version of
+            TensorFlow in this process. `xla` (bool) tells whether XLA can compile the ops (`jit_compile=True`), and
+            `xla_problem` (str) why not; it is "" if XLA can.
+
+    Examples:
+        >>> import tfops
+        >>> import tfops_kernels
+        >>> info = tfops.build_info()
+        >>> info["version"] == tfops.__version__
+        True
+        >>> sorted(set(info) - set(tfops_kernels.build_info()))
+        ['tensorflow_running', 'xla', 'xla_problem']
     """
     return {
         **tfops_kernels.build_info(),

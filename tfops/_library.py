@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from tfops_kernels import _build
 
@@ -21,7 +21,7 @@ def check_release(running: str, built: str) -> None:
         )
 
 
-def load(library: Path, built: str) -> ModuleType:
+def load(library: Path, built: str) -> Any:
     """The ops of the library file, which was built for that version of TensorFlow. Raises ImportError, saying why."""
     if not built:
         raise ImportError(

@@ -59,13 +59,13 @@ def batch_statistics(
     if synchronized:
         packed = tf.concat([count, mean, variance], 0)[None]
         gathered = tf.distribute.get_replica_context().all_gather(packed, 0)
-        count, mean, variance = _merge(*tf.split(gathered, 3, axis=1), ballast)
+        count, mean, variance = _merge(ballast, *tf.split(gathered, 3, axis=1))
     elif ballast:
-        count, mean, variance = _merge(count[None], mean[None], variance[None], ballast)
+        count, mean, variance = _merge(ballast, count[None], mean[None], variance[None])
     return Statistics(count, mean, variance, ballast, keep, synchronized)
 
 
-def _merge(count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, ballast: float) -> tuple[tf.Tensor, ...]:
+def _merge(ballast: float, count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> tuple[tf.Tensor, ...]:
     """From [parts, C] to [C]: Chan's rule for any number of parts, in float64; `Merge` of csrc/batch_norm/moments.h."""
     n, means, variances = (tf.cast(tensor, tf.float64) for tensor in (count, mean, variance))
     total = tf.reduce_sum(n, 0)
@@ -93,7 +93,7 @@ def normalize(
     attributes = {"axis": axis, "activation": activation or "", **float_attribute("epsilon", epsilon, x.dtype)}
     keep = [] if statistics.keep is None else [statistics.keep]
 
-    @tf.custom_gradient
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
     def apply(x: Any, scale: Any, offset: Any, count: Any, mean: Any, variance: Any, *residual: Any) -> Any:
         vectors = (scale, offset, mean, variance)
         needed = list(residual) if activation else []

@@ -16,7 +16,7 @@ and all else comes from that.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -54,25 +54,25 @@ class Layout:
 
 
 class Normalization(NamedTuple):
-    """The inputs that all gradient ops share, and their attributes. In training mean and variance are x's own."""
+    """The attributes that all gradient ops share, and their inputs. In training mean and variance are x's own."""
 
+    axis: int
+    epsilon: float
+    activation: str
     dy: tf.Tensor
     x: tf.Tensor
     scale: tf.Tensor
     offset: tf.Tensor
     mean: tf.Tensor | None
-    variance: tf.Tensor | None
+    variance: tf.Tensor  # None where mean is
     residual: tf.Tensor | None
-    axis: int
-    epsilon: float
-    activation: str
 
 
 class _Forward:
     """What a gradient op computes of these."""
 
     def __init__(self, inputs: Normalization, mask: tf.Tensor | None = None):
-        self.dy, x, self.scale, offset, mean, variance, residual, axis, epsilon, activation = inputs
+        axis, epsilon, activation, self.dy, x, self.scale, offset, mean, variance, residual = inputs
         self.layout = layout = Layout(x, axis)
         self.n = tf.maximum(layout.count, 1)
         if mean is None:
@@ -83,7 +83,9 @@ class _Forward:
         self.inv_std = tf.math.rsqrt(variance + epsilon)
         self.slope = self.scale * self.inv_std
         self.activation = activation
-        self._on = self._sigmoid = self._z = None
+        self._on: Any = None
+        self._sigmoid: Any = None
+        self._z: Any = None
         if mask is not None:
             self._on = layout.bits(mask)
         elif activation:
@@ -96,7 +98,7 @@ class _Forward:
         self.dz = self.times_slope(self.dy)
 
     def times_slope(self, gradient: tf.Tensor) -> tf.Tensor:
-        """gradient * act'(z)"""
+        """gradient * act'(z)."""
         if self.activation == "silu":
             return gradient * self._sigmoid * (1 + self._z * (1 - self._sigmoid))
         if self.activation:
@@ -166,8 +168,8 @@ def training(
     """
     forward = _Forward(inputs, mask)
     layout, n, inv_std, slope = forward.layout, forward.n, forward.inv_std, forward.slope
-    of_dx, of_dscale, of_doffset, *of_dz = upstream
-    of_dz = of_dz[0] if of_dz else None
+    of_dx, of_dscale, of_doffset, *rest = upstream
+    of_dz = rest[0] if rest else None
     sum_dz_xc = layout.sum(forward.dz * forward.xc)
     divisor = tf.maximum(n - 1, 1) if unbiased else n
 
@@ -196,9 +198,7 @@ def training(
     return gradients if inputs.residual is None else [*gradients, adjoints.z]
 
 
-def inference(
-    inputs: Normalization, upstream: list[tf.Tensor | None], of_xc: tf.Tensor | None = None
-) -> list[tf.Tensor]:
+def inference(inputs: Normalization, upstream: list[Any], of_xc: tf.Tensor | None = None) -> list[tf.Tensor]:
     """The gradients of the inputs, from those of dx, dscale, doffset, dmean, dvariance and dresidual.
 
     Args:

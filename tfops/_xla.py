@@ -21,7 +21,7 @@ def load(library: Path) -> str:
     try:
         tf.load_library(str(library))
     except tf.errors.OpError as error:
-        return error.message
+        return str(error.message)
     return ""
 
 
@@ -35,4 +35,4 @@ def supports_jit() -> bool:
     """
     if PROBLEM:
         return False
-    return _kernels.cuda_build()["cuda"] or not tf.config.get_visible_devices("GPU")
+    return bool(_kernels.cuda_build()["cuda"]) or not tf.config.get_visible_devices("GPU")

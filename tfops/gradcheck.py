@@ -1,29 +1,29 @@
-"""Numerical against analytic gradients of `tfops.fused_batch_norm`: `python -m tfops.gradcheck`.
+"""The program `python -m tfops.gradcheck`: numerical against analytic gradients of `tfops.fused_batch_norm`.
 
-Every combination of dtype, layout, mode, activation and residual is one small problem. The loss is
-sum(y * w), plus the sums of the mean and variance outputs times weights of their own in mode "moving"; its
-derivative with respect to every element of every input is taken twice:
+Every combination of dtype, layout, mode, activation and residual is one small problem. The loss is sum(y * w), plus, in
+mode "moving", the sums of the mean and variance outputs times weights of their own. Its derivative with respect to
+every element of every input is taken twice:
 
-analytic: the op's registered gradient, run in the dtype under test.
-numerical: central differences, (loss(v + h) - loss(v - h)) / 2h, of the op itself run in float64. That holds for the
-    lower dtypes too: a difference quotient in float16 would be rounding noise. All inputs are multiples of 1/32 below
-    8, which all four dtypes represent exactly, so the float64 problem is the same problem to the last bit, and one
-    numerical gradient serves all four.
+- The analytic one is the op's registered gradient, run in the dtype under test.
+- The numerical one are central differences, (loss(v + h) - loss(v - h)) / 2h, of the op itself run in float64. That
+  holds for the lower dtypes too: a difference quotient in float16 would be rounding noise. All inputs are multiples of
+  1/32 below 8, which all four dtypes represent exactly. So the float64 problem is the same problem to the last bit, and
+  one numerical gradient serves all four.
 
-An activation's kink within reach of a perturbation or of rounding would make the comparison meaningless: inputs are
+An activation's kink within reach of a perturbation or of rounding would make the comparison meaningless. Inputs are
 drawn, channel by channel, until every argument of the activation keeps `KINK_MARGIN` away from 0 and 6, and all three
 pieces of relu6 are hit.
 
 The error of an input's gradient is max |analytic - numerical| / max |numerical|. It may be up to:
 
-float64: 1e-6. With the step 2^-16 the truncation error is of order h^2 = 2e-10 and the cancellation of order
-    eps / h = 1e-11, so a correct gradient passes with a large margin.
-float32, float16, bfloat16: eps(g) / 2 + 32 * eps(float32), where g is the dtype of the gradient itself: that of the
-    data for x and residual, float32 for scale, offset, mean and variance. The op's arithmetic is in float32 for all
-    three, so a gradient is rounded to g once, which costs up to eps(g) / 2 of its largest element (nothing for
-    float32, where that rounding is part of the arithmetic). The arithmetic is a sum of up to 24 terms between
-    some ten other operations, of up to eps(float32) / 2 each: 17 eps(float32), doubled for cancellation in the sums.
-    An op that keeps intermediates in 16 bits does not pass.
+- 1e-6 in float64. With the step 2^-16 the truncation error is of order h^2 = 2e-10 and the cancellation of order
+  eps / h = 1e-11, so a correct gradient passes with a large margin.
+- eps(g) / 2 + 32 * eps(float32) in float32, float16 and bfloat16, where g is the dtype of the gradient itself: that of
+  the data for x and residual, float32 for scale, offset, mean and variance. The op's arithmetic is in float32 for all
+  three, so a gradient is rounded to g once, which costs up to eps(g) / 2 of its largest element (nothing for float32,
+  where that rounding is part of the arithmetic). The arithmetic is a sum of up to 24 terms between some ten other
+  operations, of up to eps(float32) / 2 each: 17 eps(float32), doubled for cancellation in the sums. An op that keeps
+  intermediates in 16 bits does not pass.
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tfops import fused_batch_norm
+
+__all__ = ["Case", "Result", "check", "main"]
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 SHAPES = {"NHWC": (3, 2, 4, 5), "NCHW": (4, 3, 2, 3), "NC": (12, 5)}
@@ -48,6 +51,7 @@ LAYOUTS = tuple(SHAPES)
 MODES = ("training", "moving", "inference")
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu")
 INPUTS = ("x", "scale", "offset", "residual", "mean", "variance")
+Function = Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor]]  # with the signature of fused_batch_norm
 
 EPSILON = 1e-3
 MOVING_FACTOR = 0.25  # exponential_avg_factor of mode "moving"
@@ -83,11 +87,12 @@ class Case:
 
     @property
     def channel_axis(self) -> int:
+        """The dimension of the channels."""
         return 1 if self.layout == "NCHW" else len(SHAPES[self.layout]) - 1
 
     @property
     def differentiated(self) -> tuple[str, ...]:
-        """The inputs that the loss is differentiated with respect to."""
+        """The names of the inputs that the loss is differentiated with respect to."""
         statistics = ("mean", "variance") if self.mode != "training" else ()
         return ("x", "scale", "offset") + (("residual",) if self.residual else ()) + statistics
 
@@ -118,7 +123,8 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        return self.worst <= 1.0  # False for NaN
+        """Whether every error is within its tolerance; False if any error is NaN."""
+        return self.worst <= 1.0
 
 
 def gradient_dtype(name: str, dtype: str) -> str:
@@ -156,7 +162,7 @@ def draw_inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
     shape = SHAPES[case.layout]
     channels = shape[case.channel_axis]
     count = math.prod(shape) // channels
-    columns = []
+    columns: list[tuple[Any, ...]] = []
     while len(columns) < channels:
         x = grid(rng.uniform(-0.5, 0.5) + rng.normal(size=count))
         scale = grid(rng.uniform(2, 4) * rng.choice([-1, 1]))
@@ -193,7 +199,7 @@ def draw_weights(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
     return weights
 
 
-def outputs_in_loss(function: Callable, case: Case, inputs: dict[str, tf.Tensor]) -> list[tf.Tensor]:
+def outputs_in_loss(function: Function, case: Case, inputs: dict[str, tf.Tensor]) -> list[tf.Tensor]:
     """Runs the op: [y], or [y, mean, variance] in mode "moving"."""
     options = {"epsilon": EPSILON, "is_training": case.mode != "inference", "activation": case.activation}
     options |= {"axis": -1} if case.layout == "NC" else {"data_format": case.layout}
@@ -207,7 +213,7 @@ def outputs_in_loss(function: Callable, case: Case, inputs: dict[str, tf.Tensor]
 
 
 def numerical_gradients(
-    function: Callable, case: Case, inputs: dict[str, np.ndarray], weights: list[np.ndarray]
+    function: Function, case: Case, inputs: dict[str, np.ndarray], weights: list[np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Central differences in float64, one element at a time.
 
@@ -232,7 +238,7 @@ def numerical_gradients(
 
 
 def analytic_gradients(
-    function: Callable, case: Case, inputs: dict[str, np.ndarray], weights: list[np.ndarray], dtype: str
+    function: Function, case: Case, inputs: dict[str, np.ndarray], weights: list[np.ndarray], dtype: str
 ) -> tuple[dict[str, np.ndarray | None], str]:
     """The op's own gradients with data of `dtype`, and the device that y was computed on.
 
@@ -262,21 +268,30 @@ def relative_error(analytic: np.ndarray | None, numerical: np.ndarray) -> float:
 
 
 def check(
-    case: Case, dtypes: Sequence[str] = DTYPES, *, seed: int = 0, function: Callable | None = None
+    case: Case, dtypes: Sequence[str] = DTYPES, *, seed: int = 0, function: Function | None = None
 ) -> list[Result]:
     """Compares numerical and analytic gradients for one combination.
+
+    The error of an input's gradient is max |analytic - numerical| / max |numerical|. It may be up to 1e-6 in float64,
+    and up to eps(g) / 2 + 32 eps(float32) in the other dtypes, g being the gradient's own.
 
     Args:
         case: Layout, mode, activation and residual.
         dtypes: Dtypes of x, each one of `DTYPES`.
-        seed: Of the inputs and weights, at least 0.
+        seed: The seed of the inputs and weights, at least 0.
         function: What to check, with the signature of `tfops.fused_batch_norm`, which is the default.
 
     Returns:
         One result for each dtype.
 
     Raises:
-        ValueError: An unknown dtype.
+        ValueError: A dtype is unknown.
+
+    Examples:
+        >>> from tfops import gradcheck
+        >>> results = gradcheck.check(gradcheck.Case("NC", activation="relu"), ["float64", "bfloat16"])
+        >>> [result.passed for result in results]
+        [True, True]
     """
     for dtype in dtypes:
         if dtype not in DTYPES:
@@ -310,7 +325,7 @@ def _badness(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def to_json(result: Result) -> dict:
+def to_json(result: Result) -> dict[str, Any]:
     """The result as JSON's types; an error that is not finite becomes null."""
     return {
         "dtype": result.dtype,
@@ -323,6 +338,7 @@ def to_json(result: Result) -> dict:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line, checked; sys.argv's if argv is None."""
     parser = argparse.ArgumentParser(
         prog="python -m tfops.gradcheck",
         description="Checks the gradients of tfops.fused_batch_norm against difference quotients. "
@@ -360,7 +376,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Checks all combinations, or those that the options choose, and prints a line for each.
+
+    Args:
+        argv: The options of `python -m tfops.gradcheck`, which `--help` lists. None means those of sys.argv.
+
+    Returns:
+        The exit status: 0 if all gradients agree, 1 if any does not.
+
+    Raises:
+        SystemExit: An option is wrong (with code 2), or asks for help.
+
+    Examples:
+        >>> from tfops import gradcheck
+        >>> options = "--layout NC --mode inference --activation silu --residual with --dtype float64"
+        >>> gradcheck.main(options.split())  # doctest: +ELLIPSIS
+        Largest relative error of any input's gradient, ...
+        1 of 1 combinations passed on ...
+        0
+    """
     arguments = parse_arguments(argv)
     activations = [None if name == "none" else name for name in arguments.activation]
     residuals = [name == "with" for name in arguments.residual]

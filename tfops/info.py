@@ -1,4 +1,4 @@
-"""`python -m tfops.info`: prints `tfops.build_info()`, for people and for bug reports."""
+"""The program `python -m tfops.info`: prints `tfops.build_info()`, for people and for bug reports."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ from tfops._info import build_info
 
 
 def main() -> int:
+    """Prints a line for each item: versions, compiler, instruction sets, CUDA, XLA, driver and GPUs.
+
+    Returns:
+        The exit status, 0.
+
+    Examples:
+        >>> import contextlib, io
+        >>> from tfops import info
+        >>> with contextlib.redirect_stdout(io.StringIO()) as printed:
+        ...     status = info.main()
+        >>> status
+        0
+        >>> printed.getvalue().split()[0]
+        'tfops'
+    """
     info = build_info()
     rows = [
         ("tfops", f"{info['version']} ({info['compiler']}, {info['build_type']})"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfops._arguments import Arguments, convert
+from tfops._arguments import Activation, Arguments, convert
 
 _ACTIVATIONS = {
     None: tf.identity,
@@ -30,13 +30,48 @@ def fused_batch_norm(
     exponential_avg_factor: float | None = 1.0,
     *,
     axis: int | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     residual: Any = None,
     unbiased: bool = True,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """What `tfops.fused_batch_norm` computes, with the same arguments and results, op by op.
 
-    x must have a known rank. Raises TypeError and ValueError as the fused op does, where shapes are known.
+        y = activation((x - mean) / sqrt(variance + epsilon) * scale + offset + residual)
+
+    Args:
+        x: As for `tfops.fused_batch_norm`, but of a known rank. So are all others.
+        scale: Of shape [C].
+        offset: Of shape [C].
+        mean: Of shape [C], or None.
+        variance: Of shape [C], or None.
+        epsilon: Added to the variance.
+        data_format: "NHWC", "NDHWC", "NWC", "NCHW", "NCDHW" or "NCW".
+        is_training: A bool, or a scalar bool tensor.
+        name: The name of the scope that the operations are made in.
+        exponential_avg_factor: The share of the batch in the returned statistics.
+        axis: The dimension of the channels. It replaces `data_format`.
+        activation: None, "relu", "relu6", "leaky_relu" or "silu".
+        residual: Of x's shape and dtype, or None.
+        unbiased: Whether the returned variance is the unbiased estimate.
+
+    Returns:
+        y: Of the shape and dtype of x.
+        mean: Of shape [C].
+        variance: Of shape [C].
+
+    Raises:
+        TypeError: As `tfops.fused_batch_norm`.
+        ValueError: Likewise. Also where that raises `tf.errors.InvalidArgumentError`, if the shapes are known.
+
+    Examples:
+        >>> import tensorflow as tf
+        >>> import tfops
+        >>> x = tf.random.stateless_normal([8, 4, 4, 3], seed=[0, 0])
+        >>> arguments = {"scale": [1.0, 2.0, 3.0], "offset": [0.0, 1.0, 2.0], "activation": "silu"}
+        >>> fused = tfops.fused_batch_norm(x, **arguments)
+        >>> plain = tfops.reference.fused_batch_norm(x, **arguments)
+        >>> [bool(tf.reduce_all(tf.abs(a - b) < 1e-4)) for a, b in zip(fused, plain)]
+        [True, True, True]
     """
     with tf.name_scope(name or "ReferenceBatchNorm"):
         arguments = convert(

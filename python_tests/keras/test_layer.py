@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tfops
+from tfops_testing import kernel_cases
 
 
 def _pair(shape, axis=-1, **kwargs):
@@ -23,6 +26,39 @@ def _pair(shape, axis=-1, **kwargs):
     for layer in layers:
         layer.set_weights(weights)
     return layers
+
+
+def test_arguments_are_those_of_keras():
+    """Names, order and defaults; then `activation`, by name alone."""
+    stock, fused = (
+        inspect.signature(cls.__init__).parameters
+        for cls in (keras.layers.BatchNormalization, tfops.keras.BatchNormalization)
+    )
+    lacking = set() if "renorm" in stock else {"renorm", "renorm_clipping", "renorm_momentum"}  # in older Keras
+    ours = [(each.name, each.default) for each in fused.values() if each.name not in {*lacking, "activation"}]
+    assert ours == [(each.name, each.default) for each in stock.values()]
+    assert [each.name for each in fused.values() if each.kind is each.KEYWORD_ONLY] == ["activation"]
+
+
+def test_every_argument_reaches_keras():
+    """By place, too."""
+    values = [1, 0.9, 0.01, False, False, "ones", "zeros", "ones", "zeros", "l1", "l2", "non_neg", "unit_norm"]
+    renorm = {"renorm": True, "renorm_clipping": {"rmax": 2.0}, "renorm_momentum": 0.5}
+    if "renorm" not in inspect.signature(keras.layers.BatchNormalization.__init__).parameters:
+        renorm = {}  # in older Keras
+    options = {**renorm, "synchronized": True, "name": "norm", "dtype": "mixed_float16", "trainable": False}
+    stock, fused = (
+        cls(*values, **options) for cls in (keras.layers.BatchNormalization, tfops.keras.BatchNormalization)
+    )
+    assert fused.get_config() == stock.get_config()
+    for name in inspect.signature(keras.layers.BatchNormalization.__init__).parameters:
+        if name not in ("self", "kwargs"):
+            assert stock.get_config()[name] != keras.layers.BatchNormalization().get_config()[name], name
+
+
+def test_arguments_that_keras_does_not_know_are_refused():
+    with pytest.raises(ValueError, match="momentun"):
+        tfops.keras.BatchNormalization(momentun=0.9)
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16", "float64", "float16"])
@@ -55,7 +91,7 @@ def test_without_scale_or_center_agrees_with_keras(kwargs):
     np.testing.assert_allclose(fused.moving_variance, stock.moving_variance, rtol=1e-6)
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "silu"])
+@pytest.mark.parametrize("activation", kernel_cases.ACTIVATIONS[1:])
 def test_activation_and_residual_agree_with_keras(activation):
     stock, fused = _pair((4, 6, 6, 5))
     fused.activation = activation

@@ -67,12 +67,13 @@ def test_package_holds_what_it_should():
         "_tfops_ops",
         "_tfops_xla",
     }
-    # Python, its marks of being typed, and nothing else: no headers, no sources, no tests.
+    # Python, its types, and nothing else: no headers, no sources, no tests.
     others = {file for file in files - libraries if not file.startswith(information)}
-    assert {Path(file).name for file in others if not file.endswith(".py")} == {"py.typed"}
+    assert {Path(file).name for file in others if not file.endswith((".py", ".pyi"))} == {"py.typed"}
     assert {file.split("/")[0] for file in others} == {"tfops", "tfops_kernels"}
-    for file in ("tfops/py.typed", "tfops_kernels/py.typed", "tfops_kernels/_build.py"):
-        assert file in files
+    for file in ("py.typed", "_build.py", "_build.pyi", "_kernels.pyi"):
+        assert f"tfops_kernels/{file}" in files
+    assert "tfops/py.typed" in files
     written = {file.removeprefix(information) for file in files if file.startswith(information)}
     by_installers = {"INSTALLER", "REQUESTED", "direct_url.json"}
     assert written - by_installers == {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}

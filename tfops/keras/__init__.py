@@ -1,4 +1,4 @@
-"""Keras layers on the fused op."""
+"""Keras' layer on the fused op, and what puts it into a model: `BatchNormalization` and `convert`."""
 
 try:
     import keras as _keras  # noqa: F401

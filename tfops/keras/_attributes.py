@@ -11,18 +11,14 @@ from typing import Any
 import keras
 from keras.src.saving.keras_saveable import KerasSaveable
 
+from tfops.keras._remaking import SETTINGS, carry_settings
+
 # What compile, fit and their like set; the copy is compiled apart.
 _TRAINING = {
     *("optimizer", "loss", "compiled", "history", "stop_training", "stop_predicting", "stop_evaluating"),
     *("steps_per_execution", "train_function", "test_function", "predict_function", "_compile_config"),
     *("_compile_loss", "_compile_metrics", "_compiled_trainable_state", "_compute_loss_has_training_arg"),
     *("_eval_epoch_iterator", "_initial_epoch", "_jit_compile", "_loss_tracker", "_run_eagerly"),
-}
-# What Keras sets in every layer, but a class may set otherwise.
-_SETTINGS = {
-    *("_allow_non_tensor_positional_args", "_auto_config", "_call_context_args", "_call_has_context_arg"),
-    *("_convert_input_args", "_dtype_policy", "_supports_masking", "activity_regularizer", "autocast", "supports_jit"),
-    *("unrolled_steps_per_execution",),
 }
 # What is of the object alone, or follows from what it is made of.
 _OWN = {
@@ -52,9 +48,7 @@ def carry_over(model: keras.Model, new: keras.Model, known: dict[int, Any], like
       known: by the id of each layer, operation, variable and symbolic tensor, what it is in the copy.
       like: makes an optimizer or metric like a given one. What it makes becomes known.
     """
-    for name in _SETTINGS & set(vars(model)):
-        value = vars(model)[name]
-        vars(new)[name] = value.copy() if isinstance(value, (dict, set)) else value
+    carry_settings(model, new, has_config=False)
     # An optimizer of this name may also be an attribute that the class has for itself.
     training = _TRAINING if model.compiled else _TRAINING - {"optimizer"}
     for name, value in list(vars(model).items()):
@@ -73,7 +67,7 @@ def carry_plain(layer: Any, new: Any, like: Any = None) -> None:
       like: what is in the state in which the config leaves such a layer; `new` itself if None.
     """
     left = vars(new if like is None else like)
-    ours = _OWN | _SETTINGS | _TRAINING
+    ours = _OWN | SETTINGS | _TRAINING
     if isinstance(layer, keras.layers.BatchNormalization):
         ours |= _FUSED
     for name, value in list(vars(layer).items()):

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfops import _xla
-from tfops._arguments import ACTIVATIONS, param_type
+from tfops._arguments import ACTIVATIONS, Activation, param_type
 from tfops._batch_norm import fused_batch_norm
 from tfops._phases import Statistics, batch_statistics, normalize, replicas
 from tfops.keras._recomputing import is_recomputed
@@ -29,42 +29,135 @@ check_backend(keras.backend.backend())
 
 @keras.saving.register_keras_serializable(package="tfops")
 class BatchNormalization(Guarded, keras.layers.BatchNormalization):
-    """`keras.layers.BatchNormalization` with the fused kernels, and with activation and residual addition in them.
+    """`keras.layers.BatchNormalization` on the fused kernels, with residual addition and activation in them.
 
-    Takes every argument of Keras' layer, with the same defaults, and holds the same weights under the same names. As
-    there, the moving variance averages the population variance. Without an activation its config is that of Keras'
-    layer. Three things differ in training: `synchronized` holds with a mask too, a batch of no elements leaves the
-    moving statistics as they are, and they take a batch in once where `tf.recompute_grad` or `keras.RematScope` runs
-    the layer twice (unless a `tf.function` in between runs what was traced before).
+    In training, with mean and variance those of the batch (the population variance, as in Keras):
+
+        y = activation((x - mean) / sqrt(variance + epsilon) * gamma + beta + residual)
+        moving_mean = momentum * moving_mean + (1 - momentum) * mean
+        moving_variance = momentum * moving_variance + (1 - momentum) * variance
+
+    In inference, and where `trainable` is False, mean and variance are the moving ones, which stay as they are. The
+    sources are [Ioffe and Szegedy, 2015](https://arxiv.org/abs/1502.03167), and for `renorm`
+    [Ioffe, 2017](https://arxiv.org/abs/1702.03275).
+
+    The layer takes every argument of Keras' layer, with the same defaults, and holds the same weights under the same
+    names: gamma, beta, moving_mean and moving_variance of shape [C], C being the size of the dimension `axis`. Without
+    an activation its config is that of Keras' layer. Three things differ in training: `synchronized` holds with a mask
+    too, a batch of no elements leaves the moving statistics as they are, and they take a batch in once where
+    `tf.recompute_grad` or `keras.RematScope` runs the layer twice (unless a `tf.function` in between runs what was
+    traced before).
+
+    Inputs have rank >= 2. The kernels compute in the wider of the inputs' dtype and the layer's compute dtype, with
+    sums, statistics and parameters in float32 (float64 for float64); the result has the compute dtype.
 
     Args:
-      activation: None, "relu", "relu6", "leaky_relu" (slope 0.2) or "silu"; applied to the result.
+        axis: The dimension of the channels.
+        momentum: The weight of the old moving statistics in the new ones; that of the batch is 1 - momentum.
+        epsilon: A number >= 0, added to the variance.
+        center: Whether there is a beta.
+        scale: Whether there is a gamma.
+        beta_initializer: The initializer of beta, as Keras takes them: a name, a config or an object. So are the next.
+        gamma_initializer: The initializer of gamma.
+        moving_mean_initializer: The initializer of the moving mean.
+        moving_variance_initializer: The initializer of the moving variance.
+        beta_regularizer: The regularizer of beta, or None.
+        gamma_regularizer: The regularizer of gamma, or None.
+        beta_constraint: The constraint on beta, or None.
+        gamma_constraint: The constraint on gamma, or None.
+        renorm: Whether training normalizes by batch renormalization. Some releases of Keras do not have it; they refuse
+            this and the next two arguments.
+        renorm_clipping: The bounds of its corrections: a dict with any of the keys "rmin", "rmax" and "dmax".
+        renorm_momentum: The momentum of its own moving statistics.
+        synchronized: Whether statistics are those of all replicas of a `tf.distribute` strategy.
+        activation: None, "relu", "relu6", "leaky_relu" (with slope 0.2) or "silu"; applied to the result.
+        **kwargs: What every layer of Keras takes: name, dtype, trainable and so on.
 
-    Call arguments:
-      inputs, training, mask: as in Keras.
-      residual: a tensor of the inputs' shape, added before the activation.
-      inputs_mask: where Keras puts the inputs' own mask if there is a residual; `mask` goes before it.
-      folded: what `convert` has folded into this call, of the layers that follow: an activation, which is applied, and
-        the layer that follows passes it on; "add", or "add+" and an activation: then the inputs are passed on, and the
-        addition that follows normalizes them.
+    Attributes:
+        activation: As given.
+        folded: What calls do beside that, unless they tell: an activation, or None. `tfops.keras.convert` sets it in
+            Sequential models, whose calls have no arguments.
 
-    The attribute `folded` is that of all calls which do not tell; `convert` sets it in Sequential models, where calls
-    have no arguments.
+    Raises:
+        ValueError: `activation` is none of the above, or Keras refuses an argument.
+
+    Examples:
+        >>> import keras
+        >>> import numpy as np
+        >>> import tfops
+        >>> x = np.array([[1.0, 10.0], [3.0, 30.0]], np.float32)
+        >>> layer = tfops.keras.BatchNormalization(momentum=0.5, activation="relu")
+        >>> print(layer(x, training=True).numpy().round(2))
+        [[0. 0.]
+         [1. 1.]]
+        >>> print(layer.moving_mean.numpy())
+        [ 1. 10.]
+
+        In a residual block, the layer also adds the shortcut:
+
+        >>> inputs = keras.Input([8, 8, 16])
+        >>> y = keras.layers.Conv2D(16, 3, padding="same", use_bias=False)(inputs)
+        >>> y = tfops.keras.BatchNormalization(activation="relu")(y, residual=inputs)
+        >>> keras.Model(inputs, y).count_params()
+        2368
     """
 
-    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 0.001,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        renorm: bool = False,
+        renorm_clipping: dict[str, float] | None = None,
+        renorm_momentum: float = 0.99,
+        synchronized: bool = False,
+        *,
+        activation: Activation | None = None,
+        **kwargs: Any,
+    ):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, but it is {activation!r}")
-        super().__init__(*args, **kwargs)
-        self.activation = activation
+        # Older Keras, such as Python 3.10's newest, does not know these: it is given them only if they say something.
+        if renorm or renorm_clipping is not None or renorm_momentum != 0.99:
+            kwargs |= {"renorm": renorm, "renorm_clipping": renorm_clipping, "renorm_momentum": renorm_momentum}
+        super().__init__(
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            moving_mean_initializer=moving_mean_initializer,
+            moving_variance_initializer=moving_variance_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            synchronized=synchronized,
+            **kwargs,
+        )
+        self.activation: Activation | None = activation
         self.folded: str | None = None
         self.supports_jit = _xla.supports_jit()
 
     # Keras tells the arguments of build and compute_output_shape by name: those of call, and "_shape".
     def build(self, inputs_shape: Any, residual_shape: Any = None) -> None:
+        """Makes the weights, as Keras' layer; `residual_shape` has no part in them."""
         super().build(inputs_shape)
 
     def compute_output_shape(self, inputs_shape: Any, residual_shape: Any = None) -> Any:
+        """The shape of the inputs."""
         return super().compute_output_shape(inputs_shape)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,9 +175,29 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
         inputs_mask: Any = None,
         folded: str | None = None,
     ) -> Any:
+        """What a call of the layer computes, `layer(inputs, ...)`.
+
+        Args:
+            inputs: The data x: a tensor of rank >= 2.
+            training: Whether to normalize with the batch's own statistics, and to update the moving ones.
+            mask: In training, the elements that statistics are taken of: a tensor of bools, of the inputs' shape
+                without the last dimension or one that broadcasts to it. None means all. All elements are normalized.
+            residual: A tensor of the inputs' shape, added before the activation, or None.
+            inputs_mask: Where Keras puts the inputs' own mask if there is a residual. `mask` goes before it.
+            folded: What `tfops.keras.convert` has folded into this call, of the layers that follow. An activation is
+                applied, and the layer that follows passes the result on. With "add", or "add+" and an activation, the
+                inputs are passed on, and the addition that follows normalizes them. None means the attribute `folded`.
+
+        Returns:
+            The result y, a tensor of the inputs' shape and of the compute dtype.
+
+        Raises:
+            ValueError: The mask has a wrong rank, or shapes do not match while a graph is built.
+            tf.errors.InvalidArgumentError: Shapes do not match when the layer runs.
+        """
         mask = inputs_mask if mask is None else mask
         folded = folded or self.folded
-        if _has_addition(folded):
+        if folded is not None and _has_addition(folded):
             later = folded.partition("+")[2] or None
             rest = functools.partial(self, inputs, training=training, mask=mask, folded=later)
             return tag_pending(tf.cast(inputs, self.compute_dtype), rest)
@@ -190,15 +303,16 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
         average(self.moving_variance, moving_variance, 0.0)
 
     def get_config(self) -> dict[str, Any]:
-        # Without an activation, the config is one for Keras' layer too.
+        """The arguments of the constructor; without an activation, a config for Keras' layer too."""
         own = {"activation": self.activation, "folded": self.folded}
         return {**super().get_config(), **{name: value for name, value in own.items() if value is not None}}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> BatchNormalization:
+        """A layer like the one that the config was taken of, without its weights."""
         config = dict(config)
         folded = config.pop("folded", None)
-        layer = super().from_config(config)
+        layer: BatchNormalization = super().from_config(config)
         layer.folded = folded
         return layer
 

@@ -43,7 +43,7 @@ def same_variables(model: keras.Model, variables: dict[int, Any], copy: keras.Mo
             return f"its copy has no {variable.path}"
         if new.shape != variable.shape:
             return f"{variable.path} has shape {tuple(new.shape)} in its copy, not {tuple(variable.shape)}"
-        if not np.array_equal(*(_bits(each) for each in (new, variable))):
+        if not np.array_equal(_bits(new), _bits(variable)):
             return f"{variable.path} has other values in its copy"
     return None
 
@@ -110,15 +110,15 @@ def _difference(got: Any, wanted: Any) -> float:
     got, wanted = (tf.cast(each, tf.float64).numpy() for each in (got, wanted))
     if not np.isfinite(wanted).all():
         return 0.0
-    difference = np.linalg.norm(got - wanted) / max(np.linalg.norm(wanted), 1e-30)
-    return 0.0 if difference <= tolerance else float(difference)
+    difference = float(np.linalg.norm(got - wanted)) / max(float(np.linalg.norm(wanted)), 1e-30)
+    return 0.0 if difference <= tolerance else difference
 
 
 def _run(model: keras.Model, inputs: Any) -> list[Any] | Exception:
     """The outputs, or the error; the model's state stays what it was."""
     state = [(variable, variable.numpy()) for variable in model.non_trainable_variables]
     try:
-        return keras.tree.flatten(model(inputs, training=False))
+        return list(keras.tree.flatten(model(inputs, training=False)))
     except Exception as error:
         return error
     finally:

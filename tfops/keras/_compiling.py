@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -183,6 +183,7 @@ def _places(value: Any, place: Place = (), seen: set[int] | None = None) -> Iter
     """An optimizer or metric and all that it holds, down to variables and layers, with the places."""
     yield place, value
     seen = set() if seen is None else seen
+    parts: Iterable[tuple[Any, Any]]
     if id(value) in seen:
         return
     if isinstance(value, dict):
@@ -226,8 +227,8 @@ def make_like(original: Any) -> Any:
     held = dict(_places(original))
     functions = {place: value for place, value in held.items() if isinstance(value, types.FunctionType)}
     # Keras finds classes and functions by name, if they are registered or in a module. These are at hand.
-    custom = [*functions.values(), *(type(value) for value in held.values() if hasattr(value, "get_config"))]
-    custom = {each.__name__: each for each in custom if each.__module__.partition(".")[0] != "keras"}
+    named: list[Any] = [*functions.values(), *(type(value) for value in held.values() if hasattr(value, "get_config"))]
+    custom = {each.__name__: each for each in named if each.__module__.partition(".")[0] != "keras"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of lambdas in configs
         try:
@@ -261,7 +262,8 @@ def _transfer(original: Any, copy: Any, model: keras.Model, variables: Mapping[i
     for place, variable in _places(original):
         if not _is_variable(variable):
             continue
-        new, known = copied.get(place), variables.get(id(variable))
+        new: Any = copied.get(place)
+        known = variables.get(id(variable))
         if known is None and _is_variable(new) and new.shape == variable.shape and new.dtype == variable.dtype:
             known = state.setdefault(id(variable), (variable, new))[1]
         if known is None or (new is not None and new is not known):
@@ -274,7 +276,7 @@ def _carry_settings(original: Any, copy: Any, model: keras.Model, variables: Map
     """Gives the copy of an optimizer or metric, and those in it, what is set beside their configs."""
     copied = dict(_places(copy))
     for place, value in _places(original):
-        new = copied.get(place)
+        new: Any = copied.get(place)
         if not is_stateful(value) or type(new) is not type(value):
             continue
         carry_plain(value, new)
@@ -294,4 +296,4 @@ def _find(variable: Any, variables: Mapping[int, Any]) -> Any:
 
 
 def _name(variable: Any) -> str:
-    return getattr(variable, "path", variable.name)
+    return str(getattr(variable, "path", variable.name))

@@ -352,7 +352,7 @@ class Copier:
 
 
 def _own_variables(layer: keras.Layer) -> list[Any]:
-    return layer._trainable_variables + layer._non_trainable_variables
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
 def _carry_settings(layer: keras.Layer, copy: keras.Layer) -> None:
@@ -389,7 +389,7 @@ def _constructing(source: type[keras.Layer], target: type[keras.Layer]) -> Itera
 
     with _lock:
         outer = vars(source).get("__new__")
-        source.__new__ = new
+        source.__new__ = new  # type: ignore[assignment]
         try:
             yield
         finally:

@@ -52,8 +52,8 @@ def is_list(layer: Any) -> bool:
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     """The layers in a layer; in a graph with those that are attached to it without being a part of it."""
     if isinstance(layer, keras.Sequential):
-        return layer.layers  # without the input layer, which it gets when it is built
-    inside = layer._flatten_layers(include_self=False, recursive=False)
+        return list(layer.layers)  # without the input layer, which it gets when it is built
+    inside: list[keras.Layer] = layer._flatten_layers(include_self=False, recursive=False)
     if is_graph(layer):  # older Keras does not list them
         inside += [each for each in held(layer, keras.Layer) if not any(each is other for other in inside)]
     return inside
@@ -175,7 +175,7 @@ class _Shared:
     """What is known of all graphs of a model together: these may have calls in common."""
 
     def __init__(self, graphs: Iterable[keras.Model]):
-        self.readers: dict[int, dict[int, list[Any]]] = defaultdict(dict)  # the calls that read each symbolic tensor
+        self.readers: dict[int, dict[int, Any]] = defaultdict(dict)  # the calls that read each symbolic tensor
         self.kept: set[int] = set()  # tensors that are outputs, or that are kept as attributes to be read
         self.taken: set[int] = set()  # additions
         self.folds: dict[int, Fold] = {}  # by the batch norm's call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 
 
 def is_recomputed() -> bool:
@@ -10,7 +11,7 @@ def is_recomputed() -> bool:
 
     TensorFlow does not tell. But its function that recomputes is on the stack, in graphs while they are traced.
     """
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "inner_recompute_grad" and frame.f_globals.get("__name__") == _MODULE:
             return True

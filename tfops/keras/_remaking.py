@@ -10,9 +10,12 @@ from typing import Any
 
 import keras
 
-# What a layer is given when it is made, or set afterwards, but no config holds.
-_SETTINGS = ("autocast", "_supports_masking", "_convert_input_args", "_allow_non_tensor_positional_args")
-_SETTINGS_OF_CLASSES = ("supports_jit", "_call_context_args", "_call_has_context_arg")
+# What Keras sets in every layer, but whoever makes the layer, or its class, may set otherwise.
+_OF_LAYERS = ("autocast", "_supports_masking", "_convert_input_args", "_allow_non_tensor_positional_args")
+_OF_CLASSES = ("supports_jit", "_call_context_args", "_call_has_context_arg")  # another class has its own
+# What a config holds, or only models have: carried over where a copy is made without a config.
+_OF_MODELS = ("_auto_config", "_dtype_policy", "activity_regularizer", "unrolled_steps_per_execution")
+SETTINGS = {*_OF_LAYERS, *_OF_CLASSES, *_OF_MODELS}
 _DEFAULTS = [keras.Layer.from_config.__func__, keras.Model.from_config.__func__]
 
 
@@ -20,7 +23,7 @@ class RemakeError(ValueError):
     """Says in a line why an object cannot be made from its config."""
 
 
-def remake(layer: Any, cls: type | None = None, without: Collection[str] = ()) -> Any:
+def remake(layer: Any, cls: Any = None, without: Collection[str] = ()) -> Any:
     """A new layer, model or operation of the same config.
 
     Args:
@@ -44,15 +47,16 @@ def remake(layer: Any, cls: type | None = None, without: Collection[str] = ()) -
         raise RemakeError(text) from error
 
 
-def carry_settings(layer: keras.Layer, new: keras.Layer) -> None:
-    """Gives a copy of a layer the settings that its config does not hold."""
-    for name in (*_SETTINGS, *(_SETTINGS_OF_CLASSES if type(layer) is type(new) else ())):
+def carry_settings(layer: keras.Layer, new: keras.Layer, has_config: bool = True) -> None:
+    """Gives a copy of a layer the settings that its config does not hold; all if it was made without one."""
+    names = SETTINGS.difference(_OF_MODELS if has_config else (), () if type(layer) is type(new) else _OF_CLASSES)
+    for name in names:
         if name in vars(layer):
             value = vars(layer)[name]
             vars(new)[name] = value.copy() if isinstance(value, (dict, set)) else value
 
 
-def _remake(layer: Any, cls: type, without: Collection[str], functions: dict[str, types.FunctionType]) -> Any:
+def _remake(layer: Any, cls: Any, without: Collection[str], functions: dict[str, types.FunctionType]) -> Any:
     if cls is keras.layers.Lambda:
         # Its config has the function's code, without what that refers to.
         return keras.layers.Lambda(

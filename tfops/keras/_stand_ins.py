@@ -7,6 +7,7 @@ its input does not come from a batch norm that has done it already.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -21,7 +22,7 @@ class _StandIn(Guarded):
 
     def _stand_for(self, original: Any) -> None:
         # In a closure, or Keras would track it, and look for its state.
-        self._original = lambda: original
+        self._original: Callable[[], Any] = lambda: original
 
     def original(self) -> Any:
         """What it stands for."""
@@ -41,7 +42,8 @@ class _StandIn(Guarded):
                         "cannot broadcast; tfops.keras.convert(..., fold=False) keeps the addition apart"
                     )
                 y = rest(residual=inputs[1 - index])
-                return _untagged(y) if applied(y) is None else tag_applied(_untagged(y), applied(y))
+                activation = applied(y)
+                return _untagged(y) if activation is None else tag_applied(_untagged(y), activation)
             if applied(x) is not None and applied(x) == activation_of(self.original()):
                 return _untagged(x)
         return self.original().call(*args, **kwargs)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 
@@ -40,7 +41,7 @@ def pending(x: Any) -> Callable[..., tf.Tensor] | None:
 _WORDS = {"add": "the addition"}  # activations have names of their own
 
 
-class _Readers(list):
+class _Readers(list[Any]):
     """The calls that read what a layer or operation gives; adding one fails where that is not computed for it.
 
     Keras adds a call here when it is made in a graph, whoever makes it: so clones in which another layer has taken the
@@ -61,7 +62,7 @@ class _Readers(list):
         super().append(node)
 
 
-class Guarded:
+class Guarded(keras.Operation):
     """A layer or operation of whose results a fold may change what they are.
 
     Its `input` and `output` raise where they are not computed, and so do calls in a graph that would read that.
@@ -69,7 +70,7 @@ class Guarded:
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        vars(self)["_outbound_nodes"] = _Readers()  # Keras would track it if it were set
+        self.__dict__["_outbound_nodes"] = _Readers()  # Keras would track it if it were set
 
     def takes_in(self, kind: str) -> bool:
         """Whether it passes on what has been folded in: "add", or an activation."""

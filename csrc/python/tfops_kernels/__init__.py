@@ -1,7 +1,6 @@
 """The kernels of tfops on plain arrays, without TensorFlow: NumPy on the CPU, PyTorch's CUDA tensors on a GPU.
 
-These are the entry points that the TensorFlow ops call, for tests, benchmarks and other frameworks. Formulas:
-``csrc/batch_norm/batch_norm.h``.
+These are the entry points that the TensorFlow ops call, for tests, benchmarks and other frameworks.
 """
 
 from tfops_kernels._api import Backward, Forward, Plan, backward, build_info, cuda_plan, forward

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tfops_kernels import _build, _kernels
 from tfops_kernels._arrays import PARAM_TYPES, Library, check, library_of
 
 Array = Any  # numpy.ndarray, or torch.Tensor on a CUDA device
+Activation = Literal["relu", "relu6", "leaky_relu", "silu"]
 
 
 class Forward(NamedTuple):
-    """What `forward` returns. In inference all but y are None; mask is None where the gradient needs none."""
+    """What `forward` returns: arrays of the same kind and on the same device as x.
+
+    Attributes:
+        y: The result, of the shape and dtype of x.
+        mean: What the running mean becomes, [C]. None in inference, and so are the next three.
+        variance: What the running variance becomes, [C].
+        saved_mean: The mean of the batch, [C], which `backward` takes.
+        saved_inv_std: 1 / sqrt(variance + epsilon) with the population variance of the batch, [C], which `backward`
+            takes.
+        mask: One bit for each element of x, in bytes, which `backward` takes. None unless the gradient needs it, which
+            is in training with a residual and relu, relu6 or leaky_relu.
+    """
 
     y: Array
     mean: Array | None
@@ -25,7 +36,16 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """What `backward` returns. mean and variance are None in training; residual is None if there is none."""
+    """What `backward` returns: the gradients of the arguments of `forward` that have the same names.
+
+    Attributes:
+        x: Of the shape and dtype of x.
+        scale: [C], of the dtype of `scale`. So are the next three.
+        offset: [C].
+        mean: [C]. None in training.
+        variance: [C]. None in training.
+        residual: Of the shape and dtype of x; `dy` itself without an activation. None if there is no residual.
+    """
 
     x: Array
     scale: Array
@@ -50,8 +70,8 @@ def _problem(
     )
 
 
-def _device(x: Array) -> contextlib.AbstractContextManager:
-    """Makes the GPU of x the current one."""
+def _device(x: Array) -> Any:
+    """A context in which the GPU of x is the current one."""
     import torch
 
     return torch.cuda.device(x.device)
@@ -88,29 +108,56 @@ def forward(
     epsilon: float = 1e-3,
     exponential_avg_factor: float = 1.0,
     training: bool = True,
-    activation: str | None = None,
+    activation: Activation | None = None,
     unbiased: bool = True,
     threads: int = 1,
 ) -> Forward:
-    """y = act((x - mean) / sqrt(variance + epsilon) * scale + offset + residual).
+    """Batch normalization, residual addition and activation.
+
+        y = activation((x - mean) / sqrt(variance + epsilon) * scale + offset + residual)
+
+    with the mean and the population variance of x over all dimensions but `axis` in training, and the arguments in
+    inference (`tf.compat.v1.nn.fused_batch_norm`, and
+    [Ioffe and Szegedy, 2015](https://arxiv.org/abs/1502.03167)).
 
     Args:
-      x: float16, bfloat16, float32 or float64, of rank >= 2, dense.
-      scale, offset: [C], float32 (float64 if x is), C = x.shape[axis].
-      mean, variance: likewise; the statistics in inference. In training the running ones: needed if
-        exponential_avg_factor != 1.
-      residual: of x's shape and dtype.
-      training: normalize with the statistics of the batch, and return what running ones become.
-      activation: None, "relu", "relu6", "leaky_relu" or "silu".
-      unbiased: the returned variance takes the sum of squares over n - 1, not n.
-      threads: on the CPU. The result does not depend on it.
+        x: The data: a NumPy array, or a PyTorch tensor on a CUDA device, of float16, bfloat16, float32 or float64, of
+            rank >= 2, dense and row-major. All other arrays are of the same kind and on the same device.
+        scale: The factors, [C] with C = x.shape[axis]; float64 if x is, else float32.
+        offset: The summands, of the shape and dtype of `scale`.
+        mean: In inference the mean to normalize with. In training the running mean, which is needed if
+            `exponential_avg_factor` is not 1. Of the shape and dtype of `scale`.
+        variance: The variance; likewise.
+        residual: An array of the shape and dtype of x, added before the activation, or None.
+        axis: The dimension of the channels, in [-rank, rank).
+        epsilon: A number >= 0, added to the variance.
+        exponential_avg_factor: The share f in [0, 1] of the batch in what the running statistics become,
+            (1 - f) * running + f * batch.
+        training: Whether to normalize with the statistics of the batch, and to return what the running ones become.
+        activation: None, "relu", "relu6", "leaky_relu" (with slope 0.2) or "silu".
+        unbiased: Whether the returned variance divides the sum of squares by n - 1, not by n, the number of elements in
+            a channel.
+        threads: The number of threads, on the CPU. The result does not depend on it.
 
     Returns:
-      A `Forward`.
+        The result, the statistics, and what `backward` needs.
 
     Raises:
-      TypeError, ValueError: naming the argument and its value.
-      RuntimeError: no CUDA in this build, no GPU, a driver too old, or a CUDA error.
+        TypeError: An array is of a wrong kind or dtype. The message names the argument and its value.
+        ValueError: A shape, a layout in memory or a number is wrong. Likewise.
+        RuntimeError: There is no CUDA in this build, no GPU, a driver that is too old, or a CUDA error.
+
+    Examples:
+        >>> import numpy as np
+        >>> import tfops_kernels
+        >>> x = np.array([[1, 10], [3, 30]], np.float32)
+        >>> scale, offset = np.ones(2, np.float32), np.zeros(2, np.float32)
+        >>> out = tfops_kernels.forward(x, scale, offset, activation="relu")
+        >>> print(out.y.round(2))
+        [[0. 0.]
+         [1. 1.]]
+        >>> print(out.mean, out.variance)
+        [ 2. 20.] [  2. 200.]
     """
     library = library_of(x)
     dtype = library.dtype(x)
@@ -141,12 +188,10 @@ def forward(
     new = functools.partial(_output, library, x, arrays)
     y = new("y", shape, dtype)
     mask = new("mask", (problem.mask_bytes,), "uint8") if problem.needs_mask else None
-    statistics = [None] * 4
-    if training:
-        names = ("mean_out", "variance_out", "saved_mean", "saved_inv_std")
-        statistics = [new(name, channels, param) for name in names]
+    names = ("mean_out", "variance_out", "saved_mean", "saved_inv_std")
+    statistics = [new(name, channels, param) if training else None for name in names]
     _run("forward", library, x, problem, arrays, threads)
-    return Forward(y, *statistics, mask)
+    return Forward._make([y, *statistics, mask])
 
 
 def backward(
@@ -165,25 +210,69 @@ def backward(
     epsilon: float = 1e-3,
     exponential_avg_factor: float = 1.0,
     training: bool = True,
-    activation: str | None = None,
+    activation: Activation | None = None,
     unbiased: bool = True,
     threads: int = 1,
 ) -> Backward:
     """The gradient of `forward`, whose arguments of the same names have the same meaning.
 
+    With z what the activation is applied to, dz = dy * activation'(z), xc = x - mean,
+    inv_std = 1 / sqrt(variance + epsilon), and sums over the n elements of a channel:
+
+        doffset = sum(dz)
+        dscale = inv_std * sum(dz * xc)
+        dresidual = dz
+
+    In training, with f = exponential_avg_factor, and m = n - 1, or n if not `unbiased`:
+
+        dx = scale * inv_std * (dz - sum(dz) / n - xc * inv_std^2 * sum(dz * xc) / n)
+             + f * (dmean / n + dvariance * xc * 2 / m)
+
+    In inference:
+
+        dx = scale * inv_std * dz
+        dmean = -scale * inv_std * sum(dz)
+        dvariance = -scale * inv_std^3 * sum(dz * xc) / 2
+
     Args:
-      dy: the gradient of y; of x's shape and dtype.
-      mean: `saved_mean` in training, the mean in inference; [C].
-      spread: `saved_inv_std` in training, the variance in inference; [C].
-      dmean, dvariance: training: the gradients of the returned mean and variance; [C], or None.
-      residual: the array if the gradient needs it (silu, or an activation in inference), else whether there was one.
-      mask: as `forward` returned it.
+        dy: The gradient of y, of the shape and dtype of x.
+        x: As `forward` was given it.
+        scale: As `forward` was given it.
+        offset: As `forward` was given it.
+        mean: In training `saved_mean`, in inference the mean; [C].
+        spread: In training `saved_inv_std`, in inference the variance; [C].
+        dmean: In training the gradient of the returned mean, [C], or None for zeros.
+        dvariance: In training the gradient of the returned variance, [C], or None for zeros.
+        residual: The array if the gradient needs it, which is with silu, and in inference with any activation; else
+            whether there was one.
+        mask: As `forward` returned it.
+        axis: As `forward` was given it. So are all that follow.
+        epsilon: Added to the variance.
+        exponential_avg_factor: The share of the batch in what the running statistics become.
+        training: Whether mean and variance are those of the batch.
+        activation: None, "relu", "relu6", "leaky_relu" or "silu".
+        unbiased: Whether the returned variance is the unbiased one.
+        threads: The number of threads, on the CPU. The result does not depend on it.
 
     Returns:
-      A `Backward`.
+        The gradients of x, scale, offset and residual, and in inference of mean and variance.
 
     Raises:
-      As `forward`.
+        TypeError: As `forward`.
+        ValueError: As `forward`.
+        RuntimeError: As `forward`.
+
+    Examples:
+        >>> import numpy as np
+        >>> import tfops_kernels
+        >>> x = np.array([[1, 10], [3, 30]], np.float32)
+        >>> scale, offset = np.ones(2, np.float32), np.zeros(2, np.float32)
+        >>> out = tfops_kernels.forward(x, scale, offset, activation="relu")
+        >>> grad = tfops_kernels.backward(
+        ...     np.ones_like(x), x, scale, offset, out.saved_mean, out.saved_inv_std, activation="relu"
+        ... )
+        >>> print(grad.scale.round(2), grad.offset)
+        [1. 1.] [1. 1.]
     """
     library = library_of(x)
     has_residual = residual is not False and residual is not None
@@ -227,16 +316,28 @@ def backward(
 
 
 class Plan(NamedTuple):
-    """What `cuda_plan` returns."""
+    """What `cuda_plan` returns.
 
-    tier: str  # "one_block", "cluster", "grid" or "streaming"
+    Attributes:
+        tier: Which kernels: "one_block", "cluster", "grid" (which read the data once, and keep it on the chip), or
+            "streaming".
+        reason: Why these, in words.
+        launches: The number of kernels that are launched.
+        lanes: The elements in each access to memory.
+        threads: The threads of a block.
+        blocks: The number of blocks.
+        blocks_per_slab: The number of blocks that share channels.
+        shared_bytes: The shared memory of a block.
+    """
+
+    tier: str
     reason: str
-    launches: int  # of kernels
-    lanes: int  # elements in each access to memory
-    threads: int  # of a block
+    launches: int
+    lanes: int
+    threads: int
     blocks: int
-    blocks_per_slab: int  # blocks that share channels
-    shared_bytes: int  # of a block
+    blocks_per_slab: int
+    shared_bytes: int
 
 
 def cuda_plan(
@@ -247,28 +348,40 @@ def cuda_plan(
     backward: bool = False,
     residual: bool = False,
     training: bool = True,
-    activation: str | None = None,
+    activation: Activation | None = None,
     aligned: bool = True,
     **device: int,
 ) -> Plan:
     """Which of the CUDA kernels a problem takes, and why. Needs no GPU.
 
     Args:
-      shape, axis, dtype: of x.
-      backward: ask for the gradient.
-      residual, training, activation: as for `forward`.
-      aligned: all arrays are aligned to 16 bytes.
-      device: properties of the GPU that differ from those of the current one, or of an H200 if there is none:
-        compute_capability (90 for 9.0), multiprocessors, shared_bytes_per_block, shared_bytes_per_multiprocessor,
-        l2_bytes, largest_cluster (1 where there are none), cooperative.
+        shape: The shape of x.
+        axis: The dimension of the channels.
+        dtype: The dtype of x: "float16", "bfloat16", "float32" or "float64".
+        backward: Whether to ask for the gradient.
+        residual: Whether there is a residual.
+        training: As for `forward`.
+        activation: As for `forward`.
+        aligned: Whether all arrays are aligned to 16 bytes.
+        **device: Properties of the GPU that differ from those of the current one, or of an H200 if there is none:
+            compute_capability (90 for 9.0), multiprocessors, shared_bytes_per_block, shared_bytes_per_multiprocessor,
+            l2_bytes, largest_cluster (1 where there are no clusters) and cooperative (whether all blocks of a grid can
+            synchronize).
 
     Returns:
-      A `Plan`.
+        The plan.
 
     Raises:
-      TypeError, ValueError: naming the argument and its value; ValueError too if the environment variable TFOPS_TIER
-        asks for a tier that cannot be had.
-      RuntimeError: no CUDA in this build.
+        TypeError: The dtype or a property is unknown.
+        ValueError: The shape, axis or activation is wrong, or the environment variable TFOPS_TIER asks for kernels that
+            cannot be had.
+        RuntimeError: There is no CUDA in this build.
+
+    Examples:
+        >>> import tfops_kernels
+        >>> if tfops_kernels.build_info()["cuda"]:
+        ...     plan = tfops_kernels.cuda_plan([32, 56, 56, 64], dtype="bfloat16", activation="relu")
+        ...     assert plan.tier in ("one_block", "cluster", "grid", "streaming")
     """
     problem = _problem(
         "dtype must be",
@@ -292,14 +405,28 @@ def cuda_plan(
 
 
 def build_info() -> dict[str, Any]:
-    """What this build holds and what is on this machine.
+    """What this build holds, and what is on this machine.
 
     Returns:
-      A dict with `version`, `tensorflow` (built for; "" if without), `compiler`, `build_type`, `native` (bool: for one
-      machine alone, TFOPS_NATIVE=ON), `cpu_instruction_sets` (of this build, separated by spaces),
-      `cpu_instruction_set` (chosen now; "none" if this machine has none of them), `cuda` (bool), `cuda_toolkit`,
-      `cuda_architectures`, `cuda_driver` (the CUDA version that the driver serves; "" if none), `gpus` (a list of
-      dicts) and `cuda_problem` (why no GPU can be used; "" if one can).
+        A dict that can be written as JSON, with the items
+
+            - `version` (str);
+            - `tensorflow` (str): the version that the ops were built for; "" if they were not built;
+            - `compiler` (str) and `build_type` (str);
+            - `native` (bool): whether it was built for one machine alone (TFOPS_NATIVE=ON);
+            - `cpu_instruction_sets` (str): those that there are kernels for, separated by spaces;
+            - `cpu_instruction_set` (str): the one that is used; "none" if this machine has none of them;
+            - `cuda` (bool), `cuda_toolkit` (str) and `cuda_architectures` (str): whether there are CUDA kernels, what
+              compiled them, and for which GPUs;
+            - `cuda_driver` (str): the newest CUDA version that the driver serves; "" if there is no driver;
+            - `gpus` (list of dicts): the `name`, `compute_capability`, `multiprocessors` and `memory_bytes` of each;
+            - `cuda_problem` (str): why no GPU can be used; "" if one can.
+
+    Examples:
+        >>> import tfops_kernels
+        >>> info = tfops_kernels.build_info()
+        >>> info["cpu_instruction_set"] in info["cpu_instruction_sets"].split()
+        True
     """
     return {
         "version": _build.VERSION,

@@ -69,7 +69,7 @@ class _Torch:
         return "" if array.is_contiguous() else "dense and row-major (.contiguous() makes it so)"
 
     def address(self, array: Any) -> int:
-        return array.data_ptr()
+        return int(array.data_ptr())
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         import torch
@@ -79,7 +79,7 @@ class _Torch:
     def stream(self, array: Any) -> int:
         import torch
 
-        return torch.cuda.current_stream(array.device).cuda_stream
+        return int(torch.cuda.current_stream(array.device).cuda_stream)
 
 
 _LIBRARIES: tuple[Library, ...] = (_NumPy(), _Torch())
