@@ -3,6 +3,7 @@
 #   make wheel                     the portable wheel alone, into build/wheel
 #   make mnist DATA=mnist.npz      other digits than Keras' own loader finds; ARGS="--epochs 1" for more options
 #   make alexnet ARGS="--image-size 67 --width 0.25"      on a CPU; DATA=FOLDER: class folders of images
+#   make notebooks DATA=mnist.npz  executes the lessons, and writes their notebooks: minutes; ARGS=mnist_keras: one alone
 #   make test ARGS=python_tests/ops       pytest's arguments
 #   make test-all                  all tests, those too that take minutes
 #   make test-installed            the wheel in a new environment, and the tests without the source tree
@@ -10,7 +11,9 @@
 #   make fuzz                      100,000 random calls of the ops; ARGS="--seed 2"
 #   make sanitize                  kernels and their tests with AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
 #   make limits                    the largest tensors: minutes, and up to 24 GiB
-#   make format                    ruff and clang-format, in place
+#   make docs                      the documentation, into build/site; every warning is an error
+#   make docs-serve                shows it while it is written
+#   make format                    the hooks of .pre-commit-config.yaml: ruff, clang-format, whitespace; in place
 #
 # Models run on whatever was built: on the portable wheel if that is there, else on a build for this machine alone, which
 # takes a third of the time. All that is built is kept in build/ and .venv/, and built again where its sources change.
@@ -31,7 +34,6 @@ TF_CPP_MIN_LOG_LEVEL ?= $(if $(GPU),1,3)
 mnist alexnet fuzz $(VENV)/.installed-wheel $(VENV)/.installed-native: export TF_CPP_MIN_LOG_LEVEL := $(TF_CPP_MIN_LOG_LEVEL)
 QUIETLY := 2> >(grep --line-buffered -v -e 'before absl::InitializeLog' -e 'oneDNN custom operations are on' >&2)
 
-CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh')
 SOURCES = $(shell git ls-files csrc/batch_norm csrc/python csrc/tensorflow tfops cmake CMakeLists.txt pyproject.toml \
   README.md LICENSE)
 BUILT := $(if $(wildcard build/wheel/.built),wheel,native)
@@ -40,7 +42,8 @@ MACHINE := $(shell { uname -m; grep -m1 '^flags' /proc/cpuinfo; } | cksum) $(GPU
 # $(call step,WHAT,HOW LONG,COMMANDS): says what runs, how long that takes on two cores, and how long it took.
 step = @echo "==> $(1) ($(2) on two cores)"; start=$$(date +%s); { $(3); } && echo "    $$(($$(date +%s) - start)) s"
 
-.PHONY: test test-all test-installed reproducible fuzz sanitize limits mnist alexnet wheel install format clean FORCE
+.PHONY: test test-all test-installed reproducible fuzz sanitize limits docs docs-serve mnist alexnet notebooks wheel \
+  install format clean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # builds share a folder, and use all cores by themselves
 
@@ -80,9 +83,19 @@ limits: install $(VENV)/.test-environment
 sanitize: install $(VENV)/.test-environment
 	cd python_tests/helpers && $(abspath $(BIN))/python -m tfops_testing.sanitize $(ARGS)
 
+docs: $(VENV)/.docs-environment
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
+
+docs-serve: $(VENV)/.docs-environment
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
+
 mnist alexnet: $(VENV)/.models-environment $(VENV)/.installed-$(BUILT)
 	@echo "==> Training, with tfops and with Keras' own layer"
 	@$(BIN)/python models/train.py compare $@ $(if $(DATA),--data "$(DATA)") $(ARGS) $(QUIETLY)
+
+notebooks: $(VENV)/.test-environment $(VENV)/.installed-$(BUILT)
+	cd python_tests/helpers && $(if $(DATA),TFOPS_MNIST="$(abspath $(DATA))") \
+	  $(abspath $(BIN))/python -m tfops_testing.notebooks $(ARGS)
 
 wheel: build/wheel/.built
 install: $(VENV)/.installed-wheel
@@ -99,7 +112,11 @@ $(VENV)/.models-environment: $(VENV)/.environment
 	$(call step,Environment: what trains,some seconds,$(PIP) install --group models)
 	@touch $@
 
-$(VENV)/.test-environment: $(VENV)/.models-environment
+$(VENV)/.docs-environment: $(VENV)/.environment
+	$(call step,Environment: what builds the documentation,some seconds,$(PIP) install --group docs)
+	@touch $@
+
+$(VENV)/.test-environment: $(VENV)/.models-environment $(VENV)/.docs-environment
 	$(call step,Environment: what the tests need,some seconds,$(PIP) install --group test)
 	@touch $@
 
@@ -133,9 +150,7 @@ $(VENV)/.installed-%: build/%/.built $(VENV)/.environment
 	@touch $@
 
 format: $(VENV)/.test-environment
-	$(BIN)/ruff check --fix-only .
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/pre-commit run --all-files || $(BIN)/pre-commit run --all-files  # a hook that mends a file fails the first time
 
 clean:
 	rm -rf build $(VENV)

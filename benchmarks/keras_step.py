@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -307,6 +308,40 @@ def table(rows: list[dict[str, Any]], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draws the step with Keras' layers and with tfops', and batch norm's part of each, as an SVG file."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update({"svg.hashsalt": "tfops", "svg.fonttype": "none", "font.size": 9})
+    figure = Figure((7.5, 0.6 + 0.55 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(reversed(rows)):
+        step = {column: estimate.median for column, estimate in row["step"].items()}
+        for column, offset, color in (("keras", 0.19, "#8c96a3"), ("fused", -0.19, "#e8710a")):
+            rest = min(step["without"], step[column])
+            for left, width, alpha in ((0.0, rest, 0.45), (rest, step[column] - rest, 1.0)):
+                axes.barh(place + offset, width / step["keras"], 0.34, left / step["keras"], color=color, alpha=alpha)
+            ratio = "" if column == "keras" else f", {row['step_ratio'][column].median:.2f} times as fast"
+            label = f" {step[column] * 1e3:.0f} ms{ratio}"
+            axes.text(step[column] / step["keras"], place + offset, label, va="center", fontsize=8)
+    names = [f"{row['network'].partition('-')[0]} {row['image'][0]}x{row['image'][1]}" for row in reversed(rows)]
+    axes.set_yticks(range(len(rows)), names)
+    axes.set(xlim=(0, 1.13), xlabel="time of a training step, as a part of that with Keras' layer")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [axes.barh(0, 0, color=color) for color in ("#8c96a3", "#e8710a")]
+    figure.legend(
+        [*handles, axes.barh(0, 0, color="#8c96a3", alpha=0.45)],
+        ["batch norm, Keras' layer", "batch norm, tfops, fused", "the rest of the step"],
+        loc="outside upper center",
+        ncols=3,
+        frameon=False,
+        title=title,
+        title_fontsize=8,
+    )
+    figure.savefig(path, metadata={"Date": None})
+
+
 def device_name() -> str:
     """Of the GPU that TensorFlow computes on, or else of the processor."""
     for gpu in tf.config.list_physical_devices("GPU"):
@@ -323,7 +358,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60, help="to time each network's steps for (default: 60)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of TensorFlow (default: one a core)")
     parser.add_argument("--xla", action="store_true", help="compile the networks for 224 x 224 with XLA too")
-    parser.add_argument("--out", type=Path, help="write FILE.json and FILE.md", metavar="FILE")
+    parser.add_argument("--out", type=Path, help="write FILE.json, FILE.md and FILE.svg", metavar="FILE")
     return parser.parse_args(argv)
 
 
@@ -352,6 +387,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out:
         arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1))
         arguments.out.with_suffix(".md").write_text(text)
+        if importlib.util.find_spec("matplotlib"):
+            chart(rows, title.format_map(report), arguments.out.with_suffix(".svg"))
     wrong = [row for row in rows if not row["error"] <= TOLERANCE]
     for row in wrong:
         print(f"keras_step.py: outputs differ by {row['error']:.1e} in {row['network']}", file=sys.stderr)
