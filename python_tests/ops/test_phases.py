@@ -115,8 +115,7 @@ def _plain(x, scale, offset, keep, ballast, residual, axis, epsilon, activation)
     variance = tf.math.divide_no_nan(tf.reduce_sum(weights * xc * xc, others), divisor)
     z = xc * tf.reshape(scale * tf.math.rsqrt(variance + epsilon), vector) + tf.reshape(offset, vector)
     z = z if residual is None else z + residual
-    activations = {"relu": tf.nn.relu, "relu6": tf.nn.relu6, "silu": tf.nn.silu, None: tf.identity}
-    return (tf.nn.leaky_relu(z, 0.2) if activation == "leaky_relu" else activations[activation](z)), mean, variance
+    return z if activation is None else getattr(tf.nn, activation)(z), mean, variance
 
 
 def _fused(x, scale, offset, keep, ballast, residual, axis, epsilon, activation):

@@ -41,7 +41,6 @@ OUTPUTS = {
     "GradientNormalize": ("dx", "dresidual"),
 }
 COUNTS = {"running": "num_running", "drunning": "num_running", "residual": "num_residuals", "keep": "num_keeps"}
-PIECEWISE = ("relu", "relu6", "leaky_relu")
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 33, 64, 65, 129, 200)
 HUGE = 2**40
 
@@ -82,7 +81,7 @@ class Call:
 
     @property
     def needs_mask(self) -> bool:
-        return self.training and self.has_residual and self.activation in PIECEWISE
+        return self.training and self.has_residual and self.activation in kernel_cases.PIECEWISE_LINEAR
 
 
 def mask_row(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
@@ -328,7 +327,7 @@ def find_faults(call: Call) -> list[str]:
         elif name == "residual":
             wanted = count
             if "has_residual" in attributes:
-                piecewise = call.activation in PIECEWISE
+                piecewise = call.activation in kernel_cases.PIECEWISE_LINEAR
                 wanted = int(call.has_residual and call.activation != "" and not (call.training and piecewise))
             if count > 1 or count != wanted:
                 faults.append("num_residuals must be")

@@ -26,7 +26,7 @@ def _act(call: Call, z: Array) -> Array:
 
 def _near_a_kink(call: Call, z: Array, error: Array) -> Array:
     near = np.zeros(z.shape, bool)
-    if call.activation in ("relu", "relu6", "leaky_relu"):
+    if call.activation in kernel_cases.PIECEWISE_LINEAR:
         near |= np.abs(z) <= 4 * error
     if call.activation == "relu6":
         near |= np.abs(z - 6) <= 4 * error

@@ -14,6 +14,7 @@ import tfops_kernels
 from . import oracle
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu")
+PIECEWISE_LINEAR = ("relu", "relu6", "leaky_relu")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Half an ulp of the data type: what rounding a result to it costs, relative to the result.
 ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24, "float64": 2**-53}
@@ -75,7 +76,7 @@ def random_cases(seed: int, count: int) -> list[Case]:
                     axis,
                     DTYPES[i % 4],
                     training=bool(rng.integers(4)),
-                    activation=ACTIVATIONS[rng.integers(5)],
+                    activation=ACTIVATIONS[rng.integers(len(ACTIVATIONS))],
                     residual=bool(rng.integers(2)),
                     exponential_avg_factor=float(rng.choice([1.0, 0.25])),
                     unbiased=bool(rng.integers(2)),
@@ -192,7 +193,7 @@ def check(
 
     # Which side of its kink an element is on is a matter of rounding, where it is that close: take the kernel's word.
     z = want.z.copy()
-    if case.activation in ("relu", "relu6", "leaky_relu"):
+    if case.activation in PIECEWISE_LINEAR:
         y = to_host(got.y).astype(np.float64)
         near = np.abs(z) < 1e-4
         z[near] = np.where(y[near] > 0, 1.0, -1.0)
