@@ -4,7 +4,7 @@ A step is one tf.function: forward pass, loss, gradients, SGD with momentum, in 
 TensorFlow's devices are idle. Each network is built once and copied, weights and all, so that only batch norm differs:
 
     keras     keras.layers.BatchNormalization, and the network's own activations and additions
-    xla       the same, compiled by XLA; for images of 224 x 224 with --xla only, since on a CPU it is slow
+    xla       the same, compiled by XLA, unless --no-xla; for 224 x 224 with --xla only, since on a CPU it is slow
     tfops     tfops.keras.BatchNormalization in the place of each, and nothing else changed
     fused     tfops' with the activation and the addition that follow it in the same op
     xla_fused the same, compiled by XLA, where xla is
@@ -223,8 +223,8 @@ def seconds_of(step: Callable[..., tf.Tensor], *arguments: tf.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, xla: bool, budget: float) -> dict[str, Any]:
-    """A network's row: its steps are timed for about `budget` seconds."""
+def measure(name: str, xla: bool | None, budget: float) -> dict[str, Any]:
+    """A network's row: its steps are timed for about `budget` seconds. None for `xla`: as the network has it."""
     network = NETWORKS[name]
     keras.utils.set_random_seed(0)
     built = network.build()
@@ -235,7 +235,7 @@ def measure(name: str, xla: bool, budget: float) -> dict[str, Any]:
     labels = tf.constant(random.integers(0, original.output_shape[-1], network.batch))
     error = check(models, images)
 
-    if not (xla or network.xla):
+    if not (network.xla if xla is None else xla):
         del models["xla"], models["xla_fused"]
     steps = {column: training_step(model, xla=column.startswith("xla")) for column, model in models.items()}
     # These are traced and compiled first, and not counted.
@@ -323,8 +323,8 @@ def chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             for left, width, alpha in ((0.0, rest, 0.45), (rest, step[column] - rest, 1.0)):
                 axes.barh(place + offset, width / step["keras"], 0.34, left / step["keras"], color=color, alpha=alpha)
             ratio = "" if column == "keras" else f", {row['step_ratio'][column].median:.2f} times as fast"
-            label = f" {step[column] * 1e3:.0f} ms{ratio}"
-            axes.text(step[column] / step["keras"], place + offset, label, va="center", fontsize=8)
+            label = f"{step[column] * 1e3:.0f} ms{ratio}"
+            axes.text(step[column] / step["keras"] + 0.01, place + offset, label, va="center", fontsize=8)
     names = [f"{row['network'].partition('-')[0]} {row['image'][0]}x{row['image'][1]}" for row in reversed(rows)]
     axes.set_yticks(range(len(rows)), names)
     axes.set(xlim=(0, 1.13), xlabel="time of a training step, as a part of that with Keras' layer")
@@ -357,7 +357,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="default: all")
     parser.add_argument("--seconds", type=float, default=60, help="to time each network's steps for (default: 60)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of TensorFlow (default: one a core)")
-    parser.add_argument("--xla", action="store_true", help="compile the networks for 224 x 224 with XLA too")
+    parser.add_argument(
+        "--xla", action=argparse.BooleanOptionalAction, help="compile with XLA too (default: but for 224 x 224)"
+    )
     parser.add_argument("--out", type=Path, help="write FILE.json, FILE.md and FILE.svg", metavar="FILE")
     return parser.parse_args(argv)
 
