@@ -42,10 +42,13 @@ MACHINE := $(shell { uname -m; grep -m1 '^flags' /proc/cpuinfo; } | cksum) $(GPU
 # $(call step,WHAT,HOW LONG,COMMANDS): says what runs, how long that takes on two cores, and how long it took.
 step = @echo "==> $(1) ($(2) on two cores)"; start=$$(date +%s); { $(3); } && echo "    $$(($$(date +%s) - start)) s"
 
-.PHONY: test test-all test-installed reproducible fuzz sanitize limits docs docs-serve mnist alexnet notebooks wheel \
+.PHONY: help test test-all test-installed reproducible fuzz sanitize limits docs docs-serve mnist alexnet notebooks wheel \
   install format clean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # builds share a folder, and use all cores by themselves
+
+help:
+	@awk '!/^#/ { exit } { sub(/^# ?/, ""); print }' Makefile
 
 test: install $(VENV)/.test-environment
 	@echo "==> Tests (about 11 minutes on two cores; make test-all runs the slow ones too)"

@@ -3,7 +3,7 @@
 #
 # The network of lesson 3 with Keras' functional API, which calls layers on tensors: a Sequential model could not split
 # and join channels. It trains on a part of MNIST, enlarged, in a few minutes on two CPU cores, or on your own photos.
-# The workshop's assignment is the first exercise: does batch norm do better than local response normalization?
+# The assignment is the first exercise: does batch norm do better than local response normalization?
 #
 # Script: `python models/alexnet_keras.py`. Notebook of the same text: `models/alexnet_keras.ipynb`.
 

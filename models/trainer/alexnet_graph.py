@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 from trainer.alexnet_options import CONVOLUTIONS, DENSE, DROPOUT, WEIGHT_DECAY, boundaries, parse, read_data, scaled
-from trainer.graph_session import Network, moving_statistics, summarize_norms
+from trainer.graph_session import Network, complete
 from trainer.graph_session import train as run_session
 from trainer.norms import graph_norm_relu
 from trainer.options import configure, run_main
@@ -101,64 +101,25 @@ def build_graph(
             logits = tf.cast(x, tf.float32, name="logits_32")
             probabilities = tf.nn.softmax(logits, name="probabilities")
 
-        with tf.device(devices[1]):
-            # 5. Loss: and the kernels' weight decay, which the optimizer sees and the log does not. -------------------
+        # 5 to 9. Loss, optimizer, training op, initialization, event logs and savers. ---------------------------------
 
-            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits), name="loss")
-            kernels = [each for each in v1.trainable_variables() if each.op.name.endswith("/kernel")]
-            decayed = loss + WEIGHT_DECAY * tf.add_n([tf.nn.l2_loss(kernel) for kernel in kernels])
-            right = tf.equal(tf.argmax(logits, -1, output_type=tf.int32), labels)
-            correct = tf.reduce_sum(tf.cast(right, tf.int32), name="correct")
-
-            # 6. Optimizer. --------------------------------------------------------------------------------------------
-
-            step = v1.train.get_or_create_global_step()
+        def schedule(step: tf.Variable) -> tf.Tensor:
             rates = [learning_rate, learning_rate / 10, learning_rate / 100]
-            rate = v1.train.piecewise_constant(step, [tf.constant(b, tf.int64) for b in boundaries(steps)], rates)
-            optimizer = v1.train.MomentumOptimizer(rate, momentum=0.9)
-            if precision == "mixed_float16":
-                scale = v1.mixed_precision.DynamicLossScale()
-                optimizer = v1.mixed_precision.MixedPrecisionLossScaleOptimizer(optimizer, scale)
+            return v1.train.piecewise_constant(step, [tf.constant(b, tf.int64) for b in boundaries(steps)], rates)
 
-            # 7. Training op: gradients and updates of the variables, and batch norm's moving averages with them.
-
-            updates = v1.get_collection(v1.GraphKeys.UPDATE_OPS)
-            with tf.control_dependencies([optimizer.minimize(decayed, global_step=step), *updates]):
-                train = tf.identity(step.read_value(), name="train")
-
-        # 8. Initialization. -------------------------------------------------------------------------------------------
-
-        epoch = v1.get_variable("epoch", [], tf.int64, initializer=tf.zeros_initializer(), trainable=False)
-        next_epoch = v1.assign_add(epoch, 1)
-        initialize = v1.global_variables_initializer()
-
-        # 9. Event logs and saver. -------------------------------------------------------------------------------------
-
-        v1.summary.scalar("log/loss", loss)
-        v1.summary.scalar("log/accuracy", tf.cast(correct, tf.float32) / tf.cast(tf.size(labels), tf.float32))
-        v1.summary.scalar("log/learning_rate", rate)
-        summarize_norms()
-        return Network(
-            graph=graph,
+        return complete(
             images=images,
             labels=labels,
             training=training,
             dropout=dropout_rate,
             logits=logits,
             probabilities=probabilities,
-            loss=loss,
-            correct=correct,
-            learning_rate=rate,
-            train=train,
-            initialize=initialize,
-            step=step,
-            epoch=epoch,
-            next_epoch=next_epoch,
-            summaries=v1.summary.merge_all(),
-            saver=v1.train.Saver(max_to_keep=2),
-            best_saver=v1.train.Saver(max_to_keep=1),
-            moving=moving_statistics(),
+            schedule=schedule,
+            make_optimizer=lambda rate: v1.train.MomentumOptimizer(rate, momentum=0.9),
+            device=devices[1],
+            precision=precision,
             dropout_rate=dropout,
+            weight_decay=WEIGHT_DECAY,
         )
 
 

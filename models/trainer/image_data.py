@@ -64,7 +64,7 @@ class Batches:
 
 def digit_batches(path: str | None, batch_size: int, seed: int, limit: int | None = None) -> Batches:
     """MNIST as it is, 28x28x1. For the arguments and errors see `data.load_mnist`."""
-    digits = load_mnist(path)
+    digits = load_mnist(path, quiet=True)
     train = _some((digits.x_train[..., np.newaxis], digits.y_train), limit)
     test = (digits.x_test[..., np.newaxis], digits.y_test)
     return _from_arrays(train, test, [str(i) for i in range(10)], digits.source, batch_size, seed)
@@ -103,7 +103,7 @@ def image_batches(
     path = None if source == "digits" else Path(source)
     if path is not None and path.is_dir() and not any(path.glob("*-images*idx3-ubyte*")):
         return _from_folder(path, image_size, batch_size, seed, limit, resize)
-    digits = load_mnist(path)
+    digits = load_mnist(path, quiet=True)
     train, test = (digits.x_train[..., np.newaxis], digits.y_train), (digits.x_test[..., np.newaxis], digits.y_test)
     names = [str(i) for i in range(10)]
     return _from_arrays(_some(train, limit), test, names, f"{digits.source}, enlarged", batch_size, seed, image_size)

