@@ -51,7 +51,7 @@ help:
 	@awk '!/^#/ { exit } { sub(/^# ?/, ""); print }' Makefile
 
 test: install $(VENV)/.test-environment
-	@echo "==> Tests (about 11 minutes on two cores; make test-all runs the slow ones too)"
+	@echo "==> Tests (a quarter of an hour or more on two cores; make test-all runs the slow ones too)"
 	@$(PYTEST) $(ARGS)
 
 test-all: install $(VENV)/.test-environment
