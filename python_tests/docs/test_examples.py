@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
-import subprocess
-import sys
 from itertools import dropwhile
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from tfops_testing.models_data import draw_arrays, environment
+from tfops_testing.models_data import draw_arrays, run_in
 from tfops_testing.paths import ROOT
 
 pytestmark = pytest.mark.source_tree
@@ -47,14 +45,7 @@ def test_python_runs(file, mnist, tmp_path):
         lines += [""] * (block.map[0] + 1 - len(lines)) + block.content.splitlines()
     program = tmp_path / f"{Path(file).stem}_md.py"
     program.write_text("\n".join(lines) + "\n")
-    run = subprocess.run(
-        [sys.executable, program],
-        cwd=tmp_path,
-        env=environment(TFOPS_MNIST=str(mnist), MPLBACKEND="agg"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = run_in(tmp_path, program, TFOPS_MNIST=str(mnist), MPLBACKEND="agg")
     assert run.returncode == 0, run.stderr
 
 

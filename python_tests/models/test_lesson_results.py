@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from tfops_testing.models_data import draw_arrays, environment
+from tfops_testing.models_data import draw_arrays, run_in
 from tfops_testing.paths import MODELS
 
 pytest.importorskip("matplotlib", reason="needs matplotlib")
@@ -25,16 +23,8 @@ print(json.dumps([eval(expression, names) for expression in sys.argv[2:]]))
 
 def evaluate(lesson: str, folder, *expressions: str) -> list:
     np.savez(folder / "mnist.npz", **draw_arrays(1200, 300))
-    variables = environment(TFOPS_MNIST=str(folder / "mnist.npz"), LESSON_QUICK="1", MPLBACKEND="agg")
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(MODELS / f"{lesson}.py"), *expressions],
-        cwd=folder,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    variables = {"TFOPS_MNIST": str(folder / "mnist.npz"), "LESSON_QUICK": "1", "MPLBACKEND": "agg"}
+    done = run_in(folder, "-c", RUN, MODELS / f"{lesson}.py", *expressions, timeout=600, **variables)
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads(done.stdout.splitlines()[-1])
 

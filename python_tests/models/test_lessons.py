@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ pytest.importorskip("ipykernel", reason="needs ipykernel")
 
 import nbformat
 
-from tfops_testing.models_data import draw_arrays, environment
+from tfops_testing.models_data import draw_arrays, run_in
 from tfops_testing.notebooks import LESSONS, METADATA, convert, execute
 from tfops_testing.paths import MODELS, ROOT
 from trainer import alexnet_keras, mnist_keras
@@ -96,15 +94,7 @@ def test_notebook_runs(lesson, variables, tmp_path):
 )
 def test_script_runs_and_names_its_pictures(lesson, variables, tmp_path):
     """Its code is the notebook's: the test of one script is enough for every day."""
-    done = subprocess.run(
-        [sys.executable, lesson],
-        cwd=tmp_path,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = run_in(tmp_path, lesson, timeout=600, **variables)
     assert done.returncode == 0, done.stderr
     names, folder = re.search(r"^Pictures: (.+\.png) in (.+)$", done.stdout, re.MULTILINE).groups()
     assert names.split() == sorted(path.name for path in (tmp_path / folder).glob("*.png"))

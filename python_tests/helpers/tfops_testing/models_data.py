@@ -55,11 +55,17 @@ def environment(**extra: str) -> dict[str, str]:
 
 def run_program(program: str, *arguments: object, cwd: Path, timeout: float = 1800, **extra: str):
     """Runs a program of `models/train.py` to its end."""
+    return run_in(cwd, *command(program, *arguments)[1:], timeout=timeout, **extra)
+
+
+def run_in(folder: Path, *arguments: object, timeout: float = 1800, **extra: str):
+    """Runs `python ARGUMENTS` in a folder to its end, with `environment`."""
     return subprocess.run(
-        command(program, *arguments),
+        [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
-        cwd=cwd,
+        cwd=folder,
         env=environment(**extra),
+        check=False,
     )
