@@ -1,12 +1,14 @@
 # `make mnist` and `make test` do everything from a fresh checkout: environment, wheel, and what they are named for.
 #
-#   make wheel                     the portable wheel alone, into build/wheel
+#   make wheel                     the portable wheel alone, into build/wheel, for the TensorFlow in .venv
+#   make dist                      what is published, into build/dist: the wheel for every TensorFlow, and the sources
 #   make mnist DATA=mnist.npz      other digits than Keras' own loader finds; ARGS="--epochs 1" for more options
 #   make alexnet ARGS="--image-size 67 --width 0.25"      on a CPU; DATA=FOLDER: class folders of images
 #   make notebooks DATA=mnist.npz  executes the lessons, and writes their notebooks: minutes; ARGS=mnist_keras: one alone
 #   make test ARGS=python_tests/ops       pytest's arguments
 #   make test-all                  all tests, those too that take minutes
 #   make test-installed            the wheel in a new environment, and the tests without the source tree
+#   make compat                    tests the wheel of make dist with every TensorFlow, each in an environment of its own
 #   make reproducible              builds twice, in two places, and compares; ARGS="-C cmake.define.TFOPS_CUDA=OFF"
 #   make fuzz                      100,000 random calls of the ops; ARGS="--seed 2"
 #   make sanitize                  kernels and their tests with AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
@@ -42,7 +44,7 @@ MACHINE := $(shell { uname -m; grep -m1 '^flags' /proc/cpuinfo; } | cksum) $(GPU
 # $(call step,WHAT,HOW LONG,COMMANDS): says what runs, how long that takes on two cores, and how long it took.
 step = @echo "==> $(1) ($(2) on two cores)"; start=$$(date +%s); { $(3); } && echo "    $$(($$(date +%s) - start)) s"
 
-.PHONY: help test test-all test-installed reproducible fuzz sanitize limits docs docs-serve mnist alexnet notebooks wheel \
+.PHONY: help test test-all test-installed compat dist reproducible fuzz sanitize limits docs docs-serve mnist alexnet notebooks wheel \
   install format clean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # builds share a folder, and use all cores by themselves
@@ -65,6 +67,9 @@ test-installed: build/wheel/.built
 	cd build/installed/tests && ../venv/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	cd build/installed/tests && ../venv/bin/python -m pip install --quiet ../../wheel/tfops-*.whl --group test
 	cd build/installed/tests && ../venv/bin/pytest $(ARGS)
+
+compat: build/dist/.built
+	$(BIN)/python python_tests/helpers/tfops_testing/compat.py $(ARGS)
 
 reproducible: export CCACHE_DISABLE = 1
 reproducible: $(SOURCES) | $(VENV)/.environment
@@ -115,6 +120,10 @@ $(VENV)/.models-environment: $(VENV)/.environment
 	$(call step,Environment: what trains,some seconds,$(PIP) install --group models)
 	@touch $@
 
+$(VENV)/.release-environment: $(VENV)/.environment
+	$(call step,Environment: what makes a release,some seconds,$(PIP) install --group release)
+	@touch $@
+
 $(VENV)/.docs-environment: $(VENV)/.environment
 	$(call step,Environment: what builds the documentation,some seconds,$(PIP) install --group docs)
 	@touch $@
@@ -130,12 +139,32 @@ $(VENV)/.cuda-environment: $(VENV)/.environment cmake/build_backend.py
 
 # --- Builds share a folder, and so what they have in common, but no settings of one before.
 
-# $(call build,NATIVE,FOLDER)
+# $(call build,NATIVE,FOLDER,OPTIONS)
 build = rm -rf $(2) build/cmake/CMakeCache.txt && \
-  $(PIP) wheel --no-build-isolation --no-deps -C build-dir=build/cmake -C cmake.define.TFOPS_NATIVE=$(1) --wheel-dir $(2) .
+  $(PIP) wheel --no-build-isolation --no-deps -C build-dir=build/cmake -C cmake.define.TFOPS_NATIVE=$(1) $(3) \
+    --wheel-dir $(2) .
 
 build/wheel/.built: $(SOURCES) | $(VENV)/.environment $(VENV)/.cuda-environment
 	$(call step,Wheel: kernels for all processors and GPUs,about 5 minutes,$(call build,OFF,build/wheel))
+	@touch $@
+
+# Headers and libraries to build ops for every TensorFlow.
+build/tensorflow/.fetched: cmake/tensorflow_packages.py | $(VENV)/.environment
+	$(call step,TensorFlow: headers and libraries of every release,some minutes and 4 GB,\
+	  $(BIN)/python cmake/tensorflow_packages.py fetch build/tensorflow)
+	@touch $@
+
+dist: build/dist/.built
+
+# TensorFlow's libraries stay out of the wheel.
+build/dist/.built: $(SOURCES) build/tensorflow/.fetched | $(VENV)/.release-environment $(VENV)/.cuda-environment
+	$(call step,Wheel: for every TensorFlow too,about 8 minutes,\
+	  $(call build,OFF,build/unrepaired,-C cmake.define.TFOPS_TENSORFLOW_PACKAGES=build/tensorflow))
+	rm -rf build/dist
+	PATH=$(abspath $(BIN)):$$PATH auditwheel repair --strip --wheel-dir build/dist \
+	  --exclude 'libtensorflow_*.so.2' build/unrepaired/tfops-*.whl
+	$(BIN)/python -m build --no-isolation --sdist --outdir build/dist .
+	$(BIN)/twine check --strict build/dist/*
 	@touch $@
 
 build/machine: FORCE

@@ -6,15 +6,14 @@ nvcc comes from PyPI where the system has none (CUDACXX, then PATH), and TensorF
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import sys
 from typing import Any
 
+import tensorflow_packages
 from scikit_build_core import build as _backend
 from scikit_build_core.build import *  # noqa: F403  (the hooks that are not overridden here)
 
-TENSORFLOW = "2.21.*"
 CUDA = "13.0.*"
 
 
@@ -34,11 +33,12 @@ def _is_on(name: str, default: str, settings: dict[str, Any] | None) -> bool:
 
 
 def tensorflow_requirements(settings: dict[str, Any] | None = None) -> list[str]:
-    """TensorFlow, for its headers and libraries."""
-    if not _is_on("TFOPS_TENSORFLOW", "ON", settings):
+    """TensorFlow, for its headers and libraries: the release that TFOPS_TENSORFLOW names, by default the newest."""
+    wanted = _define("TFOPS_TENSORFLOW", "ON", settings)
+    if not _is_on("TFOPS_TENSORFLOW", "ON", settings) or _define("TFOPS_TENSORFLOW_PACKAGES", "", settings):
         return []
-    package = "tensorflow-cpu" if platform.machine() == "x86_64" else "tensorflow"
-    return [f"{package}=={TENSORFLOW}"]
+    release = wanted if "." in wanted else [*tensorflow_packages.RELEASES][-1]
+    return [f"{tensorflow_packages.name()}=={release}.*"]
 
 
 def cuda_requirements(settings: dict[str, Any] | None = None) -> list[str]:

@@ -1,7 +1,8 @@
 """Registers the ops' XLA kernels, which `jit_compile=True` needs: a library of its own, which may be missing.
 
-It is loaded with the package, not when first needed: that takes less than a millisecond, and whether a graph will be
-compiled is not always known when it is built (a function called by a compiled one, a saved model).
+TensorFlow has the interface that they use from release 2.20 on. The library is loaded with the package, not when first
+needed: that takes less than a millisecond, and whether a graph will be compiled is not always known when it is built (a
+function called by a compiled one, a saved model).
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from tfops import _library  # noqa: F401  (the ops first: these are kernels of theirs)
+from tfops import _library  # the ops first: these are kernels of theirs
 from tfops_kernels import _kernels
 
 
 def load(library: Path) -> str:
     """Loads the library file; returns why its kernels are not there, or "" if they are."""
     if not library.exists():
-        return "this tfops was built without them (TFOPS_XLA=OFF)"
+        return (
+            f"this tfops has none for TensorFlow {tf.__version__}: they need TensorFlow 2.20 or later, and a build "
+            "without TFOPS_XLA=OFF"
+        )
     try:
         tf.load_library(str(library))
     except tf.errors.OpError as error:
@@ -25,7 +29,7 @@ def load(library: Path) -> str:
     return ""
 
 
-PROBLEM = load(Path(__file__).with_name("_tfops_xla.so"))
+PROBLEM = load(_library.path("xla", tf.__version__))
 
 
 def supports_jit() -> bool:

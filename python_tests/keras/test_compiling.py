@@ -10,6 +10,7 @@ from keras import layers, optimizers
 
 from tfops.keras import convert
 from tfops_testing.compiled_models import EXACT, TARGET, TOLERANCE, X, assert_trains_alike, fit_and_convert, make_model
+from tfops_testing.requirements import needs_keras
 
 SCALE = 0.5  # for functions to refer to
 
@@ -50,6 +51,7 @@ def _closure(power):
     return loss
 
 
+needs_names = needs_keras("3.7", "losses by the names of outputs")
 COMPILED = {
     "by_name": {"loss": {"left": "mse", "right": "mae"}, "loss_weights": {"left": 1.0, "right": 0.25}},
     "functions": {
@@ -68,6 +70,7 @@ COMPILED = {
 }
 
 
+@needs_names
 @pytest.mark.parametrize("name", COMPILED)
 def test_losses_and_metrics_are_kept(name):
     model = _two_outputs()
@@ -84,6 +87,7 @@ def test_losses_and_metrics_are_kept(name):
         np.testing.assert_allclose(results[1][key], value, rtol=TOLERANCE, err_msg=key)
 
 
+@needs_names
 def test_loss_named_after_the_only_output_is_kept():
     inputs = keras.Input((5,), dtype="float64")
     y = layers.BatchNormalization(name="second", dtype="float64", **EXACT)(inputs)
@@ -116,7 +120,7 @@ def test_metrics_of_the_copy_do_not_count_for_the_model():
 
 @pytest.mark.parametrize(
     "options",
-    [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 2}],
+    [{"run_eagerly": True}, pytest.param({"jit_compile": True}, marks=pytest.mark.xla), {"steps_per_execution": 2}],
     ids=str,
 )
 def test_options_of_how_it_runs_are_kept(options):

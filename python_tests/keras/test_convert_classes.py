@@ -14,6 +14,7 @@ from keras import layers
 
 import tfops
 from tfops.keras import convert
+from tfops_testing.requirements import needs_keras
 
 Norm = layers.BatchNormalization
 
@@ -420,6 +421,7 @@ def test_copier_maps_each_variable_to_its_copy():
     assert len({id(variable) for variable in copier.variables.values()}) == len(model.variables)
 
 
+@needs_keras("3.6", "a layer with autocast=False casts nothing")
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_settings_that_no_config_holds_are_kept(wrapped):
     """In 16 bits, what is cast before it is normalized is infinite."""

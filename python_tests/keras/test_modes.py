@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import tfops
+from tfops_testing.requirements import has_keras, needs_keras
 
 RENORM = {"renorm": True, "renorm_momentum": 0.8, "renorm_clipping": {"rmax": 1.1, "rmin": 0.9, "dmax": 0.2}}
 needs_renorm = pytest.mark.skipif(
@@ -66,6 +67,8 @@ def _assert_same(stock, fused, dtype):
 @pytest.mark.parametrize(("shape", "axis"), [((6, 7, 5), -1), ((4, 3, 6, 5), 1), ((9, 4), -1), ((5, 3, 4), 1)], ids=str)
 @pytest.mark.parametrize(("masked", "kwargs"), MODES)
 def test_masks_and_renorm_agree_with_keras(masked, kwargs, shape, axis, policy):
+    if masked and axis == 1 and not has_keras("3.9"):
+        pytest.skip("needs Keras 3.9: masks are broadcast before they are summed")
     stock, fused = _pair(shape, axis, dtype=policy, epsilon=0.0078125, momentum=0.75, **kwargs)
     assert [(w.name, w.shape) for w in fused.weights] == [(w.name, w.shape) for w in stock.weights]
     rng = np.random.default_rng(1)
@@ -94,6 +97,7 @@ def test_activation_and_residual_agree_with_keras(masked, kwargs, mixed):
         _assert_same(theirs, ours, x.dtype.name)
 
 
+@needs_keras("3.9", "masks are broadcast before they are summed")
 @pytest.mark.parametrize(
     "mask", [np.ones((1, 4)), np.ones((6, 1), bool), np.array([[0, 1, 1, 0]]), np.zeros((6, 4))], ids=str
 )
@@ -146,14 +150,18 @@ def test_empty_batches_leave_the_moving_statistics():
             np.testing.assert_allclose(weight, was, rtol=1e-6)
 
 
-@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("autocast", [True, pytest.param(False, marks=needs_keras("3.6", "layers that do not cast"))])
 @pytest.mark.parametrize("inputs", ["float16", "float32", "float64", "int32"])
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "float64"])
 def test_dtypes_of_inputs_agree_with_keras(policy, inputs, autocast):
     stock, fused = _pair((64, 3), dtype=policy, autocast=autocast, epsilon=0.0078125)
     x = tf.constant(np.random.default_rng(0).standard_normal((64, 3)) * 9, inputs)
     for training in (True, False):
-        want, got = (layer(x, training=training) for layer in (stock, fused))
+        got = fused(x, training=training)
+        try:
+            want = stock(x, training=training)
+        except TypeError:
+            pytest.skip(f"this Keras' own layer takes no {inputs} here")
         assert got.dtype == want.dtype
         # Keras computes in float32 if the inputs are integers, whatever the policy.
         tolerance = "float32" if inputs == "int32" and policy == "float64" else want.dtype.name

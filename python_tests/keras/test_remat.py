@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 import tfops
+from tfops_testing.requirements import JIT, needs_remat_scope
 
 rng = np.random.default_rng(0)
 X, WEIGHTS, RESIDUAL = (tf.constant(rng.normal(1, 2, (6, 5, 4)), tf.float64) for _ in range(3))
@@ -25,7 +26,6 @@ SCOPES = {
     "larger_than": {"output_size_threshold": 8},
     "list_of_layers": {"layer_names": ["norm"]},
 }
-needs_scope = pytest.mark.skipif(not hasattr(keras, "RematScope"), reason="this Keras has no RematScope")
 
 
 def _layer(cls=tfops.keras.BatchNormalization, **kwargs):
@@ -69,16 +69,16 @@ def _assert_same(got, want):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("how", ["eager", "function", "jit"])
+@pytest.mark.parametrize("how", ["eager", "function", JIT])
 def test_recompute_grad_changes_no_result(how, activation):
     layer = _layer(activation=activation)
     call = tf.recompute_grad(lambda x, residual: layer(x, training=True, residual=residual))
     _assert_same(_step(layer, call, how), _stock(activation))
 
 
-@needs_scope
+@needs_remat_scope
 @pytest.mark.parametrize("mode", SCOPES)
-@pytest.mark.parametrize("how", ["eager", "function", "jit"])
+@pytest.mark.parametrize("how", ["eager", "function", JIT])
 def test_remat_scope_changes_no_result(how, mode):
     with keras.RematScope(mode, **SCOPES[mode]):
         layer = _layer(activation="silu")
@@ -87,7 +87,7 @@ def test_remat_scope_changes_no_result(how, mode):
     _assert_same(_step(plain, lambda x, _: plain(x, training=True), how), _stock(None, added=False))
 
 
-@needs_scope
+@needs_remat_scope
 @pytest.mark.parametrize("how", ["eager", "function"])
 def test_remat_scope_changes_no_result_with_masks(how):
     with keras.RematScope("full"):
@@ -136,7 +136,7 @@ def test_training_goes_on_after_a_recomputed_step():
     _assert_same(layer.weights, stock.weights)
 
 
-@needs_scope
+@needs_remat_scope
 @pytest.mark.parametrize("models_too", [True, False])
 def test_fit_in_a_remat_scope_agrees_with_keras(models_too):
     """With a nested model that is recomputed too, what is in it runs four times; Keras can do that eagerly alone."""

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 import tfops
 from tfops_testing.fresh_process import run_python
+from tfops_testing.requirements import needs_keras
 
 STOCK, FUSED = keras.layers.BatchNormalization, tfops.keras.BatchNormalization
 SETTINGS = {
@@ -30,6 +31,9 @@ SETTINGS = {
 }
 if "renorm" in STOCK().get_config():
     SETTINGS |= {"renorm": True, "renorm_clipping": {"rmax": 3.0}, "renorm_momentum": 0.9}
+
+
+needs_shared = needs_keras("3.7", "it loads no graph that calls a layer before and after another")
 
 
 def _model(layer):
@@ -85,6 +89,7 @@ def test_weights_load_into_either_layer(saved, loaded, tmp_path):
         _assert_same(model, other)
 
 
+@needs_shared
 def test_keras_files_load_without_tfops(tmp_path):
     """Where tfops is not imported, its registered name can stand for Keras' layer."""
     model = _trained(FUSED)
@@ -103,6 +108,7 @@ def test_keras_files_load_without_tfops(tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), model.predict(ones, verbose=0), rtol=1e-5, atol=1e-6)
 
 
+@needs_shared
 @pytest.mark.parametrize(("old", "new"), [(STOCK, FUSED), (FUSED, STOCK)], ids=["to tfops", "to Keras"])
 def test_clones_with_the_other_layer_agree(old, new, tmp_path):
     """How a .keras file of Keras' layers becomes one of these, and back."""
@@ -122,6 +128,7 @@ def test_clones_with_the_other_layer_agree(old, new, tmp_path):
     _assert_same(model, other)
 
 
+@needs_shared
 def test_clones_pickles_and_deep_copies_agree():
     model = _trained(FUSED)
     clone = keras.models.clone_model(model)
@@ -148,6 +155,7 @@ def test_clones_pickles_and_deep_copies_agree():
         np.testing.assert_array_equal(layer.moving_mean, [1, 2, 3])
 
 
+@needs_shared
 def test_json_names_the_layer():
     config = json.loads(_model(FUSED).to_json())
     assert keras.models.model_from_json(json.dumps(config)).get_layer("shared").__class__ is FUSED

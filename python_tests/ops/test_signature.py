@@ -11,6 +11,7 @@ import tensorflow as tf
 
 import tfops
 from tfops._library import ops
+from tfops_testing.requirements import JIT
 
 X = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
 RNG = np.random.default_rng(1)
@@ -156,7 +157,7 @@ def _wide(seed=0, shape=(6, 5)):
 
 @pytest.mark.parametrize("epsilon", EPSILONS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("style", ["eager", "function", "jit"])
+@pytest.mark.parametrize("style", ["eager", "function", JIT])
 def test_float64_attributes_are_not_rounded(style, training, epsilon):
     variables = _wide()
     settings = {"epsilon": epsilon, "exponential_avg_factor": 0.1 + epsilon, "is_training": training}

@@ -14,6 +14,7 @@ import tfops
 from tfops import _xla
 from tfops_testing.fresh_process import run_python
 
+pytestmark = pytest.mark.xla
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 OPS = [f"Tfops>BatchNorm{mode}{grad}" for mode in ("Training", "Inference") for grad in ("", "Grad")]
 

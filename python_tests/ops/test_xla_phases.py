@@ -8,9 +8,9 @@ import pytest
 import tensorflow as tf
 
 import tfops
-from tfops import _phases, _xla
+from tfops import _phases
 
-pytestmark = pytest.mark.skipif(bool(_xla.PROBLEM), reason=f"no XLA kernels: {_xla.PROBLEM}")
+pytestmark = pytest.mark.xla
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 import tfops_kernels
 from tfops_testing import building
-from tfops_testing.paths import ROOT
 
-pybind11 = pytest.importorskip("pybind11")
+pytest.importorskip("pybind11")
 pytestmark = pytest.mark.source_tree
 
 
@@ -24,20 +22,8 @@ def _configure(folder: Path, gpus: str, status: int = 0) -> dict[str, str]:
     tools.mkdir()
     (tools / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{gpus}'\nexit {status}\n")
     (tools / "nvidia-smi").chmod(0o755)
-    definitions = {
-        "SKBUILD_PROJECT_VERSION": "1.0",
-        "TFOPS_NATIVE": "ON",
-        "TFOPS_TENSORFLOW": "OFF",
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-        "CMAKE_MAKE_PROGRAM": building.tool("ninja"),
-    }
-    path = os.pathsep.join([str(tools), os.environ["PATH"]])
-    said = building.run(
-        *(building.tool("cmake"), "-S", ROOT, "-B", folder / "build", "-G", "Ninja"),
-        *(f"-D{name}={value}" for name, value in definitions.items()),
-        env={**os.environ, "PATH": path},
-    )
+    environment = {**os.environ, "PATH": os.pathsep.join([str(tools), os.environ["PATH"]])}
+    said = building.configure(folder / "build", environment, TFOPS_NATIVE="ON", TFOPS_TENSORFLOW="OFF")
     built: dict[str, str] = {"said": said}
     exec((folder / "build" / "_build.py").read_text(), built)
     built["commands"] = (folder / "build" / "build.ninja").read_text()

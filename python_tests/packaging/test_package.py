@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow as tf
+from packaging.requirements import Requirement
 
 import tfops
 import tfops_kernels
@@ -48,25 +49,30 @@ def test_libraries_need_no_driver_and_vendor_nothing():
     needed, path = _dynamic(_library_file("tfops_kernels/_kernels.*.so"))
     assert needed - SYSTEM == {"libtfops_kernels.so"}
     assert path == "$ORIGIN"
-    needed, path = _dynamic(_library_file("tfops/_tfops_ops.so"))
-    assert needed - SYSTEM == {"libtfops_kernels.so", "libtensorflow_framework.so.2"}
-    assert path == "$ORIGIN/../tfops_kernels"
     # TensorFlow has loaded its own two; what is loaded is found by name.
-    needed, path = _dynamic(_library_file("tfops/_tfops_xla.so"))
-    assert needed - SYSTEM == {"libtfops_kernels.so", "libtensorflow_framework.so.2", "libtensorflow_cc.so.2"}
-    assert path == "$ORIGIN/../tfops_kernels"
+    tensorflow = {"ops": {"libtensorflow_framework.so.2"}}
+    tensorflow["xla"] = {*tensorflow["ops"], "libtensorflow_cc.so.2"}
+    for file in _tensorflow_libraries():
+        needed, path = _dynamic(_library_file(f"tfops/{file}"))
+        assert needed - SYSTEM == {"libtfops_kernels.so", *tensorflow[re.match(r"_tfops_(\w+)-", file)[1]]}, file
+        assert path == "$ORIGIN/../tfops_kernels", file
+
+
+def _tensorflow_libraries() -> set[str]:
+    """Those for each release that this is built for. XLA's interface is there from 2.20 on."""
+    releases = {version.rpartition(".")[0] for version in tfops.build_info()["tensorflow"].split()}
+    with_xla = {release for release in releases if int(release.split(".")[1]) >= 20}
+    return {f"_tfops_ops-{release}.so" for release in releases} | {f"_tfops_xla-{release}.so" for release in with_xla}
 
 
 def test_package_holds_what_it_should():
     files = {str(file) for file in importlib.metadata.files("tfops") if "__pycache__" not in str(file)}
     information = f"tfops-{tfops.__version__}.dist-info/"
     libraries = {file for file in files if ".so" in file}
-    assert {Path(file).name.split(".")[0] for file in libraries} == {
-        "libtfops_kernels",
-        "_kernels",
-        "_tfops_ops",
-        "_tfops_xla",
-    }
+    of_tensorflow = {Path(file).name for file in libraries if file.startswith("tfops/")}
+    assert of_tensorflow == _tensorflow_libraries()
+    others = {Path(file).name.split(".")[0] for file in libraries if not file.startswith("tfops/")}
+    assert others == {"libtfops_kernels", "_kernels"}
     # Python, its types, and nothing else: no headers, no sources, no tests.
     others = {file for file in files - libraries if not file.startswith(information)}
     assert {Path(file).name for file in others if not file.endswith((".py", ".pyi"))} == {"py.typed"}
@@ -108,34 +114,62 @@ def test_wheel_needs_no_more_than_glibc_2_34():
 
 
 def test_requirements_are_those_of_the_project():
-    requirements = importlib.metadata.requires("tfops")
-    assert "tensorflow~=2.21.0" in [r.replace(" ", "") for r in requirements]
+    """TensorFlow is one of several packages, which the user has or asks for: pip must not choose one."""
+    requirements = [Requirement(text) for text in importlib.metadata.requires("tfops")]
+    assert [each.name for each in requirements if not each.marker] == ["numpy"]
+    extras = {}
+    for extra in ("cpu", "gpu"):
+        wanted = [each for each in requirements if each.marker and each.marker.evaluate({"extra": extra})]
+        extras[extra] = {each.name + "".join(f"[{name}]" for name in each.extras) for each in wanted}
+    cpu = "tensorflow-cpu" if platform.machine() == "x86_64" else "tensorflow"
+    assert extras == {"cpu": {cpu}, "gpu": {"tensorflow[and-cuda]"}}
     assert importlib.metadata.metadata("tfops")["Requires-Python"] in (">=3.10,<3.14", "<3.14,>=3.10")
 
 
-@pytest.mark.parametrize("running", ["2.20.0", "2.22.0-rc1", "3.0.0"])
+@pytest.mark.parametrize("running", ["2.17.0", "2.22.0-rc1", "3.0.0"])
 def test_another_release_is_refused(running):
     run = run_python("-c", f"import tensorflow as tf; tf.__version__ = {running!r}; import tfops")
     assert run.returncode != 0
     message = run.stderr.splitlines()[-1]
     assert message.startswith("ImportError")
-    assert "built for TensorFlow 2.21" in message
-    assert f"TensorFlow {running} is running" in message
-    assert "pip install tensorflow~=2.21.0" in message
+    releases = [version.rpartition(".")[0] for version in tfops.build_info()["tensorflow"].split()]
+    assert f"has ops for TensorFlow {', '.join(releases)}, but TensorFlow {running} is running" in message
+    assert f"pip install tensorflow~={releases[-1]}.0" in message
+    assert "pip install --no-build-isolation" in message
 
 
-def test_another_patch_release_is_fine():
-    _library.check_release("2.21.9", "2.21.0")
+@pytest.mark.parametrize("running", ["2.18.0", "2.21.9", "2.21.0-rc1"])
+def test_other_patch_releases_are_fine(running):
+    _library.check_release(running, "2.18.1 2.21.0")
+
+
+def test_library_is_that_of_the_release():
+    assert _library.path("ops", "2.19.7").name == "_tfops_ops-2.19.so"
+    assert _library.path("xla", "2.100.0-rc1").name == "_tfops_xla-2.100.so"
+
+
+def test_missing_tensorflow_is_explained():
+    run = run_python("-c", "import sys; sys.modules['tensorflow'] = None; import tfops")
+    message = run.stderr.splitlines()[-1]
+    assert message.startswith("ImportError: tfops needs TensorFlow, and there is none")
+    assert "pip install 'tfops[cpu]', or 'tfops[gpu]'" in message
+
+
+def test_what_tensorflow_cannot_import_is_named():
+    run = run_python("-c", "import sys; sys.modules['tensorflow.python'] = None; import tfops")
+    assert "No module named" in run.stderr or "tensorflow.python" in run.stderr.splitlines()[-1]
+    assert "there is none in this environment" not in run.stderr
 
 
 def test_build_without_tensorflow_says_so():
     with pytest.raises(ImportError, match="TFOPS_TENSORFLOW=OFF"):
-        _library.load(Path("anything.so"), built="")
+        _library.load(built="")
 
 
-def test_source_tree_in_the_way_is_explained():
+def test_source_tree_in_the_way_is_explained(monkeypatch):
+    monkeypatch.setattr(_library, "path", lambda kind, version: Path("nowhere.so"))
     with pytest.raises(ImportError, match=r"nowhere\.so does not exist.* PYTHONSAFEPATH=1"):
-        _library.load(Path("nowhere.so"), built=tf.__version__)
+        _library.load(built=tf.__version__)
 
 
 def test_kernels_do_without_tensorflow():
@@ -169,7 +203,7 @@ def test_build_info_is_complete():
     info = tfops.build_info()
     assert json.loads(json.dumps(info)) == info
     assert info["version"] == tfops.__version__ == importlib.metadata.version("tfops")
-    assert info["tensorflow"].startswith("2.21.")
+    assert tf.__version__.rpartition(".")[0] in [version.rpartition(".")[0] for version in info["tensorflow"].split()]
     assert info["tensorflow_running"] == tf.__version__
     assert info["cpu_instruction_set"] in info["cpu_instruction_sets"].split()
     assert set(info["cpu_instruction_sets"].split()) <= {"x86-64-v2", "x86-64-v3", "x86-64-v4", "generic"}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tfops_testing import building
 from tfops_testing.paths import ROOT
 
 pytestmark = pytest.mark.source_tree
@@ -46,12 +47,13 @@ def test_no_file_is_too_long():
                 assert len(path.read_text().splitlines()) <= 500, path
 
 
-def test_tensorflow_release_is_the_same_everywhere():
-    def release(file: str, pattern: str) -> str:
-        match = re.search(pattern, (ROOT / file).read_text())
-        assert match, f"{file} has no {pattern}"
-        return match[1]
-
-    wanted = release("pyproject.toml", r"tensorflow~=(\d+\.\d+)\.0")
-    assert release("cmake/build_backend.py", r'TENSORFLOW = "(\d+\.\d+)\.\*"') == wanted
-    assert release("CMakeLists.txt", r"find_package\(TensorFlow (\d+\.\d+)") == wanted
+def test_tensorflow_releases_are_the_same_everywhere():
+    releases = [*building.load(ROOT / "cmake" / "tensorflow_packages.py").RELEASES]
+    major, minor = releases[-1].split(".")
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = re.findall(r'"(tensorflow\S*?)(>=[^";]+)', project[project.index("[project.optional-dependencies]") :])
+    assert {name for name, _ in extras} == {"tensorflow", "tensorflow-cpu", "tensorflow[and-cuda]"}
+    assert {bounds for _, bounds in extras} == {f">={releases[0]},<{major}.{int(minor) + 1}"}
+    cmake = (ROOT / "cmake" / "TensorFlow.cmake").read_text()
+    assert re.findall(r"VERSION_LESS (\d+\.\d+)", cmake) == [releases[0]]
+    assert re.findall(r"\)~=(\d+\.\d+)\.0", (ROOT / "Makefile").read_text()) == [releases[-1]]

@@ -85,8 +85,7 @@ class Copier:
         """The copy of a layer, model or operation: always the same one, so that what is shared stays so."""
         if id(layer) not in self._copies:
             copy = self._make(layer)
-            if hasattr(layer, "_remat_mode"):  # which in older Keras only layers have
-                copy._remat_mode = layer._remat_mode
+            _carry_remat_mode(layer, copy)
             if isinstance(layer, keras.Layer):
                 _carry_settings(layer, copy)  # before the copy is called
             self._originals[id(layer)], self._copies[id(layer)] = layer, copy
@@ -186,6 +185,8 @@ class Copier:
         arguments = inspect.signature(fold.norm.call).bind(*args, **kwargs).arguments
         arguments.pop("folded", None)  # what follows does that again
         residual = arguments.pop("residual", None)
+        if (mask := arguments.pop("inputs_mask", None)) is not None:  # Keras before 3.10 keeps masks in its graphs
+            arguments.setdefault("mask", mask)
         y = copy(**arguments) if "inputs" in kwargs else copy(arguments.pop("inputs"), **arguments)
         if residual is not None:
             y = self._part(fold.norm, "add")([residual, y])
@@ -217,7 +218,7 @@ class Copier:
         self._pairs[id(layer)] = layer, copy
         # What Keras has numbered is numbered as in the original, and named after the scopes that it was made in.
         copy.name, copy._path = layer.name, layer._path
-        copy._remat_mode = layer._remat_mode
+        _carry_remat_mode(layer, copy)
         carry_settings(layer, copy)
         policy, new_policy = layer.dtype_policy.name, copy.dtype_policy.name
         carried = id(layer) in self._folds or isinstance(layer, keras.layers.InputLayer)
@@ -245,7 +246,7 @@ class Copier:
                 layer, f"its copy does not take its state, as if its config did not tell all: {reason(error)}", error
             )
         for variable, new in pairs:
-            new._path = variable.path
+            _set_path(new, variable.path)
             new.trainable = variable.trainable
             self.variables[id(variable)] = new
         if not is_graph(layer):  # whose generators are attributes of an instance, which are copied last
@@ -258,7 +259,8 @@ class Copier:
 
     def _transfer_seed(self, generator: keras.random.SeedGenerator, copy: keras.random.SeedGenerator) -> None:
         copy.state.assign(generator.state)
-        copy.name, copy.state._path = generator.name, generator.state.path
+        copy.name = generator.name
+        _set_path(copy.state, generator.state.path)
         self.variables[id(generator.state)] = copy.state
 
     def _sublayers(self, layer: keras.Layer, copy: keras.Layer) -> Iterator[tuple[keras.Layer, keras.Layer]]:
@@ -353,6 +355,16 @@ class Copier:
 
 def _own_variables(layer: keras.Layer) -> list[Any]:
     return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def _set_path(variable: Any, path: str) -> None:
+    setattr(variable, "_path" if hasattr(variable, "_path") else "path", path)  # a property from Keras 3.7 on
+
+
+def _carry_remat_mode(layer: Any, copy: Any) -> None:
+    """How `keras.RematScope` has it recomputed: an attribute of layers and, in newer Keras, of operations too."""
+    if hasattr(layer, "_remat_mode"):
+        copy._remat_mode = layer._remat_mode
 
 
 def _carry_settings(layer: keras.Layer, copy: keras.Layer) -> None:

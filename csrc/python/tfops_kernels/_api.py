@@ -411,7 +411,7 @@ def build_info() -> dict[str, Any]:
         A dict that can be written as JSON, with the items
 
             - `version` (str);
-            - `tensorflow` (str): the version that the ops were built for; "" if they were not built;
+            - `tensorflow` (str): the versions that ops were built for, one of each release; "" if none were built;
             - `compiler` (str) and `build_type` (str);
             - `native` (bool): whether it was built for one machine alone (TFOPS_NATIVE=ON);
             - `cpu_instruction_sets` (str): those that there are kernels for, separated by spaces;

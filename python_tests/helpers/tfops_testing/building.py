@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+from .paths import ROOT
 
 
 def run(*command: str | Path, timeout: float = 1800, env: dict[str, str] | None = None) -> str:
@@ -22,6 +26,30 @@ def tool(name: str) -> str:
     if not found:
         raise RuntimeError(f"to build this, the tests need {name}: pip install {name}")
     return found
+
+
+def load(file: Path) -> ModuleType:
+    """A module of the build, such as cmake/build_backend.py, from its file."""
+    sys.path.insert(0, str(file.parent))  # as pip has it, by backend-path
+    try:
+        return importlib.import_module(file.stem)
+    finally:
+        sys.path.remove(str(file.parent))
+
+
+def configure(folder: Path, env: dict[str, str] | None = None, **definitions: str | Path) -> str:
+    """Configures the project in `folder`, as for a wheel, with these definitions; returns what CMake says."""
+    import pybind11
+
+    definitions = {
+        "SKBUILD_PROJECT_VERSION": "1.0",
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "CMAKE_MAKE_PROGRAM": tool("ninja"),
+        **definitions,
+    }
+    options = (f"-D{name}={value}" for name, value in definitions.items())
+    return run(tool("cmake"), "-S", ROOT, "-B", folder, "-G", "Ninja", *options, env=env)
 
 
 def build(source: Path, folder: Path, *options: str) -> None:

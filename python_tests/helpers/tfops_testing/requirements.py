@@ -7,6 +7,7 @@ A folder whose modules cannot even be imported without it says so in its conftes
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 
 import pytest
@@ -30,5 +31,23 @@ def has_model_packages() -> bool:
     return all(importlib.util.find_spec(name) for name in ("matplotlib", "PIL"))
 
 
+def has_keras(version: str) -> bool:
+    """Whether Keras is that version, such as "3.10", or a later one."""
+
+    def key(text: str) -> list[int]:
+        return [int(part) for part in text.split(".")[:2]]
+
+    return has_tensorflow() and key(importlib.metadata.version("keras")) >= key(version)
+
+
+def needs_keras(version: str, reason: str) -> pytest.MarkDecorator:
+    """Skips a test of what Keras itself does wrong, or has not, before that version."""
+    return pytest.mark.skipif(not has_keras(version), reason=f"needs Keras {version}: {reason}")
+
+
+# As parameters: compiled by XLA.
+JIT = pytest.param("jit", marks=pytest.mark.xla)
+JIT_COMPILE = pytest.param(True, marks=pytest.mark.xla, id="jit_compile")
+needs_remat_scope = needs_keras("3.9", "RematScope")
 needs_tensorflow = pytest.mark.skipif(not has_tensorflow(), reason="needs TensorFlow")
 needs_cuda_build = pytest.mark.skipif(not tfops_kernels.build_info()["cuda"], reason="this build has no CUDA kernels")

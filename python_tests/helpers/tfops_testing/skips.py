@@ -18,6 +18,7 @@ MARKERS = {
     "gpu": "needs a GPU (and no TensorFlow); skipped where there is none",
     "slow": "minutes, not seconds; skipped unless asked for, with --slow",
     "limits": "minutes, and up to 24 GiB; skipped unless selected, with -m limits",
+    "xla": "needs XLA kernels; skipped where this TensorFlow or this build has none",
     "source_tree": "needs the source tree, not only the installed package; skipped beside an installed package alone",
 }
 
@@ -49,6 +50,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         reasons["limits"] = "takes minutes and up to 24 GiB: make limits"
     if not has_source_tree():
         reasons["source_tree"] = "needs the source tree, not only the installed package"
+    if any(item.get_closest_marker("xla") for item in items):
+        import tfops
+
+        if problem := tfops.build_info()["xla_problem"]:
+            reasons["xla"] = f"no XLA kernels: {problem}"
     for item in items:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):

@@ -1,0 +1,77 @@
+"""TensorFlow's packages: which releases tfops is tested with, where one is installed, and how to have several at once.
+
+python cmake/tensorflow_packages.py fetch FOLDER   # headers and libraries of each release, into FOLDER/<release>
+python cmake/tensorflow_packages.py find [FOLDER]  # those there, or the installed one: folder|version, a line for each
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+RELEASES = {"2.18": "3.12", "2.19": "3.12", "2.20": "3.13", "2.21": "3.13"}
+"""Oldest first, with the newest Python that has wheels of it. The extras in pyproject.toml have the same bounds."""
+
+LIBRARIES = ("libtensorflow_framework.so.2", "libtensorflow_cc.so.2")
+
+
+def name() -> str:
+    """The package that holds TensorFlow without CUDA: the same headers and ABI as with it."""
+    return "tensorflow-cpu" if platform.machine() in ("x86_64", "AMD64") else "tensorflow"
+
+
+def version(folder: Path) -> str:
+    """The version of the package `tensorflow` in that folder, by the metadata beside it; "" if there are none."""
+    for distribution in importlib.metadata.distributions(path=[str(folder.parent)]):
+        files = map(str, distribution.files or ())
+        if "tensorflow/include/tensorflow/core/public/version.h" in files:
+            return distribution.version
+    return ""
+
+
+def installed() -> Path | None:
+    """The folder of the package beside this Python, which is not imported."""
+    spec = importlib.util.find_spec("tensorflow")
+    locations = spec and spec.submodule_search_locations
+    return Path(locations[0]) if locations else None
+
+
+def fetch(release: str, folder: Path) -> None:
+    """Puts the headers and libraries of a release's newest version into folder/tensorflow, unless they are there.
+
+    They are the same for every Python.
+    """
+    if version(folder / "tensorflow"):
+        return
+    with tempfile.TemporaryDirectory() as downloads:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+        options = ["--no-deps", "--only-binary=:all:", f"--python-version={RELEASES[release]}", f"--dest={downloads}"]
+        subprocess.run([*pip, "download", *options, f"{name()}=={release}.*"], check=True)
+        (wheel,) = Path(downloads).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            wanted = rf"tensorflow/include/|tensorflow/({'|'.join(map(re.escape, LIBRARIES))})$|[^/]*\.dist-info/"
+            names = [name for name in archive.namelist() if re.match(wanted, name)]
+            # What `version` goes by is last: a folder that was left half full is filled again.
+            for member in sorted(names, key=lambda name: ".dist-info/" in name):
+                archive.extract(member, folder)
+
+
+def main(command: str, folder: str = "") -> None:
+    if command == "fetch":
+        for release in RELEASES:
+            fetch(release, Path(folder) / release)
+    if command == "find":
+        found = sorted(Path(folder).resolve().glob("*/tensorflow")) if folder else [installed()]
+        for package in filter(None, found):
+            print(package, version(package), sep="|")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

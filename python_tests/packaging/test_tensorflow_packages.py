@@ -1,0 +1,150 @@
+"""Which TensorFlow a build is for: the one beside Python, the release that was asked for, or all in a folder."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tfops_testing import building
+from tfops_testing.paths import ROOT
+
+pytest.importorskip("pybind11")
+pytestmark = pytest.mark.source_tree
+
+VERSION_HEADER = "tensorflow/include/tensorflow/core/public/version.h"
+FFI_HEADER = "tensorflow/include/xla/ffi/api/ffi.h"
+XLA_INCLUDES = [f"tensorflow/include/external/{name}/here" for name in ("highwayhash", "farmhash_archive/src")]
+LIBRARIES = ("tensorflow/libtensorflow_framework.so.2", "tensorflow/libtensorflow_cc.so.2")
+
+
+def _package(folder: Path, version: str, name: str = "tensorflow_cpu", ffi: bool = True) -> Path:
+    """A package of TensorFlow without a word in it, as pip leaves it: in `folder`/tensorflow."""
+    information = f"{name}-{version}.dist-info"
+    files = [VERSION_HEADER, *LIBRARIES, *([FFI_HEADER, *XLA_INCLUDES] if ffi else [])]
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    (folder / information).mkdir()
+    (folder / information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (folder / information / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    return folder / "tensorflow"
+
+
+def _configure(folder: Path, **definitions: str | Path) -> dict[str, str]:
+    """What CMake writes into _build.py, and into build.ninja. Raises AssertionError with its message if it fails."""
+    said = building.configure(folder / "build", TFOPS_CUDA="OFF", TFOPS_NATIVE="ON", **definitions)
+    built: dict[str, str] = {"said": said}
+    exec((folder / "build" / "_build.py").read_text(), built)
+    built["modules"] = sorted(set(re.findall(r"_tfops_\w+-[\d.]+\.so", (folder / "build" / "build.ninja").read_text())))
+    return built
+
+
+def test_ops_are_built_for_every_package_in_a_folder(tmp_path):
+    packages = tmp_path / "packages"
+    _package(packages / "one", "2.18.1", ffi=False)
+    _package(packages / "two", "2.21.3")
+    _package(packages / "three", "2.22.0.dev20260101", "tf_nightly")
+    built = _configure(tmp_path, TFOPS_TENSORFLOW_PACKAGES=packages)
+    assert sorted(built["TENSORFLOW"].split()) == ["2.18.1", "2.21.3", "2.22.0.dev20260101"]
+    ops = [f"_tfops_ops-{release}.so" for release in ("2.18", "2.21", "2.22")]
+    xla = [f"_tfops_xla-{release}.so" for release in ("2.21", "2.22")]
+    assert built["modules"] == ops + xla
+
+
+def test_xla_kernels_can_be_left_out(tmp_path):
+    _package(tmp_path / "packages" / "one", "2.21.3")
+    built = _configure(tmp_path, TFOPS_TENSORFLOW_PACKAGES=tmp_path / "packages", TFOPS_XLA="OFF")
+    assert built["modules"] == ["_tfops_ops-2.21.so"]
+
+
+def test_default_is_the_package_beside_python(tmp_path):
+    tensorflow = pytest.importorskip("tensorflow")
+    assert _configure(tmp_path)["TENSORFLOW"] == tensorflow.__version__
+
+
+def test_ops_can_be_left_out(tmp_path):
+    built = _configure(tmp_path, TFOPS_TENSORFLOW="OFF", TFOPS_TENSORFLOW_PACKAGES=tmp_path / "nowhere")
+    assert (built["TENSORFLOW"], built["modules"]) == ("", [])
+
+
+@pytest.mark.parametrize(
+    ("versions", "settings", "message"),
+    [
+        (["2.17.1"], {}, "tfops needs TensorFlow 2.18 or later, but .*packages/0/tensorflow holds version '2.17.1'"),
+        (
+            ["2.20.0"],
+            {"TFOPS_TENSORFLOW": "2.21"},
+            "TFOPS_TENSORFLOW=2.21, but .*/0/tensorflow holds TensorFlow 2.20.0",
+        ),
+        (["2.20.0"], {"TFOPS_TENSORFLOW": "new"}, "must be ON, OFF or a release such as 2.21, but it is 'new'"),
+        (["2.20.0", "2.20.1"], {}, "TFOPS_TENSORFLOW_PACKAGES='.*packages' holds TensorFlow 2.20 twice"),
+        (
+            [],
+            {},
+            "there is no TensorFlow beside .* or in TFOPS_TENSORFLOW_PACKAGES='.*packages': install tensorflow-cpu",
+        ),
+    ],
+    ids=["too old", "another", "no release", "twice", "none"],
+)
+def test_wrong_settings_are_named(tmp_path, versions, settings, message):
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for i, version in enumerate(versions):
+        _package(packages / str(i), version)
+    with pytest.raises(AssertionError) as error:
+        _configure(tmp_path, TFOPS_TENSORFLOW_PACKAGES=packages, **settings)
+    assert re.search(message, " ".join(str(error.value).split())), error.value
+
+
+def test_package_without_metadata_is_refused(tmp_path):
+    package = _package(tmp_path / "packages" / "one", "2.21.0")
+    for file in package.parent.glob("*.dist-info/*"):
+        file.unlink()
+    with pytest.raises(AssertionError, match=r"holds\s+version ''"):
+        _configure(tmp_path, TFOPS_TENSORFLOW_PACKAGES=tmp_path / "packages")
+
+
+@pytest.mark.parametrize(
+    ("settings", "release"),
+    [
+        ({}, [*building.load(ROOT / "cmake" / "tensorflow_packages.py").RELEASES][-1]),
+        ({"cmake.define.TFOPS_TENSORFLOW": "2.19"}, "2.19"),
+        ({"cmake.define.TFOPS_TENSORFLOW": "OFF"}, None),
+        ({"cmake.define.TFOPS_TENSORFLOW_PACKAGES": "build/tensorflow"}, None),
+    ],
+    ids=["newest", "asked for", "off", "folder"],
+)
+def test_isolated_build_gets_the_release_that_is_asked_for(settings, release):
+    pytest.importorskip("scikit_build_core")
+    backend = building.load(ROOT / "cmake" / "build_backend.py")
+    wanted = [] if release is None else [f"{backend.tensorflow_packages.name()}=={release}.*"]
+    assert backend.tensorflow_requirements(settings) == wanted
+
+
+def test_what_is_fetched_is_found(tmp_path, monkeypatch):
+    """Headers, libraries and metadata of a wheel, and nothing else; what is there is not fetched again."""
+    packages = building.load(ROOT / "cmake" / "tensorflow_packages.py")
+    calls = []
+
+    def download(command, check):
+        calls.append(command)
+        (to,) = [word.partition("=")[2] for word in command if word.startswith("--dest=")]
+        package = _package(tmp_path / "wheel", "2.20.9")
+        for other in ("__init__.py", "large.so"):
+            (package / other).touch()
+        shutil.make_archive(f"{to}/tensorflow_cpu", "zip", tmp_path / "wheel")
+        Path(f"{to}/tensorflow_cpu.zip").rename(f"{to}/tensorflow_cpu.whl")
+        shutil.rmtree(tmp_path / "wheel")
+
+    monkeypatch.setattr(packages.subprocess, "run", download)
+    for _ in range(2):
+        packages.fetch("2.20", tmp_path / "2.20")
+    assert len(calls) == 1
+    assert calls[0][-1] == f"{packages.name()}==2.20.*"
+    assert packages.version(tmp_path / "2.20" / "tensorflow") == "2.20.9"
+    got = {str(file.relative_to(tmp_path / "2.20")) for file in (tmp_path / "2.20").rglob("*") if file.is_file()}
+    information = {f"tensorflow_cpu-2.20.9.dist-info/{name}" for name in ("METADATA", "RECORD")}
+    assert got == {VERSION_HEADER, FFI_HEADER, *XLA_INCLUDES, *LIBRARIES, *information}
