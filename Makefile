@@ -16,6 +16,9 @@
 #   make docs                      the documentation, into build/site; every warning is an error
 #   make docs-serve                shows it while it is written
 #   make format                    the hooks of .pre-commit-config.yaml: ruff, clang-format, whitespace; in place
+#   make lint                      the same hooks and mypy: fails if one of them changes a file or finds a mistake
+#   make sdist                     the sources alone, into build/sdist
+#   make system-packages           what tests use beside Python's packages, on Debian and Ubuntu: ccache, Clang, qemu
 #
 # Models run on whatever was built: on the portable wheel if that is there, else on a build for this machine alone, which
 # takes a third of the time. All that is built is kept in build/ and .venv/, and built again where its sources change.
@@ -36,8 +39,9 @@ TF_CPP_MIN_LOG_LEVEL ?= $(if $(GPU),1,3)
 mnist alexnet fuzz $(VENV)/.installed-wheel $(VENV)/.installed-native: export TF_CPP_MIN_LOG_LEVEL := $(TF_CPP_MIN_LOG_LEVEL)
 QUIETLY := 2> >(grep --line-buffered -v -e 'before absl::InitializeLog' -e 'oneDNN custom operations are on' >&2)
 
-SOURCES = $(shell git ls-files csrc/batch_norm csrc/python csrc/tensorflow tfops cmake CMakeLists.txt pyproject.toml \
-  README.md LICENSE)
+# Not by git: the sources that are published have none, and where there are tests alone, there are no sources.
+SOURCES := $(shell find csrc/batch_norm csrc/python csrc/tensorflow tfops cmake CMakeLists.txt pyproject.toml README.md \
+  LICENSE -type f ! -path '*/.*' ! -path '*/__pycache__/*' 2>/dev/null)
 BUILT := $(if $(wildcard build/wheel/.built),wheel,native)
 MACHINE := $(shell { uname -m; grep -m1 '^flags' /proc/cpuinfo; } | cksum) $(GPU)
 
@@ -46,6 +50,7 @@ step = @echo "==> $(1) ($(2) on two cores)"; start=$$(date +%s); { $(3); } && ec
 
 .PHONY: help test test-all test-installed compat dist reproducible fuzz sanitize limits docs docs-serve mnist alexnet notebooks wheel \
   install format clean FORCE
+.PHONY: system-packages lint sdist release-notes tensorflow forget-python repair-wheel test-active
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # builds share a folder, and use all cores by themselves
 
@@ -180,6 +185,47 @@ $(VENV)/.installed-%: build/%/.built $(VENV)/.environment
 	@$(PIP) install --force-reinstall --no-deps build/$*/tfops-*.whl
 	@cd $(VENV) && bin/python -m tfops.info $(QUIETLY)
 	@touch $@
+
+# --- What only the workflows in .github and pyproject.toml's [tool.cibuildwheel] call, beside the targets above.
+
+# Programs that a few tests skip without. The build uses ccache.
+system-packages:
+	$(if $(filter-out 0,$(shell id -u)),sudo) apt-get update -qq
+	$(if $(filter-out 0,$(shell id -u)),sudo) apt-get install -qq --no-install-recommends ccache clang-16 \
+	  $(if $(filter x86_64,$(shell uname -m)),g++-aarch64-linux-gnu qemu-user)
+
+lint: $(VENV)/.test-environment
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+	$(BIN)/mypy
+
+sdist: $(VENV)/.release-environment
+	rm -rf build/sdist
+	$(BIN)/python -m build --no-isolation --sdist --outdir build/sdist .
+	$(BIN)/twine check --strict build/sdist/*
+
+# The section of CHANGELOG.md for the release that a tag names. Fails unless version, changelog and citation agree on it.
+release-notes:
+	@mkdir -p build
+	$(PYTHON) .github/release_notes.py "$(call needed,TAG,v1.2.3)" > build/release-notes.md
+
+# $(call needed,VARIABLE,EXAMPLE): its value.
+needed = $(or $($(1)),$(error make $@ needs $(1), such as $(1)=$(2)))
+
+# TensorFlow's headers and libraries, of every release.
+tensorflow: build/tensorflow/.fetched
+
+# Builds share a folder; what CMake found for another Python must not stay.
+forget-python:
+	rm -f build/cmake/CMakeCache.txt
+
+# TensorFlow's libraries stay out of the wheel.
+repair-wheel:
+	PATH=$(abspath $(BIN)):$$PATH auditwheel repair --strip --exclude 'libtensorflow_*.so.2' \
+	  --wheel-dir "$(call needed,TO,build/dist)" "$(call needed,WHEEL,build/wheel/tfops-1.2.3-cp312-cp312-linux_x86_64.whl)"
+
+# Tests what is installed for the Python on PATH, with the tests in this folder.
+test-active:
+	pytest -n auto $(ARGS)
 
 format: $(VENV)/.test-environment
 	$(BIN)/pre-commit run --all-files || $(BIN)/pre-commit run --all-files  # a hook that mends a file fails the first time
