@@ -4,6 +4,8 @@
 # nvcc is taken from CUDACXX, else PATH, else from NVIDIA's packages of PyPI beside this Python (build_backend.py asks
 # for them where there is no nvcc).
 
+include(CudaArchitectures)
+
 set(TFOPS_WITH_CUDA FALSE)
 set(TFOPS_CUDA_OPTIONS "")
 if(NOT TFOPS_CUDA MATCHES "^(AUTO|ON|OFF)$")
@@ -14,31 +16,22 @@ if(TFOPS_CUDA STREQUAL "OFF")
   return()
 endif()
 
-# Machine code for each generation, and PTX for those to come. For this machine alone: its GPUs, and no CUDA where there
-# are none.
-set(generations 75 80 86 89 90 100 110 120)
-set(ptx 100)
+# For this machine alone: its GPUs, and no CUDA where there are none.
+set(gpus "")
 if(TFOPS_NATIVE AND NOT CMAKE_CUDA_ARCHITECTURES)
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
                   OUTPUT_VARIABLE listed RESULT_VARIABLE failed ERROR_QUIET)
-  if(failed)
-    set(listed "")  # what went wrong
+  if(NOT failed)  # else it prints what went wrong
+    string(REGEX REPLACE "[ \r\n]+" ";" listed "${listed}")
+    foreach(capability IN LISTS listed)
+      if(capability MATCHES "^([0-9]+)\\.([0-9])$")
+        list(APPEND gpus ${CMAKE_MATCH_1}${CMAKE_MATCH_2})
+      endif()
+    endforeach()
+    list(REMOVE_DUPLICATES gpus)
   endif()
-  string(REGEX REPLACE "[ \r\n]+" ";" listed "${listed}")
-  list(REMOVE_DUPLICATES listed)
-  set(here "")
-  foreach(capability IN LISTS listed)
-    string(REPLACE "." "" generation "${capability}")
-    if(capability MATCHES "^[0-9]+\\.[0-9]$" AND generation GREATER_EQUAL 75)
-      list(APPEND here ${generation})
-    endif()
-  endforeach()
-  if(here)
-    set(generations ${here})
-    set(ptx "")
-  elseif(TFOPS_CUDA STREQUAL "AUTO")
-    message(STATUS "CUDA kernels: none, for this build is for this machine alone, and nvidia-smi lists no GPU of "
-                   "compute capability 7.5 or later")
+  if(NOT gpus AND TFOPS_CUDA STREQUAL "AUTO")
+    message(STATUS "CUDA kernels: none, for this build is for this machine alone, and nvidia-smi lists no GPU")
     return()
   endif()
 endif()
@@ -67,30 +60,20 @@ check_language(CUDA)
 if(CMAKE_CUDA_COMPILER)
   set(TFOPS_CUDA_ARCHITECTURES ${CMAKE_CUDA_ARCHITECTURES})
   if(NOT TFOPS_CUDA_ARCHITECTURES)
-    # What takes the time is PTX, so generations share it. (From that of 9.0, kernels of 12.0 would spill registers.)
-    set(CMAKE_CUDA_ARCHITECTURES OFF)
-    execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-code OUTPUT_VARIABLE known)
-    foreach(generation IN LISTS generations)
-      foreach(candidate 75 80 90 100)
-        if(candidate LESS_EQUAL generation)
-          set(virtual ${candidate})
-        endif()
-      endforeach()
-      if(known MATCHES "sm_${generation}[^0-9]")
-        list(APPEND TFOPS_CUDA_OPTIONS -gencode=arch=compute_${virtual},code=sm_${generation})
-        list(APPEND TFOPS_CUDA_ARCHITECTURES ${generation}-real)
-      else()  # a GPU that is newer than this nvcc
-        set(ptx ${virtual})
-      endif()
-    endforeach()
-    if(ptx)
-      list(APPEND TFOPS_CUDA_OPTIONS -gencode=arch=compute_${ptx},code=compute_${ptx})
-      list(APPEND TFOPS_CUDA_ARCHITECTURES ${ptx}-virtual)
+    tfops_cuda_architectures(${CMAKE_CUDA_COMPILER} ${gpus})
+    if(gpus AND NOT TFOPS_CUDA_OPTIONS AND TFOPS_CUDA STREQUAL "AUTO")
+      message(STATUS "CUDA kernels: none, for this build is for this machine alone, and nvidia-smi lists no GPU of "
+                     "compute capability ${TFOPS_CUDA_LEAST} or later, which ${CMAKE_CUDA_COMPILER} compiles for")
+      return()
     endif()
+    if(gpus AND NOT TFOPS_CUDA_OPTIONS)
+      tfops_cuda_architectures(${CMAKE_CUDA_COMPILER})
+    endif()
+    set(CMAKE_CUDA_ARCHITECTURES OFF)
   endif()
   enable_language(CUDA)
-  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.0)
-    message(FATAL_ERROR "tfops needs nvcc 13.0 or newer, but ${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_VERSION}; "
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.2)  # the least that the tests compile against
+    message(FATAL_ERROR "tfops needs nvcc 12.2 or newer, but ${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_VERSION}; "
                         "set CUDACXX to another, or TFOPS_CUDA=OFF")
   endif()
   set(TFOPS_WITH_CUDA TRUE)
@@ -101,7 +84,7 @@ else()
   message(WARNING "\n"
     "  ************************************************************************\n"
     "  *  No nvcc was found: this build of tfops has NO CUDA KERNELS.         *\n"
-    "  *  It runs on the CPU alone. For a GPU, set CUDACXX or put nvcc 13 on  *\n"
+    "  *  It runs on the CPU alone. For a GPU, set CUDACXX or put nvcc on     *\n"
     "  *  PATH and build again; TFOPS_CUDA=OFF silences this.                 *\n"
     "  ************************************************************************\n")
 endif()

@@ -36,7 +36,11 @@ def main() -> int:
             else "none in this build",
         ),
         ("XLA kernels", ("CPU and CUDA" if info["cuda"] else "CPU") if info["xla"] else f"none: {info['xla_problem']}"),
-        ("CUDA driver", f"serves CUDA {info['cuda_driver']}" if info["cuda_driver"] else "none"),
+        (
+            "CUDA driver",
+            (f"serves CUDA {info['cuda_driver']}" if info["cuda_driver"] else "none")
+            + (f"; the kernels need {info['cuda_driver_needed']} or later" if info["cuda"] else ""),
+        ),
     ]
     for gpu in info["gpus"]:
         memory = gpu["memory_bytes"] / 2**30

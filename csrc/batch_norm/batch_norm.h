@@ -251,6 +251,7 @@ struct BuildInfo {
   bool built = false;
   std::string toolkit;        // such as "13.0"
   std::string architectures;  // such as "75-real 90-real 120": all as CMake names them
+  std::string driver_needed;  // the CUDA version that a driver has to serve at least, such as "13.0"
 };
 TFOPS_EXPORT BuildInfo Build();
 

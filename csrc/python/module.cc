@@ -296,6 +296,7 @@ PYBIND11_MODULE(_kernels, m) {
     build["cuda"] = info.built;
     build["cuda_toolkit"] = info.toolkit;
     build["cuda_architectures"] = info.architectures;
+    build["cuda_driver_needed"] = info.driver_needed;
     return build;
   });
   m.def("driver", &Driver);

@@ -25,6 +25,7 @@ constexpr Tier kTiers[] = {Tier::kOneBlock, Tier::kCluster, Tier::kGrid, Tier::k
 const Device kDevices[] = {
     {},
     {80, 108, 163 << 10, 164 << 10, 40 << 20, 1, true},
+    {70, 80, 96 << 10, 96 << 10, 6 << 20, 1, true},
     {120, 170, 99 << 10, 100 << 10, 96 << 20, 8, true},
     {75, 40, 64 << 10, 64 << 10, 4 << 20, 1, true},
     {90, 5, 227 << 10, 228 << 10, 4 << 20, 16, true},

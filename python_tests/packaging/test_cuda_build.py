@@ -4,56 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import tfops_kernels
+from tfops_testing.cuda_binary import ON_CHIP, STREAMING, cuobjdump, kernels, tool
 from tfops_testing.requirements import needs_cuda_build
 
 INFO = tfops_kernels.build_info()
 pytestmark = needs_cuda_build
 
-STREAMING = ("MomentsKernel", "NormalizeKernel", "GradientMomentsKernel", "GradientNormalizeKernel")
-ON_CHIP = ("OnChipForwardKernel", "OnChipBackwardKernel")
-
-
-def _tool(name: str) -> str:
-    """A program of NVIDIA's, from its package or from a CUDA toolkit."""
-    packaged = [Path(p) / "nvidia/cu13/bin" / name for p in sys.path]
-    found = next((str(p) for p in packaged if p.exists()), None) or shutil.which(name)
-    if not found:
-        pytest.skip(f"needs {name}: pip install nvidia-cuda-{name}")
-    return found
-
-
-def _cuobjdump(*arguments: str, **environment: str) -> str:
-    """The output of cuobjdump for the library."""
-    library = Path(tfops_kernels.__file__).with_name("libtfops_kernels.so")
-    command = [_tool("cuobjdump"), *arguments, str(library)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment}).stdout
-
-
-def _kernels() -> dict[tuple[str, str], dict[str, int]]:
-    """For each architecture and kernel, the compiler's report: REG, STACK, SHARED, LOCAL and so on."""
-    found = {}
-    architecture = name = ""
-    for line in _cuobjdump("-res-usage").splitlines():
-        if match := re.match(r"arch = (sm_\d+\w?)", line):
-            architecture = match[1]
-        elif match := re.match(r"\s*Function (\S+):", line):
-            name = match[1]
-        elif "REG:" in line:
-            found[architecture, name] = {key: int(n) for key, n in re.findall(r"(\w+):(\d+)", line)}
-    return found
-
 
 @pytest.fixture(scope="module")
 def resources():
-    return _kernels()
+    return kernels()
 
 
 def test_every_architecture_has_every_kernel(resources):
@@ -75,7 +40,7 @@ def test_every_architecture_has_every_kernel(resources):
 def test_there_is_ptx_for_gpus_to_come():
     virtual = [arch for arch in INFO["cuda_architectures"].split() if not arch.endswith("-real")]
     assert virtual, "no PTX: the wheel would not run on GPUs to come"
-    assert f"sm_{virtual[-1].removesuffix('-virtual')}" in _cuobjdump("-lptx")
+    assert f"sm_{virtual[-1].removesuffix('-virtual')}" in cuobjdump("-lptx")
 
 
 def test_no_kernel_spills_registers(resources):
@@ -101,8 +66,8 @@ def machine_code():
     """For each kernel on vectors, its instructions for Hopper."""
     if "90-real" not in INFO["cuda_architectures"].split():
         pytest.skip("no machine code for sm_90 in this build")
-    folder = str(Path(_tool("nvdisasm")).parent)
-    listing = _cuobjdump("-sass", "-arch", "sm_90", PATH=folder + os.pathsep + os.environ["PATH"])
+    folder = str(Path(tool("nvdisasm")).parent)
+    listing = cuobjdump("-sass", "-arch", "sm_90", PATH=folder + os.pathsep + os.environ["PATH"])
     code = {}
     for function in re.split(r"\n\s*Function : ", listing)[1:]:
         name, _, body = function.partition("\n")

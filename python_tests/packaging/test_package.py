@@ -209,9 +209,21 @@ def test_build_info_is_complete():
     assert set(info["cpu_instruction_sets"].split()) <= {"x86-64-v2", "x86-64-v3", "x86-64-v4", "generic"}
     assert len(info["cpu_instruction_sets"].split()) == 1 or not info["native"]
     if not info["cuda"]:
-        assert (info["cuda_toolkit"], info["cuda_architectures"]) == ("", "")
+        assert (info["cuda_toolkit"], info["cuda_architectures"], info["cuda_driver_needed"]) == ("", "", "")
     if not info["gpus"]:
         assert info["cuda_problem"]
+
+
+@pytest.mark.skipif(not tfops.build_info()["cuda"], reason="this build has no CUDA kernels")
+def test_build_says_which_driver_it_needs():
+    """The first of the toolkit's major version; and where there is no driver, the release too."""
+    info = tfops.build_info()
+    major = info["cuda_toolkit"].partition(".")[0]
+    assert info["cuda_driver_needed"] == f"{major}.0"
+    if not info["cuda_driver"]:
+        release = {"12": 525, "13": 580}[major]
+        assert f"for CUDA {major}.0 or later (release {release} or later), but there is none" in info["cuda_problem"]
+    assert f"; the kernels need {major}.0 or later\n" in run_python("-m", "tfops.info").stdout
 
 
 def test_info_command_names_everything():

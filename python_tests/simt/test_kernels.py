@@ -15,7 +15,7 @@ from tfops_testing.phase_cases import assert_cuda_agrees
 from tfops_testing.simt import BUILD
 
 # Of csrc/simt/runtime.cc. On the small ones, small tensors are as large as large ones on the others.
-DEVICES = ("h200", "three", "one", "small", "small_old", "a100", "b200", "rtx")
+DEVICES = ("h200", "three", "one", "small", "small_old", "a100", "b200", "rtx", "v100")
 TIERS = ("one_block", "cluster", "grid", "streaming")
 SIZES = (1, 3, 7, 24, 65, 129, 2049)
 

@@ -19,13 +19,19 @@ std::string VersionText(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// A runtime works with every driver of its own major version or a later one, and with no older one.
+// A runtime works with every driver of its own major version or a later one, and with no older one; so does machine
+// code.
 constexpr int kLeastDriver = CUDART_VERSION / 1000 * 1000;
+
+// The driver's release that served it first, by the release notes of CUDA.
+constexpr const char* kLeastRelease = kLeastDriver == 12000   ? " (release 525 or later)"
+                                      : kLeastDriver == 13000 ? " (release 580 or later)"
+                                                              : "";
 
 // Unavailable, and why, unless kernels can run.
 Status Availability(int driver, int gpus) {
-  const std::string need = "tfops' CUDA kernels need an NVIDIA driver for CUDA " + VersionText(kLeastDriver) +
-                           " or later (release 580 or later has 13.0)";
+  const std::string need =
+      "tfops' CUDA kernels need an NVIDIA driver for CUDA " + VersionText(kLeastDriver) + " or later" + kLeastRelease;
   if (driver == 0) return {StatusCode::kUnavailable, need + ", but there is none; install one, or run on the CPU"};
   if (driver < kLeastDriver) {
     return {StatusCode::kUnavailable,
@@ -103,7 +109,7 @@ Status CurrentDevice(Device* device) {
   return CurrentDevice(device, &number);
 }
 
-BuildInfo Build() { return {true, VersionText(CUDART_VERSION), TFOPS_CUDA_ARCHITECTURES}; }
+BuildInfo Build() { return {true, VersionText(CUDART_VERSION), TFOPS_CUDA_ARCHITECTURES, VersionText(kLeastDriver)}; }
 
 Status Driver(int* version, int* gpus) {
   *version = *gpus = 0;

@@ -418,6 +418,8 @@ def build_info() -> dict[str, Any]:
             - `cpu_instruction_set` (str): the one that is used; "none" if this machine has none of them;
             - `cuda` (bool), `cuda_toolkit` (str) and `cuda_architectures` (str): whether there are CUDA kernels, what
               compiled them, and for which GPUs;
+            - `cuda_driver_needed` (str): the CUDA version that a driver has to serve at least for these kernels; ""
+              if there are none;
             - `cuda_driver` (str): the newest CUDA version that the driver serves; "" if there is no driver;
             - `gpus` (list of dicts): the `name`, `compute_capability`, `multiprocessors` and `memory_bytes` of each;
             - `cuda_problem` (str): why no GPU can be used; "" if one can.
