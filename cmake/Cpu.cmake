@@ -1,5 +1,13 @@
-# Which instruction sets to compile the CPU kernels for: sets TFOPS_CPU_LEVELS. cpu.cc chooses among them at run time.
+# Which instruction sets to compile the CPU kernels for: sets TFOPS_CPU_LEVELS, unless that is given. cpu.cc chooses
+# among them at run time.
 
+if(DEFINED TFOPS_CPU_LEVELS)
+  return()
+endif()
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
+  set(TFOPS_CPU_LEVELS neon)  # which all of these processors have
+  return()
+endif()
 if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(TFOPS_CPU_LEVELS generic)
   return()

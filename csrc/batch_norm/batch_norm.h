@@ -194,10 +194,10 @@ TFOPS_EXPORT Status GradientMoments(const Problem& problem, const BackwardArrays
 TFOPS_EXPORT Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays,
                                       const StatisticsGradient& statistics, void* workspace, const Threads& threads);
 
-// The instruction set whose kernels run: "x86-64-v4", "x86-64-v3", "x86-64-v2" or "generic". It is the best that this
-// build and this machine have, or what the environment variable TFOPS_CPU names, if they have that; "none" if the build
-// is for another machine. (TFOPS_CPU_STREAMS, "many" or "few", likewise forces how tensors that are larger than the
-// cache are gone through: see ../README.md.)
+// The instruction set whose kernels run: "x86-64-v4", "x86-64-v3", "x86-64-v2", "neon" or "generic". It is the best
+// that this build and this machine have, or what the environment variable TFOPS_CPU names, if they have that; "none" if
+// the build is for another machine. (TFOPS_CPU_STREAMS, "many" or "few", likewise forces how tensors that are larger
+// than the cache are gone through: see ../README.md.)
 TFOPS_EXPORT const char* InstructionSet();
 
 }  // namespace cpu

@@ -11,6 +11,10 @@
 
 #include "csrc/tests/testing.h"
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 namespace tfops::cpu {
 namespace {
 
@@ -82,6 +86,52 @@ TEST(EachItemRunsOnceIfHelpersComeAtOnce) {
         });
   }
 }
+
+#if defined(__x86_64__) || defined(__aarch64__)
+
+// The control register of the arithmetic at hand, without the flags of what has happened; and a setting of it that
+// flushes denormals (also those of halves), makes all NaNs the default one, and rounds toward zero.
+#if defined(__x86_64__)
+constexpr uint64_t kIeee = _MM_MASK_MASK, kOther = _MM_MASK_MASK | _MM_FLUSH_ZERO_MASK | 0x40 | _MM_ROUND_TOWARD_ZERO;
+uint64_t Control() { return _mm_getcsr() & ~uint64_t{_MM_EXCEPT_MASK}; }
+void SetControl(uint64_t control) { _mm_setcsr(static_cast<unsigned>(control)); }
+#else
+constexpr uint64_t kIeee = 0, kOther = 1 << 19 | 3 << 22 | 1 << 24 | 1 << 25;
+uint64_t Control() {
+  uint64_t control;
+  asm volatile("mrs %0, fpcr" : "=r"(control));
+  return control;
+}
+void SetControl(uint64_t control) { asm volatile("msr fpcr, %0" : : "r"(control) : "memory"); }
+#endif
+
+// Whatever a thread is set to, items run by IEEE rules, and the thread has its setting back afterwards.
+TEST(ItemsRunInIeeeArithmetic) {
+  const uint64_t before = Control();
+  for (const uint64_t setting : {kOther, kIeee}) {
+    for (const int helpers : {0, 1}) {
+      SetControl(setting);
+      const uint64_t set = Control();  // a bit that the processor does not have is 0
+      volatile double tiny = 1e-308;
+      std::vector<uint64_t> seen;
+      std::vector<double> quotients;
+      Threads threads;
+      threads.helpers = helpers;
+      threads.schedule = [](const std::function<void()>&) {};
+      RunPhases(threads, helpers, {{3, [&](int64_t) {
+                                      seen.push_back(Control());
+                                      quotients.push_back(tiny / 4);
+                                    }}});
+      EXPECT_EQ(Control(), set);
+      SetControl(before);
+      for (const uint64_t control : seen) EXPECT_EQ(control, kIeee);
+      for (const double quotient : quotients) EXPECT_LT(0.0, quotient);
+      EXPECT_EQ(seen.size(), size_t{3});
+    }
+  }
+}
+
+#endif
 
 // Who has no help goes through items in order, or in the reverse where a phase says so.
 TEST(PhasesMayGoBackwards) {

@@ -89,4 +89,4 @@ def test_without_a_gpu_that_can_be_used_there_is_no_cuda(tmp_path, printed, stat
 
 def test_this_build_says_what_it_is_for():
     info = tfops_kernels.build_info()
-    assert info["native"] or info["cpu_instruction_sets"] in ("x86-64-v2 x86-64-v3 x86-64-v4", "generic")
+    assert info["native"] or info["cpu_instruction_sets"] in ("x86-64-v2 x86-64-v3 x86-64-v4", "neon", "generic")

@@ -206,7 +206,7 @@ def test_build_info_is_complete():
     assert tf.__version__.rpartition(".")[0] in [version.rpartition(".")[0] for version in info["tensorflow"].split()]
     assert info["tensorflow_running"] == tf.__version__
     assert info["cpu_instruction_set"] in info["cpu_instruction_sets"].split()
-    assert set(info["cpu_instruction_sets"].split()) <= {"x86-64-v2", "x86-64-v3", "x86-64-v4", "generic"}
+    assert set(info["cpu_instruction_sets"].split()) <= {"x86-64-v2", "x86-64-v3", "x86-64-v4", "neon", "generic"}
     assert len(info["cpu_instruction_sets"].split()) == 1 or not info["native"]
     if not info["cuda"]:
         assert (info["cuda_toolkit"], info["cuda_architectures"], info["cuda_driver_needed"]) == ("", "", "")

@@ -60,6 +60,9 @@ std::vector<Level> Levels() {
 #ifdef TFOPS_HAS_x86_64_v2
   levels.push_back({"x86-64-v2", TFOPS_KERNELS(x86_64_v2), true});
 #endif
+#ifdef TFOPS_HAS_neon
+  levels.push_back({"neon", TFOPS_KERNELS(neon), true});
+#endif
 #ifdef TFOPS_HAS_generic
   levels.push_back({"generic", TFOPS_KERNELS(generic), true});
 #endif

@@ -55,15 +55,21 @@ struct KnownArrays {
   static constexpr bool kHasMask = kMask;
 };
 
-// Calls body with whether a job's arrays are cached, as a constant. With tiles they are, or as good as that. Processors
-// of before AVX2 have no loops of their own for what is cached: they ask.
+// x86 without AVX2, and machines that the kernels do not know, have no loops of their own for what is cached: they ask.
+#if TFOPS_VECTOR_BYTES >= 32 || defined(__aarch64__)
+inline constexpr bool kHasCachedLoops = true;
+#else
+inline constexpr bool kHasCachedLoops = false;
+#endif
+
+// Calls body with whether a job's arrays are cached, as a constant. With tiles they are, or as good as that.
 template <Tiling kTiling, typename Body>
 TFOPS_INLINE void WithCached(bool cached, Body body) {
   static_assert(kTiling != Tiling::kStreamed, "these tiles are for memory");
   if constexpr (kTiling != Tiling::kNone) {
     body(std::true_type());
   } else {
-    if constexpr (kLanes<float> >= 8) {
+    if constexpr (kHasCachedLoops) {
       if (cached) return body(std::true_type());
     }
     body(std::false_type());

@@ -6,9 +6,9 @@
 #include <thread>
 #include <utility>
 
-#ifdef __x86_64__
+#if defined(__x86_64__)
 #include <xmmintrin.h>
-#else
+#elif !defined(__aarch64__)
 #include <cfenv>
 #endif
 
@@ -22,13 +22,28 @@ class IeeeArithmetic {
   IeeeArithmetic(const IeeeArithmetic&) = delete;
   IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
 
-#ifdef __x86_64__
+#if defined(__x86_64__)
   // The vector units' register alone: fesetenv() loads the x87 unit's as well, which takes longer than a small call.
   IeeeArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(_MM_MASK_MASK); }  // no exception traps, and all else is 0
   ~IeeeArithmetic() { _mm_setcsr(before_); }
 
  private:
   unsigned before_;
+#elif defined(__aarch64__)
+  // All of the control register: fesetenv() leaves some of its bits, such as that for default NaNs. Cores may have to
+  // empty their pipeline to write it, so that is done only if need be.
+  IeeeArithmetic() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    if (before_ != 0) Set(0);
+  }
+  ~IeeeArithmetic() {
+    if (before_ != 0) Set(before_);
+  }
+
+ private:
+  static void Set(uint64_t control) { asm volatile("msr fpcr, %0" : : "r"(control) : "memory"); }
+
+  uint64_t before_;
 #else
   IeeeArithmetic() {
     std::fegetenv(&before_);
@@ -98,8 +113,10 @@ class Call {
       if (spin >= kSpins) {
         std::this_thread::yield();
       } else {
-#ifdef __x86_64__
+#if defined(__x86_64__)
         __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("isb");  // waits about as long; `yield` does nothing on most cores
 #endif
       }
     }

@@ -8,8 +8,10 @@
 
 #include <cstring>
 #include <type_traits>
-#ifdef __x86_64__
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "csrc/batch_norm/cpu/plan.h"
@@ -95,6 +97,16 @@ TFOPS_INLINE Vec<P> Splat(P value) {
   return Vec<P>{} + value;
 }
 
+#ifdef __aarch64__
+// a * b + c with one rounding.
+TFOPS_INLINE Vec<float> MultiplyAdd(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+TFOPS_INLINE Vec<double> MultiplyAdd(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#endif
+
 // The first n lanes, as a comparison has them.
 template <typename P>
 TFOPS_INLINE IntVec<P> FirstLanes(int64_t n) {
@@ -120,17 +132,26 @@ struct Wide {
 
 TFOPS_INLINE Wide<double> Widen(Vec<double> v) { return {{v}}; }
 TFOPS_INLINE Wide<float> Widen(Vec<float> v) {
+#ifdef __aarch64__  // GCC converts lane by lane
+  const float32x4_t lanes = (float32x4_t)v;
+  return {{(Vec<double>)vcvt_f64_f32(vget_low_f32(lanes)), (Vec<double>)vcvt_high_f64_f32(lanes)}};
+#else
   typedef float Part __attribute__((vector_size(TFOPS_VECTOR_BYTES / 2)));
   Part parts[2];
   std::memcpy(parts, &v, sizeof(v));
   return {{__builtin_convertvector(parts[0], Vec<double>), __builtin_convertvector(parts[1], Vec<double>)}};
+#endif
 }
 
 TFOPS_INLINE Vec<double> Narrow(const Wide<double>& w) { return w.part[0]; }
 TFOPS_INLINE Vec<float> Narrow(const Wide<float>& w) {
+#ifdef __aarch64__  // GCC joins the halves in memory
+  return (Vec<float>)vcvt_high_f32_f64(vcvt_f32_f64((float64x2_t)w.part[0]), (float64x2_t)w.part[1]);
+#else
   typedef float Part __attribute__((vector_size(TFOPS_VECTOR_BYTES / 2)));
   const Part parts[2] = {__builtin_convertvector(w.part[0], Part), __builtin_convertvector(w.part[1], Part)};
   return BitCast<Vec<float>>(parts);
+#endif
 }
 
 template <typename P>
@@ -178,6 +199,10 @@ TFOPS_INLINE uint32_t BitsFromMask(IntVec<P> mask) {
 #elif defined(__x86_64__)
   if constexpr (sizeof(P) == 4) return static_cast<uint32_t>(TFOPS_X86_VECTOR(movemask, ps)((Vec<float>)mask));
   if constexpr (sizeof(P) == 8) return static_cast<uint32_t>(TFOPS_X86_VECTOR(movemask, pd)((Vec<double>)mask));
+#elif defined(__aarch64__)
+  const IntVec<P> selected = mask & LaneBits<P>();
+  if constexpr (sizeof(P) == 4) return vaddvq_u32((uint32x4_t)selected);
+  if constexpr (sizeof(P) == 8) return static_cast<uint32_t>(vaddvq_u64((uint64x2_t)selected));
 #else
   const IntVec<P> selected = mask & LaneBits<P>();
   uint32_t bits = 0;

@@ -68,6 +68,16 @@ TFOPS_INLINE HalfwordVec FloatToHalf(FloatVec v) {
   return (HalfwordVec)half;
 }
 
+#elif defined(__aarch64__)
+
+// Part of ARMv8 from the first, unlike arithmetic with halves. FPCR.FZ16 does not concern it.
+TFOPS_INLINE FloatVec HalfToFloat(HalfwordVec half) {
+  return (FloatVec)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)half));
+}
+TFOPS_INLINE HalfwordVec FloatToHalf(FloatVec v) {
+  return (HalfwordVec)vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v));
+}
+
 #else
 
 // Without instructions for it. Subnormal halves go through integers: TensorFlow's threads treat subnormal floats as 0.
@@ -123,7 +133,19 @@ TFOPS_INLINE HalfwordVec FloatToBFloat16(FloatVec v) {
 
 #else
 
+#ifdef __aarch64__  // one instruction each, where GCC takes two
+
+TFOPS_INLINE FloatVec BFloat16ToFloat(HalfwordVec bits) { return (FloatVec)vshll_n_u16((uint16x4_t)bits, 16); }
+TFOPS_INLINE HalfwordVec UpperHalfwordsOfSum(WordVec a, WordVec b) {
+  return (HalfwordVec)vaddhn_u32((uint32x4_t)a, (uint32x4_t)b);
+}
+
+#else
+
 TFOPS_INLINE FloatVec BFloat16ToFloat(HalfwordVec bits) { return BitCast<FloatVec>(WordsOf(bits) << 16); }
+TFOPS_INLINE HalfwordVec UpperHalfwordsOfSum(WordVec a, WordVec b) { return HalfwordsOf((a + b) >> 16); }
+
+#endif
 
 TFOPS_INLINE HalfwordVec UpperHalfwords(WordVec words) { return HalfwordsOf(words >> 16); }
 
@@ -133,7 +155,7 @@ TFOPS_INLINE HalfwordVec FloatToBFloat16(FloatVec v) {
   const WordVec word = BitCast<WordVec>(v);
   const auto is_odd = BitCast<IntVec<float>>(word << 15) < 0;  // the last bit that stays
   const WordVec bias = is_odd ? WordVec{} + 0x8000 : WordVec{} + 0x7FFF;
-  return UpperHalfwords(word + (bias & BitCast<WordVec>(v == v)));
+  return UpperHalfwordsOfSum(word, bias & BitCast<WordVec>(v == v));
 }
 
 #endif
@@ -144,6 +166,8 @@ TFOPS_INLINE FloatVec Join(HalfwordVec first, HalfwordVec second) {
   return (FloatVec)_mm256_inserti128_si256(_mm256_castsi128_si256((__m128i)first), (__m128i)second, 1);
 #elif TFOPS_VECTOR_BYTES == 16 && defined(__x86_64__)
   return (FloatVec)_mm_set_epi64x(BitCast<int64_t>(second), BitCast<int64_t>(first));
+#elif defined(__aarch64__)
+  return (FloatVec)vcombine_u16((uint16x4_t)first, (uint16x4_t)second);
 #else
   const HalfwordVec both[] = {first, second};
   return BitCast<FloatVec>(both);
@@ -242,6 +266,15 @@ TFOPS_INLINE Vec<Param<T>> LoadFirst(const T* p, int64_t n) {
   }
   if constexpr (sizeof(T) == 4) return (Vec<float>)_mm256_maskload_ps(p, (__m256i)FirstLanes<float>(n));
   if constexpr (sizeof(T) == 8) return (Vec<double>)_mm256_maskload_pd(p, (__m256i)FirstLanes<double>(n));
+#elif defined(__aarch64__)
+  if constexpr (sizeof(T) == 2) return Decode<T>(BitCast<Stored<T>>(LoadHalfwords(p, n)));
+  if constexpr (sizeof(T) > 2) {
+    Stored<T> stored{};
+    for (int i = 0; i < kLanes<Param<T>>; ++i) {
+      if (i < n) stored[i] = p[i];
+    }
+    return stored;
+  }
 #else
 #ifdef __x86_64__
   if constexpr (sizeof(T) == 2) return Decode<T>(BitCast<Stored<T>>(LoadHalfwords(p, n)));
@@ -261,6 +294,11 @@ TFOPS_INLINE void StoreFirst(T* p, Stored<T> stored, int64_t n) {
   }
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), BitCast<__m512>(stored));
   if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), BitCast<__m512d>(stored));
+#elif defined(__aarch64__)
+  for (int i = 0; i < kLanes<Param<T>>; ++i) {
+    const auto lane = stored[i];
+    if (i < n) std::memcpy(p + i, &lane, sizeof(lane));
+  }
 #else
   T buffer[kLanes<Param<T>>];
   Store(buffer, stored);

@@ -27,7 +27,28 @@ struct Bound<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
   static TFOPS_INLINE V Above(V z, V high) { return TFOPS_X86_VECTOR(min, pd)(high, z); }
 };
 
-#endif  // __x86_64__
+#elif defined(__aarch64__)
+
+// A comparison and a selection, but for what is one instruction: the lesser of a number other than zero and of z, which
+// stays what it is if it is NaN, and a result of arithmetic, whose NaNs are quiet. (The greater of two zeros would be
+// the positive one, which x86's may not be.)
+template <>
+struct Bound<cpu::TFOPS_CPU_LEVEL::FloatVec> {
+  using V = cpu::TFOPS_CPU_LEVEL::FloatVec;
+
+  static TFOPS_INLINE V Below(V z, V low) { return z < low ? low : z; }
+  static TFOPS_INLINE V Above(V z, V high) { return (V)vminq_f32((float32x4_t)z, (float32x4_t)high); }
+};
+
+template <>
+struct Bound<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
+  using V = cpu::TFOPS_CPU_LEVEL::Vec<double>;
+
+  static TFOPS_INLINE V Below(V z, V low) { return z < low ? low : z; }
+  static TFOPS_INLINE V Above(V z, V high) { return (V)vminq_f64((float64x2_t)z, (float64x2_t)high); }
+};
+
+#endif
 
 // Cephes' expf: x = k ln 2 + r, |r| <= ln 2 / 2, and a polynomial for exp(r). Error < 2 ulp; inf above 88.73, 0 (or a
 // subnormal) below -87.33.
