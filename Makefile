@@ -12,6 +12,7 @@
 #   make reproducible              builds twice, in two places, and compares; ARGS="-C cmake.define.TFOPS_CUDA=OFF"
 #   make fuzz                      100,000 random calls of the ops; ARGS="--seed 2"
 #   make sanitize                  kernels and their tests with AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
+#   make aarch64                   builds for 64-bit ARM, and tests that under qemu; ARGS="--only kernels"
 #   make limits                    the largest tensors: minutes, and up to 24 GiB
 #   make docs                      the documentation, into build/site; every warning is an error
 #   make docs-serve                shows it while it is written
@@ -48,8 +49,8 @@ MACHINE := $(shell { uname -m; grep -m1 '^flags' /proc/cpuinfo; } | cksum) $(GPU
 # $(call step,WHAT,HOW LONG,COMMANDS): says what runs, how long that takes on two cores, and how long it took.
 step = @echo "==> $(1) ($(2) on two cores)"; start=$$(date +%s); { $(3); } && echo "    $$(($$(date +%s) - start)) s"
 
-.PHONY: help test test-all test-installed compat dist reproducible fuzz sanitize limits docs docs-serve mnist alexnet notebooks wheel \
-  install format clean FORCE
+.PHONY: help test test-all test-installed compat dist reproducible fuzz sanitize aarch64 limits docs docs-serve mnist \
+  alexnet notebooks wheel install format clean FORCE
 .PHONY: system-packages lint sdist release-notes tensorflow forget-python repair-wheel test-active
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # builds share a folder, and use all cores by themselves
@@ -95,6 +96,9 @@ limits: install $(VENV)/.test-environment
 
 sanitize: install $(VENV)/.test-environment
 	cd python_tests/helpers && $(abspath $(BIN))/python -m tfops_testing.sanitize $(ARGS)
+
+aarch64: install $(VENV)/.test-environment
+	cd python_tests/helpers && $(abspath $(BIN))/python -m tfops_testing.aarch64 $(ARGS)
 
 docs: $(VENV)/.docs-environment
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
