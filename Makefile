@@ -51,7 +51,7 @@ step = @echo "==> $(1) ($(2) on two cores)"; start=$$(date +%s); { $(3); } && ec
 
 .PHONY: help test test-all test-installed compat dist reproducible fuzz sanitize aarch64 limits docs docs-serve mnist \
   alexnet notebooks wheel install format clean FORCE
-.PHONY: system-packages lint sdist release-notes tensorflow forget-python repair-wheel test-active
+.PHONY: system-packages lint sdist release-notes tensorflow repair-wheel test-active
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # builds share a folder, and use all cores by themselves
 
@@ -165,16 +165,19 @@ build/tensorflow/.fetched: cmake/tensorflow_packages.py | $(VENV)/.environment
 
 dist: build/dist/.built
 
-# TensorFlow's libraries stay out of the wheel.
 build/dist/.built: $(SOURCES) build/tensorflow/.fetched | $(VENV)/.release-environment $(VENV)/.cuda-environment
-	$(call step,Wheel: for every TensorFlow too,about 8 minutes,\
+	$(call step,Wheel: for every TensorFlow,about 8 minutes,\
 	  $(call build,OFF,build/unrepaired,-C cmake.define.TFOPS_TENSORFLOW_PACKAGES=build/tensorflow))
 	rm -rf build/dist
-	PATH=$(abspath $(BIN)):$$PATH auditwheel repair --strip --wheel-dir build/dist \
-	  --exclude 'libtensorflow_*.so.2' build/unrepaired/tfops-*.whl
-	$(BIN)/python -m build --no-isolation --sdist --outdir build/dist .
-	$(BIN)/twine check --strict build/dist/*
+	$(call repair,$$(echo build/unrepaired/tfops-*.whl),build/dist)
+	$(call sdist,build/dist)
 	@touch $@
+
+# $(call repair,WHEEL,FOLDER): the wheel with the tag of the oldest systems that it runs on, in which no library but its own is.
+repair = PATH=$(abspath $(BIN)):$$PATH auditwheel repair --exclude 'libtensorflow_*.so.2' --wheel-dir "$(2)" "$(1)"
+
+# $(call sdist,FOLDER)
+sdist = $(BIN)/python -m build --no-isolation --sdist --outdir "$(1)" . && $(BIN)/twine check --strict $(1)/*
 
 build/machine: FORCE
 	@mkdir -p build && { echo '$(MACHINE)' | cmp -s - $@ || echo '$(MACHINE)' > $@; }
@@ -204,8 +207,7 @@ lint: $(VENV)/.test-environment
 
 sdist: $(VENV)/.release-environment
 	rm -rf build/sdist
-	$(BIN)/python -m build --no-isolation --sdist --outdir build/sdist .
-	$(BIN)/twine check --strict build/sdist/*
+	$(call sdist,build/sdist)
 
 # The section of CHANGELOG.md for the release that a tag names. Fails unless version, changelog and citation agree on it.
 release-notes:
@@ -218,14 +220,8 @@ needed = $(or $($(1)),$(error make $@ needs $(1), such as $(1)=$(2)))
 # TensorFlow's headers and libraries, of every release.
 tensorflow: build/tensorflow/.fetched
 
-# Builds share a folder; what CMake found for another Python must not stay.
-forget-python:
-	rm -f build/cmake/CMakeCache.txt
-
-# TensorFlow's libraries stay out of the wheel.
 repair-wheel:
-	PATH=$(abspath $(BIN)):$$PATH auditwheel repair --strip --exclude 'libtensorflow_*.so.2' \
-	  --wheel-dir "$(call needed,TO,build/dist)" "$(call needed,WHEEL,build/wheel/tfops-1.2.3-cp312-cp312-linux_x86_64.whl)"
+	$(call repair,$(call needed,WHEEL,build/wheel/tfops-*.whl),$(call needed,TO,build/dist))
 
 # Tests what is installed for the Python on PATH, with the tests in this folder.
 test-active:

@@ -7,10 +7,11 @@ import re
 import pytest
 
 from tfops_testing.paths import ROOT
+from tfops_testing.requirements import has_source_tree
 
 pytestmark = pytest.mark.source_tree
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text() if has_source_tree() else ""
 LINES = 150
 REPOSITORY = r"https://(?:github\.com|raw\.githubusercontent\.com)/tfops/tfops/(?:(?:blob|tree)/)?main/"
 SITE = "https://tfops.github.io/tfops/"

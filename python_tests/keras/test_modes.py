@@ -8,12 +8,9 @@ import pytest
 import tensorflow as tf
 
 import tfops
-from tfops_testing.requirements import has_keras, needs_keras
+from tfops_testing.requirements import has_keras, needs_keras, needs_renorm
 
 RENORM = {"renorm": True, "renorm_momentum": 0.8, "renorm_clipping": {"rmax": 1.1, "rmin": 0.9, "dmax": 0.2}}
-needs_renorm = pytest.mark.skipif(
-    "renorm" not in keras.layers.BatchNormalization().get_config(), reason="this Keras has no renorm"
-)
 MODES = [
     pytest.param(False, {}, id="plain"),
     pytest.param(True, {}, id="mask"),

@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 import tfops
-from tfops_testing.requirements import JIT, needs_remat_scope
+from tfops_testing.requirements import JIT, needs_remat_scope, needs_renorm
 
 rng = np.random.default_rng(0)
 X, WEIGHTS, RESIDUAL = (tf.constant(rng.normal(1, 2, (6, 5, 4)), tf.float64) for _ in range(3))
@@ -96,9 +96,7 @@ def test_remat_scope_changes_no_result_with_masks(how):
     _assert_same(call, _stock("relu", mask=MASK))
 
 
-@pytest.mark.skipif(
-    "renorm" not in keras.layers.BatchNormalization.__init__.__code__.co_varnames, reason="this Keras has no renorm"
-)
+@needs_renorm
 @pytest.mark.parametrize("recomputed", [True, False])
 def test_renorm_takes_a_batch_in_once(recomputed):
     layers = [_layer(cls, renorm=True) for cls in (keras.layers.BatchNormalization, tfops.keras.BatchNormalization)]

@@ -48,6 +48,7 @@ def needs_keras(version: str, reason: str) -> pytest.MarkDecorator:
 # As parameters: compiled by XLA.
 JIT = pytest.param("jit", marks=pytest.mark.xla)
 JIT_COMPILE = pytest.param(True, marks=pytest.mark.xla, id="jit_compile")
+needs_renorm = needs_keras("3.14", "renorm")
 needs_remat_scope = needs_keras("3.9", "RematScope")
 needs_tensorflow = pytest.mark.skipif(not has_tensorflow(), reason="needs TensorFlow")
 needs_cuda_build = pytest.mark.skipif(not tfops_kernels.build_info()["cuda"], reason="this build has no CUDA kernels")
