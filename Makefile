@@ -41,8 +41,8 @@ mnist alexnet fuzz $(VENV)/.installed-wheel $(VENV)/.installed-native: export TF
 QUIETLY := 2> >(grep --line-buffered -v -e 'before absl::InitializeLog' -e 'oneDNN custom operations are on' >&2)
 
 # Not by git: the sources that are published have none, and where there are tests alone, there are no sources.
-SOURCES := $(shell find csrc/batch_norm csrc/python csrc/tensorflow tfops cmake CMakeLists.txt pyproject.toml README.md \
-  LICENSE -type f ! -path '*/.*' ! -path '*/__pycache__/*' 2>/dev/null)
+SOURCES := $(shell find csrc/batch_norm csrc/python csrc/tensorflow csrc/xla tfops cmake CMakeLists.txt pyproject.toml \
+  README.md LICENSE -type f ! -path '*/.*' ! -path '*/__pycache__/*' 2>/dev/null)
 BUILT := $(if $(wildcard build/wheel/.built),wheel,native)
 MACHINE := $(shell { uname -m; grep -m1 '^flags' /proc/cpuinfo; } | cksum) $(GPU)
 

@@ -84,6 +84,10 @@ def _training_grad(op: tf.Operation, dy: Any, dmean: Any, dvariance: Any, *_: An
 def _inference_grad(op: tf.Operation, dy: Any) -> list[Any]:
     x, scale, offset, mean, variance, *residual = op.inputs
     attributes = _attributes(op, _SHARED)
+    graph = getattr(op.outputs[0], "graph", None)  # eager tensors have none
+    if graph is not None and graph.building_function:  # in a session's graph, what has run may not be changed
+        # For csrc/tensorflow/xla.cc: x is needed later, and XLA must not have y in its buffer.
+        op.outputs[0].op._set_attr("_tfops_has_gradient", tf.compat.v1.AttrValue(b=True))
     gradients: list[Any]
     *gradients, dresidual = ops.tfops_batch_norm_inference_grad(
         dy,

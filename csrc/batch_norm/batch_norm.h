@@ -91,6 +91,14 @@ TFOPS_EXPORT bool NeedsMask(const Problem& problem);      // the forward pass wr
 TFOPS_EXPORT bool NeedsResidual(const Problem& problem);  // the gradient reads residual
 TFOPS_EXPORT MaskLayout LayoutOfMask(const Problem& problem);
 
+// Whether the gradient of residual is another array than dy.
+inline bool HasResidualGradient(const Problem& problem) {
+  return problem.has_residual && problem.activation != Activation::kNone;
+}
+
+// Training: where nothing of the running statistics is kept, they may be left out.
+inline bool MayLackRunning(const Problem& problem) { return problem.exponential_avg_factor == 1; }
+
 // [N] is shorthand for the data's shape and type, [C] for a vector of `channels` of the param type.
 struct ForwardArrays {
   const void* x = nullptr;         // [N]
@@ -206,17 +214,31 @@ namespace cuda {
 
 // All of these act on the calling thread's current device and return Unavailable in a build without CUDA.
 // The pointers' alignment is that of their type, no more. Nothing here synchronizes.
-TFOPS_EXPORT Status ForwardWorkspaceBytes(const Problem& problem, size_t* bytes);
-TFOPS_EXPORT Status BackwardWorkspaceBytes(const Problem& problem, size_t* bytes);
+
+// Whose workspace: the current GPU's, or the largest of those that any GPU of this machine would take (without a GPU,
+// an H200's), for a program that is compiled before it is known where it runs.
+enum class Gpus { kCurrent, kAny };
+TFOPS_EXPORT Status ForwardWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus = Gpus::kCurrent);
+TFOPS_EXPORT Status BackwardWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus = Gpus::kCurrent);
 TFOPS_EXPORT Status Forward(const Problem& problem, const ForwardArrays& arrays, void* workspace, void* stream);
 TFOPS_EXPORT Status Backward(const Problem& problem, const BackwardArrays& arrays, void* workspace, void* stream);
 
-TFOPS_EXPORT Status MomentsWorkspaceBytes(const Problem& problem, size_t* bytes);
+TFOPS_EXPORT Status MomentsWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus = Gpus::kCurrent);
 TFOPS_EXPORT Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* workspace, void* stream);
 TFOPS_EXPORT Status GradientMoments(const Problem& problem, const BackwardArrays& arrays, void* workspace,
                                     void* stream);
 TFOPS_EXPORT Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays,
                                       const StatisticsGradient& statistics, void* workspace, void* stream);
+
+// While one lives, the calls above launch nothing on its thread: they load the kernels that they would launch, and set
+// these up. The same calls can then be captured in a CUDA graph, during which CUDA may refuse to load anything.
+class TFOPS_EXPORT Rehearsal {
+ public:
+  Rehearsal();
+  ~Rehearsal();
+  Rehearsal(const Rehearsal&) = delete;
+  Rehearsal& operator=(const Rehearsal&) = delete;
+};
 
 // What the choice of kernels depends on. The defaults are those of an H200.
 struct Device {

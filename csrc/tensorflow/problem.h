@@ -35,10 +35,6 @@ struct Attributes {
   int64_t axis = -1;
 };
 
-inline bool HasResidualGradient(const Problem& problem) {
-  return problem.has_residual && problem.activation != Activation::kNone;
-}
-
 // Checks of the kernels. Shape functions made them too, but only where shapes were known.
 
 inline absl::Status CheckShape(const char* name, const tensorflow::TensorShape& shape,
@@ -53,9 +49,6 @@ inline absl::Status FoldShape(const tensorflow::TensorShape& x, const Attributes
   const auto dims = x.dim_sizes();
   return ToAbsl(Fold(dims.data(), x.dims(), attributes.axis, problem));
 }
-
-// Training: where nothing of the running statistics is kept, they may be left out, or each of them be empty.
-inline bool MayLackRunning(const Problem& problem) { return problem.exponential_avg_factor == 1; }
 
 inline absl::Status CheckRunning(const Problem& problem, bool has_running) {
   if (has_running || problem.channels == 0 || MayLackRunning(problem)) return absl::OkStatus();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import keras
@@ -94,6 +95,100 @@ def test_the_compiled_program_holds_the_custom_calls(mode, is_training):
     # The gradient of relu alone, and nothing that would normalize outside of the kernels.
     assert "rsqrt" not in text
     assert "reduce(" not in text
+
+
+def _block(training, fused=True):
+    """What a ResNet has: convolutions, each with its batch norm, and a shortcut."""
+
+    def normalize(x, vectors, **kwargs):
+        return tfops.fused_batch_norm(x, *vectors, is_training=training, activation="relu", **kwargs)[0]
+
+    def block(x, kernels, vectors):
+        y = normalize(tf.nn.conv2d(x, kernels[0], 1, "SAME"), vectors)
+        y = tf.nn.conv2d(y, kernels[1], 1, "SAME")
+        return normalize(y, vectors, residual=x) if fused else normalize(y, vectors) + x
+
+    def network(x, kernels, vectors):
+        for _ in range(3):
+            x = block(x, kernels, vectors)
+        return x
+
+    def gradient(x, kernels, vectors):
+        with tf.GradientTape() as tape:
+            tape.watch(kernels)
+            loss = tf.reduce_sum(network(x, kernels, vectors) ** 2)
+        return tape.gradient(loss, kernels)
+
+    rng = np.random.default_rng(0)
+    kernels = [tf.constant(rng.standard_normal((3, 3, 16, 16)) / 12, tf.float32) for _ in range(2)]
+    vectors = [tf.constant(rng.uniform(0.5, 2, 16), tf.float32) for _ in range(4)]
+    return network, gradient, (tf.constant(rng.standard_normal((2, 12, 12, 16)), tf.float32), kernels, vectors)
+
+
+def _custom_calls(function, arguments):
+    """The calls in a compiled program, and the number of copies of whole tensors in it."""
+    program = tf.function(function, jit_compile=True)
+    text = program.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
+    calls = [line for line in text.splitlines() if 'custom_call_target="Tfops>' in line]
+    return calls, len(re.findall(r"= f32\[2,12,12,16\]\S* copy\(", text))
+
+
+_IN_PLACE = "output_to_operand_aliasing={{0}: (0, {})}"
+
+
+def test_workspaces_are_results_of_the_calls():
+    _, gradient, arguments = _block(training=True)
+    calls, _ = _custom_calls(gradient, arguments)
+    assert len(calls) == 12
+    for call in calls:
+        results = call.split(" = ")[1].split(" custom-call(")[0]
+        assert int(re.search(r", u8\[(\d+)\]\{0\}\)$", results)[1]) > 0
+
+
+def test_inference_is_done_in_place():
+    network, _, arguments = _block(training=False)
+    calls, copies = _custom_calls(network, arguments)
+    assert len(calls) == 6
+    assert all(_IN_PLACE in call for call in calls)
+    assert copies == 0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_nothing_is_copied_where_there_is_a_gradient(training, fused, nested):
+    """x is needed for the gradient, and the program's inputs are not its own to write to."""
+    _, gradient, arguments = _block(training, fused)
+    calls, copies = _custom_calls(tf.function(gradient) if nested else gradient, arguments)
+    assert len(calls) == 12
+    assert not any(_IN_PLACE in call for call in calls)
+    assert copies == 0
+
+
+def test_input_of_the_program_is_not_overwritten():
+    (x, scale, offset, mean, variance, _), _ = _inputs((64, 8), -1, "float32")
+    before = x.numpy().copy()
+
+    @tf.function(jit_compile=True)
+    def compiled(x):
+        return tfops.fused_batch_norm(x, scale, offset, mean, variance, is_training=False)[0]
+
+    assert "output_to_operand_aliasing" not in compiled.experimental_get_compiler_ir(x)(stage="hlo")
+    want = tfops.fused_batch_norm(x, scale, offset, mean, variance, is_training=False)[0]
+    _assert_same_bits([compiled(x)], [want])
+    np.testing.assert_array_equal(x, before)
+
+
+def test_gradient_may_be_added_to_a_graph_that_has_run():
+    """TensorFlow 1 allows no change to what has run."""
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        x = tf.constant(np.eye(4, 3), tf.float32)
+        vectors = [tf.ones(3)] * 4
+        y = tfops.fused_batch_norm(x, *vectors, is_training=False)[0]
+        session.run(y)
+        gradient = tf.gradients(y, x)[0]
+        assert session.run(gradient).shape == (4, 3)
+        assert session.run(y).shape == (4, 3)
 
 
 def test_same_bits_for_a_batch_unknown_when_traced():

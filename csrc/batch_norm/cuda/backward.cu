@@ -53,20 +53,20 @@ bool GradientAligned(const Problem& problem, const BackwardArrays& arrays) {
 
 }  // namespace
 
-Status BackwardWorkspaceBytes(const Problem& problem, size_t* bytes) {
+Status BackwardWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus) {
   *bytes = 0;
-  Device device;
-  int number = 0;
-  if (const Status status = CurrentDevice(&device, &number); !status.ok()) return status;
-  if (problem.Elements() == 0) return {};
-  for (const bool aligned : {false, true}) {
-    Choice choice;
-    if (const Status status = RecallTier(problem, Pass::kBackward, aligned, device, number, &choice); !status.ok())
-      return status;
-    const int64_t items = std::max(choice.plan.ExchangedItems(), SplitItems(problem, aligned, device.multiprocessors));
-    *bytes = std::max(*bytes, CoefficientBytes(problem) + static_cast<size_t>(items) * sizeof(GradientSums));
-  }
-  return {};
+  return ForEachDevice(gpus, [&](const Device& device, int number) -> Status {
+    if (problem.Elements() == 0) return {};
+    for (const bool aligned : {false, true}) {
+      Choice choice;
+      if (const Status status = RecallTier(problem, Pass::kBackward, aligned, device, number, &choice); !status.ok())
+        return status;
+      const int64_t items =
+          std::max(choice.plan.ExchangedItems(), SplitItems(problem, aligned, device.multiprocessors));
+      *bytes = std::max(*bytes, CoefficientBytes(problem) + static_cast<size_t>(items) * sizeof(GradientSums));
+    }
+    return {};
+  });
 }
 
 Status Backward(const Problem& problem, const BackwardArrays& arrays, void* workspace, void* stream) {

@@ -44,20 +44,20 @@ Status StreamingForward(const Problem& problem, const ForwardArrays& arrays, con
 
 }  // namespace
 
-Status ForwardWorkspaceBytes(const Problem& problem, size_t* bytes) {
+Status ForwardWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus) {
   *bytes = 0;
-  Device device;
-  int number = 0;
-  if (const Status status = CurrentDevice(&device, &number); !status.ok()) return status;
-  if (!problem.training || problem.Elements() == 0) return {};
-  for (const bool aligned : {false, true}) {
-    Choice choice;
-    if (const Status status = RecallTier(problem, Pass::kForward, aligned, device, number, &choice); !status.ok())
-      return status;
-    const int64_t items = std::max(choice.plan.ExchangedItems(), SplitItems(problem, aligned, device.multiprocessors));
-    *bytes = std::max(*bytes, static_cast<size_t>(items) * sizeof(PartialMoments<double>));
-  }
-  return {};
+  return ForEachDevice(gpus, [&](const Device& device, int number) -> Status {
+    if (!problem.training || problem.Elements() == 0) return {};
+    for (const bool aligned : {false, true}) {
+      Choice choice;
+      if (const Status status = RecallTier(problem, Pass::kForward, aligned, device, number, &choice); !status.ok())
+        return status;
+      const int64_t items =
+          std::max(choice.plan.ExchangedItems(), SplitItems(problem, aligned, device.multiprocessors));
+      *bytes = std::max(*bytes, static_cast<size_t>(items) * sizeof(PartialMoments<double>));
+    }
+    return {};
+  });
 }
 
 Status Forward(const Problem& problem, const ForwardArrays& arrays, void* workspace, void* stream) {
@@ -92,16 +92,16 @@ Status Forward(const Problem& problem, const ForwardArrays& arrays, void* worksp
   });
 }
 
-Status MomentsWorkspaceBytes(const Problem& problem, size_t* bytes) {
+Status MomentsWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus) {
   *bytes = 0;
-  Device device;
-  int number = 0;
-  if (const Status status = CurrentDevice(&device, &number); !status.ok()) return status;
-  if (problem.Elements() == 0) return {};
-  const int64_t items = std::max(SplitItems(problem, /*aligned=*/false, device.multiprocessors),
-                                 SplitItems(problem, /*aligned=*/true, device.multiprocessors));
-  *bytes = static_cast<size_t>(items) * sizeof(PartialMoments<double>);
-  return {};
+  return ForEachDevice(gpus, [&](const Device& device, int) -> Status {
+    if (problem.Elements() == 0) return {};
+    for (const bool aligned : {false, true}) {
+      const auto items = static_cast<size_t>(SplitItems(problem, aligned, device.multiprocessors));
+      *bytes = std::max(*bytes, items * sizeof(PartialMoments<double>));
+    }
+    return {};
+  });
 }
 
 Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* workspace, void* stream) {

@@ -11,16 +11,18 @@ Status NotBuilt() {
 
 }  // namespace
 
-Status ForwardWorkspaceBytes(const Problem&, size_t*) { return NotBuilt(); }
-Status BackwardWorkspaceBytes(const Problem&, size_t*) { return NotBuilt(); }
+Status ForwardWorkspaceBytes(const Problem&, size_t*, Gpus) { return NotBuilt(); }
+Status BackwardWorkspaceBytes(const Problem&, size_t*, Gpus) { return NotBuilt(); }
 Status Forward(const Problem&, const ForwardArrays&, void*, void*) { return NotBuilt(); }
 Status Backward(const Problem&, const BackwardArrays&, void*, void*) { return NotBuilt(); }
-Status MomentsWorkspaceBytes(const Problem&, size_t*) { return NotBuilt(); }
+Status MomentsWorkspaceBytes(const Problem&, size_t*, Gpus) { return NotBuilt(); }
 Status BatchMoments(const Problem&, const MomentsArrays&, void*, void*) { return NotBuilt(); }
 Status GradientMoments(const Problem&, const BackwardArrays&, void*, void*) { return NotBuilt(); }
 Status GradientNormalize(const Problem&, const BackwardArrays&, const StatisticsGradient&, void*, void*) {
   return NotBuilt();
 }
+Rehearsal::Rehearsal() {}
+Rehearsal::~Rehearsal() {}
 Status CurrentDevice(Device*) { return NotBuilt(); }
 Status MakePlan(const Problem&, bool, bool, const Device&, Plan*) { return NotBuilt(); }
 BuildInfo Build() { return {}; }

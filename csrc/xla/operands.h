@@ -1,12 +1,14 @@
-// What the ops have for inputs and outputs under XLA, as tables, and which kernels they call.
+// What the ops have for inputs and outputs under XLA, as tables, and which kernels they call. Free of any framework.
 
-#ifndef TFOPS_TENSORFLOW_XLA_OPERANDS_H_
-#define TFOPS_TENSORFLOW_XLA_OPERANDS_H_
+#ifndef TFOPS_XLA_OPERANDS_H_
+#define TFOPS_XLA_OPERANDS_H_
 
+#include <cstddef>
+#include <cstdint>
 #include <type_traits>
 #include <vector>
 
-#include "csrc/tensorflow/problem.h"
+#include "csrc/batch_norm/batch_norm.h"
 
 namespace tfops {
 
@@ -238,6 +240,16 @@ struct GradientNormalize : GradientNormalizeOp {
   }
 };
 
+// All of them, for what is to be done with each.
+#define TFOPS_FOR_EACH_XLA_OP(DO)               \
+  DO(BatchNormTraining, Training)               \
+  DO(BatchNormTrainingGrad, TrainingGrad)       \
+  DO(BatchNormInference, Inference)             \
+  DO(BatchNormInferenceGrad, InferenceGrad)     \
+  DO(BatchNormMoments, BatchMoments)            \
+  DO(BatchNormGradientMoments, GradientMoments) \
+  DO(BatchNormGradientNormalize, GradientNormalize)
+
 }  // namespace tfops
 
-#endif  // TFOPS_TENSORFLOW_XLA_OPERANDS_H_
+#endif  // TFOPS_XLA_OPERANDS_H_
