@@ -81,15 +81,15 @@ void CpuBackward(const Problem& problem, const BackwardArrays& arrays, int threa
   ThrowUnlessOk(cpu::Backward(problem, arrays, workspace.get(), call_threads.Get()));
 }
 
-size_t CudaForwardWorkspaceBytes(const Problem& problem) {
+size_t CudaForwardWorkspaceBytes(const Problem& problem, bool any_gpu) {
   size_t bytes = 0;
-  ThrowUnlessOk(cuda::ForwardWorkspaceBytes(problem, &bytes));
+  ThrowUnlessOk(cuda::ForwardWorkspaceBytes(problem, &bytes, any_gpu ? cuda::Gpus::kAny : cuda::Gpus::kCurrent));
   return bytes;
 }
 
-size_t CudaBackwardWorkspaceBytes(const Problem& problem) {
+size_t CudaBackwardWorkspaceBytes(const Problem& problem, bool any_gpu) {
   size_t bytes = 0;
-  ThrowUnlessOk(cuda::BackwardWorkspaceBytes(problem, &bytes));
+  ThrowUnlessOk(cuda::BackwardWorkspaceBytes(problem, &bytes, any_gpu ? cuda::Gpus::kAny : cuda::Gpus::kCurrent));
   return bytes;
 }
 
@@ -191,7 +191,15 @@ PYBIND11_MODULE(_kernels, m) {
            py::arg("activation"), py::arg("has_residual"), py::arg("training"), py::arg("epsilon"),
            py::arg("exponential_avg_factor"), py::arg("unbiased"))
       .def_readonly("dtype", &Problem::dtype)
+      .def_readonly("outer", &Problem::outer)
       .def_readonly("channels", &Problem::channels)
+      .def_readonly("inner", &Problem::inner)
+      .def_property_readonly("activation", [](const Problem& p) { return static_cast<int>(p.activation); })
+      .def_readonly("has_residual", &Problem::has_residual)
+      .def_readonly("training", &Problem::training)
+      .def_readonly("epsilon", &Problem::epsilon)
+      .def_readonly("exponential_avg_factor", &Problem::exponential_avg_factor)
+      .def_readonly("unbiased", &Problem::unbiased)
       .def_property_readonly("elements", &Problem::Elements)
       .def_property_readonly("mask_bytes", [](const Problem& p) { return NeedsMask(p) ? LayoutOfMask(p).Bytes() : 0; })
       .def_property_readonly("needs_mask", &NeedsMask)
@@ -281,8 +289,10 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("cpu_backward", &CpuBackward, release);
   m.def("cuda_forward", &CudaForward, release);
   m.def("cuda_backward", &CudaBackward, release);
-  m.def("cuda_forward_workspace_bytes", &CudaForwardWorkspaceBytes);
-  m.def("cuda_backward_workspace_bytes", &CudaBackwardWorkspaceBytes);
+  m.def("cuda_forward_workspace_bytes", &CudaForwardWorkspaceBytes, py::arg("problem"), py::arg("any_gpu") = false);
+  m.def("cuda_backward_workspace_bytes", &CudaBackwardWorkspaceBytes, py::arg("problem"), py::arg("any_gpu") = false);
+  m.def("cpu_forward_workspace_bytes", &cpu::ForwardWorkspaceBytes);
+  m.def("cpu_backward_workspace_bytes", &cpu::BackwardWorkspaceBytes);
   m.def("cpu_moments", &CpuMoments, release);
   m.def("cpu_gradient_phase", &CpuGradientPhase, release);
   m.def("cuda_moments", &CudaMoments, release);

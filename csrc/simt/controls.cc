@@ -78,6 +78,7 @@ void DefineControls(py::module_& module) {
   module.def("devices", &DevicesForPython);
   module.def("set_device", &SetDevice);
   module.def("set_counting", [](bool on) { counting = on; });
+  module.def("loads", [] { return loads; });
   module.def("watch", &Watch);
   module.def("clear_watches", &ClearWatches);
   module.def("take_reports", &TakeReportsForPython);

@@ -62,6 +62,8 @@ void OnMisaligned(const void* address, size_t bytes);
 void Count(const void* address, size_t bytes, Access access);
 extern bool counting;
 
+extern int64_t loads;  // calls of the host that would load a kernel, beside launches
+
 __attribute__((always_inline)) inline void OnGlobalAccess(const void* address, size_t bytes, Access access) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) OnMisaligned(address, bytes);
   if (counting) Count(address, bytes, access);

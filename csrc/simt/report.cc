@@ -65,6 +65,7 @@ std::string Ranges(const std::vector<unsigned>& numbers) {
 }  // namespace
 
 bool counting = false;
+int64_t loads = 0;
 
 SharedVariable NewShared(size_t bytes, size_t alignment) {
   if (alignment > alignof(std::max_align_t)) Fail("shared memory aligned to " + std::to_string(alignment) + " bytes");

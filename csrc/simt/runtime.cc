@@ -207,6 +207,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  ++simt::loads;
   *attributes = {simt::StaticSharedBytes(kernel), simt::allowed[{kernel, simt::current_device}].dynamic_shared,
                  simt::kMostThreads, 128};
   return cudaSuccess;

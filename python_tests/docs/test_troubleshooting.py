@@ -21,7 +21,8 @@ GAP = None  # in a list of parts: what is not literal
 STRING = r'"(?:[^"\\]|\\.)*"'
 PYTHON = [path for folder in ("tfops", "csrc/python/tfops_kernels", "models") for path in (ROOT / folder).rglob("*.py")]
 # Without csrc/fuzz, csrc/simt and csrc/tests, which no wheel holds.
-CPP = [path for folder in ("batch_norm", "python", "tensorflow") for path in (ROOT / "csrc" / folder).rglob("*.*")]
+FOLDERS = ("batch_norm", "python", "tensorflow", "xla")
+CPP = [path for folder in FOLDERS for path in (ROOT / "csrc" / folder).rglob("*.*")]
 CMAKE = [ROOT / "CMakeLists.txt", *(ROOT / "cmake").glob("*.cmake")]
 
 # Calls that tell a user something, beside `raise`: argparse's, those of `warnings`, and those of tfops.keras.convert.

@@ -60,6 +60,24 @@ def test_xla_kernels_can_be_left_out(tmp_path):
     assert built["modules"] == ["_tfops_ops-2.21.so"]
 
 
+def test_handlers_for_jax_take_the_oldest_headers(tmp_path):
+    """XLA takes what was built with headers that are older than its own."""
+    packages = tmp_path / "packages"
+    for name, version, ffi in (("one", "2.18.1", False), ("two", "2.20.0", True), ("three", "2.21.0", True)):
+        _package(packages / name, version, ffi=ffi)
+    said = _configure(tmp_path, TFOPS_TENSORFLOW_PACKAGES=packages, TFOPS_JAX="ON")["said"]
+    assert f"Handlers for JAX: with the headers in {packages}/two/tensorflow/include" in said
+    assert "libtfops_jax.so" in (tmp_path / "build" / "build.ninja").read_text()
+    _configure(tmp_path, TFOPS_TENSORFLOW_PACKAGES=packages, TFOPS_JAX="OFF")
+    assert "libtfops_jax.so" not in (tmp_path / "build" / "build.ninja").read_text()
+
+
+def test_handlers_for_jax_do_without_tensorflow(tmp_path):
+    pytest.importorskip("jaxlib")
+    said = _configure(tmp_path, TFOPS_TENSORFLOW="OFF", TFOPS_JAX="ON")["said"]
+    assert "/jaxlib/include" in said
+
+
 def test_default_is_the_package_beside_python(tmp_path):
     tensorflow = pytest.importorskip("tensorflow")
     assert _configure(tmp_path)["TENSORFLOW"] == tensorflow.__version__
@@ -80,6 +98,7 @@ def test_ops_can_be_left_out(tmp_path):
             "TFOPS_TENSORFLOW=2.21, but .*/0/tensorflow holds TensorFlow 2.20.0",
         ),
         (["2.20.0"], {"TFOPS_TENSORFLOW": "new"}, "must be ON, OFF or a release such as 2.21, but it is 'new'"),
+        (["2.20.0"], {"TFOPS_JAX": "new"}, "TFOPS_JAX must be AUTO, ON or OFF, but it is 'new'"),
         (["2.20.0", "2.20.1"], {}, "TFOPS_TENSORFLOW_PACKAGES='.*packages' holds TensorFlow 2.20 twice"),
         (
             [],
@@ -87,7 +106,7 @@ def test_ops_can_be_left_out(tmp_path):
             "there is no TensorFlow beside .* or in TFOPS_TENSORFLOW_PACKAGES='.*packages': install tensorflow-cpu",
         ),
     ],
-    ids=["too old", "another", "no release", "twice", "none"],
+    ids=["too old", "another", "no release", "JAX", "twice", "none"],
 )
 def test_wrong_settings_are_named(tmp_path, versions, settings, message):
     packages = tmp_path / "packages"

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from tfops_kernels import _build, _kernels
 from tfops_kernels._arrays import PARAM_TYPES, Library, check, library_of
 
@@ -68,6 +70,23 @@ def _problem(
         activation=activation or "",
         **settings,
     )
+
+
+def xla_attributes(problem: _kernels.Problem) -> dict[str, Any]:
+    """The attributes of XLA's custom calls, of the types that csrc/xla/handlers.h reads."""
+    types = {
+        "outer": np.int64,
+        "channels": np.int64,
+        "inner": np.int64,
+        "dtype": np.int32,
+        "activation": np.int32,
+        "has_residual": np.bool_,
+        "training": np.bool_,
+        "epsilon": np.float64,
+        "exponential_avg_factor": np.float64,
+        "unbiased": np.bool_,
+    }
+    return {name: kind(getattr(problem, name)) for name, kind in types.items()}
 
 
 def _device(x: Array) -> Any:

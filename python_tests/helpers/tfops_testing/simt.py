@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -33,11 +34,22 @@ BACKWARD = ("dy", "x", "residual", "dx", "dresidual", "mask", "scale", "offset",
 BACKWARD += ("dscale", "doffset", "dmean_in", "dvariance_in")
 
 
+def xla_headers() -> str:
+    """The folder of xla/ffi/api/ffi.h, of JAX or TensorFlow; "" if neither has it."""
+    for package in ("jaxlib", "tensorflow"):
+        spec = importlib.util.find_spec(package)
+        for folder in spec.submodule_search_locations if spec else ():
+            if Path(folder, "include", "xla", "ffi", "api", "ffi.h").exists():
+                return f"{folder}/include"
+    return ""
+
+
 def build() -> None:
     """Builds the variants, or what of them is out of date."""
     import pybind11
 
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    options.append(f"-DTFOPS_XLA_HEADERS={xla_headers()}")
     building.build(ROOT / "csrc" / "simt", BUILD, *options)
 
 

@@ -1,0 +1,36 @@
+# The headers of XLA's interface for custom calls (xla/ffi/api), to build the handlers for JAX with: sets TFOPS_JAX_INCLUDE,
+# "" if there are none. A program takes handlers that were built with headers as old as its own XLA or older, so they are
+# the oldest of those here: of the TensorFlow that ops are built for, or else of the jaxlib beside this Python.
+
+set(TFOPS_JAX_INCLUDE "")
+if(TFOPS_JAX MATCHES "^(OFF|NO|FALSE|0)$")
+  return()
+endif()
+if(NOT TFOPS_JAX MATCHES "^(AUTO|ON|YES|TRUE|1)$")
+  message(FATAL_ERROR "TFOPS_JAX must be AUTO, ON or OFF, but it is '${TFOPS_JAX}'")
+endif()
+
+set(folders "")
+set(releases ${TFOPS_TENSORFLOW_RELEASES})
+list(SORT releases COMPARE NATURAL)
+foreach(release IN LISTS releases)
+  if(TARGET TensorFlow::${release}::Xla)
+    get_target_property(folder TensorFlow::${release}::Framework INTERFACE_INCLUDE_DIRECTORIES)
+    list(APPEND folders ${folder})
+  endif()
+endforeach()
+list(APPEND folders ${Python_SITELIB}/jaxlib/include ${Python_SITEARCH}/jaxlib/include)
+foreach(folder IN LISTS folders)
+  if(EXISTS ${folder}/xla/ffi/api/ffi.h)
+    set(TFOPS_JAX_INCLUDE ${folder})
+    break()
+  endif()
+endforeach()
+if(TFOPS_JAX_INCLUDE)
+  message(STATUS "Handlers for JAX: with the headers in ${TFOPS_JAX_INCLUDE}")
+elseif(TFOPS_JAX STREQUAL "AUTO")
+  message(STATUS "Handlers for JAX: none, for there is no jaxlib or TensorFlow 2.20 beside ${Python_EXECUTABLE}")
+else()
+  message(FATAL_ERROR "the handlers for JAX need XLA's headers, but there is no jaxlib or TensorFlow 2.20 or later beside "
+                      "${Python_EXECUTABLE}: install jaxlib, or set TFOPS_JAX=AUTO")
+endif()

@@ -1,0 +1,17 @@
+// The handlers as C symbols, which tfops_kernels/jax.py registers with JAX: Tfops_<op>_cpu; Tfops_<op>_cuda, and
+// Tfops_<op>_cuda_initialize for the stage before it.
+
+#include "csrc/xla/handlers.h"
+
+#define TFOPS_EXPORT_HANDLERS(name, Op)                                                             \
+  extern "C" TFOPS_EXPORT XLA_FFI_Error* Tfops_##name##_cpu(XLA_FFI_CallFrame* frame) {             \
+    return tfops::CpuHandler<tfops::Op>(frame);                                                     \
+  }                                                                                                 \
+  extern "C" TFOPS_EXPORT XLA_FFI_Error* Tfops_##name##_cuda(XLA_FFI_CallFrame* frame) {            \
+    return tfops::CudaHandler<tfops::Op>(frame);                                                    \
+  }                                                                                                 \
+  extern "C" TFOPS_EXPORT XLA_FFI_Error* Tfops_##name##_cuda_initialize(XLA_FFI_CallFrame* frame) { \
+    return tfops::CudaPreparer<tfops::Op>(frame);                                                   \
+  }
+
+TFOPS_FOR_EACH_XLA_OP(TFOPS_EXPORT_HANDLERS)

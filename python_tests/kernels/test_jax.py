@@ -1,0 +1,211 @@
+"""The kernels in JAX, by the handlers of XLA's custom calls, agree with float64 NumPy, in programs of all kinds."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tfops_kernels
+from tfops_testing import kernel_cases
+from tfops_testing.fresh_process import run_python
+
+jax = pytest.importorskip("jax", reason="needs JAX")
+tfops_jax = pytest.importorskip("tfops_kernels.jax", reason="this build has no handlers for JAX", exc_type=ImportError)
+
+PLATFORMS = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(params=PLATFORMS)
+def device(request):
+    try:
+        found = jax.devices(request.param)[0]
+    except RuntimeError as error:
+        pytest.skip(f"JAX has no {request.param}: {error}")
+    with jax.default_device(found):
+        yield found
+
+
+class _Kernels:
+    """forward() and backward() of tfops_kernels, by compiled functions of JAX."""
+
+    @staticmethod
+    def forward(*arrays, residual=None, **settings):
+        arrays = [*arrays, *[None] * (5 - len(arrays)), residual]
+        forward = jax.jit(functools.partial(tfops_jax._forward, tfops_jax._Settings(**settings)))
+        out, ((_, _, _, *saved, _), _, _) = forward(*arrays)
+        if not settings["training"]:
+            return tfops_kernels.Forward(out.y, None, None, None, None, None)
+        return tfops_kernels.Forward(*out, *saved)
+
+    @staticmethod
+    def backward(
+        dy, x, scale, offset, mean, spread, *, dmean=None, dvariance=None, residual=None, mask=None, **settings
+    ):
+        running = [mean, spread]  # in training the running statistics, which do not matter to the gradient
+        if settings["training"] and dmean is None:
+            running = []
+        inputs = [x, scale, offset, *running] + [residual] * (residual is not None)
+
+        def run(*inputs):
+            others = {} if residual is None else {"residual": inputs[-1]}
+            return tfops_jax.batch_norm(*inputs[: 3 + len(running)], **others, **settings)
+
+        @jax.jit
+        def gradient(inputs, upstream):
+            return jax.vjp(run, *inputs)[1](upstream)
+
+        zero = np.zeros_like(scale)
+        upstream = tfops_jax.BatchNorm(dy, zero if dmean is None else dmean, zero if dvariance is None else dvariance)
+        dx, dscale, doffset, *others = gradient(inputs, upstream)
+        dmean_in, dvariance_in = others[:2] if running else (None, None)
+        return tfops_kernels.Backward(
+            dx, dscale, doffset, dmean_in, dvariance_in, None if residual is None else others[-1]
+        )
+
+
+@pytest.mark.parametrize("case", kernel_cases.random_cases(seed=5, count=2), ids=str)
+def test_shapes(device, case):
+    kernel_cases.check(case, jax.numpy.asarray, np.array, kernels=_Kernels)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((50, 3, 23), -1), ((3, 37, 5, 5), 1)], ids=str)
+def test_combinations(device, shape, axis):
+    for case in kernel_cases.combinations(shape, axis):
+        kernel_cases.check(case, jax.numpy.asarray, np.array, kernels=_Kernels)
+
+
+def _layers(x, vectors):
+    """Two batch norms in a row, with a shortcut: some steps of what a network does."""
+    scale, offset = vectors
+    y = tfops_jax.batch_norm(x, scale, offset, activation="relu").y
+    return tfops_jax.batch_norm(y * 0.5, scale, offset, activation="relu6", residual=x).y
+
+
+def _inputs():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 7, 7, 24)).astype(np.float32)
+    return jax.numpy.asarray(x), tuple(jax.numpy.asarray(rng.uniform(0.5, 2, 24).astype(np.float32)) for _ in range(2))
+
+
+def test_loops_have_the_bits_of_the_same_calls_in_a_row(device):
+    x, vectors = _inputs()
+    looped = jax.jit(lambda x: jax.lax.fori_loop(0, 5, lambda _, x: _layers(x, vectors), x))(x)
+    want = x
+    for _ in range(5):
+        want = _layers(want, vectors)
+    np.testing.assert_array_equal(looped, want)
+    assert np.asarray(want).any()
+
+
+def test_gradients_through_a_scan_are_those_of_the_same_calls_in_a_row(device):
+    x, vectors = _inputs()
+
+    def scanned(x, vectors):
+        return (jax.lax.scan(lambda x, _: (_layers(x, vectors), None), x, None, length=3)[0] ** 2).sum()
+
+    def unrolled(x, vectors):
+        for _ in range(3):
+            x = _layers(x, vectors)
+        return (x**2).sum()
+
+    got, want = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, vectors) for f in (scanned, unrolled))
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_vmap_is_a_loop(device):
+    x, (scale, offset) = _inputs()
+    norm = functools.partial(tfops_jax.batch_norm, scale=scale, offset=offset, axis=0, activation="silu")
+    x = jax.numpy.moveaxis(x, -1, 0)[:, :4].swapaxes(0, 1)  # four times [channels, 7, 7]
+    got = jax.vmap(lambda x: norm(x).y)(x)
+    np.testing.assert_array_equal(got, np.stack([norm(each).y for each in x]))
+
+
+def test_the_workspace_is_a_result_of_the_call():
+    x, vectors = _inputs()
+    with jax.default_device(jax.devices("cpu")[0]):
+        text = jax.jit(lambda x: tfops_jax.batch_norm(x, *vectors).y).lower(x).compile().as_text()
+    [call] = [line for line in text.splitlines() if 'custom_call_target="Tfops>BatchNormTraining"' in line]
+    results = call.split(" = ")[1].split(" custom-call(")[0]
+    problem = tfops_jax._Settings(-1, 1e-3, 1.0, True, None, True).problem(x, False)
+    size = tfops_kernels._kernels.cpu_forward_workspace_bytes(problem)
+    assert results.endswith(f"u8[{size}]{{0}})")
+    assert size > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"scale": (4,)}, ValueError, r"scale must have shape \(3,\), but it has \(4,\)"),
+        ({"offset": (3, 1)}, ValueError, r"offset must have shape \(3,\), but it has \(3, 1\)"),
+        ({"residual": (4, 1)}, ValueError, r"residual must have shape \(5, 3\), but it has \(4, 1\)"),
+        ({"x": (3,)}, ValueError, "rank"),
+        ({"axis": 2}, ValueError, "axis must be in .* but it is 2"),
+        ({"mean": (3,)}, ValueError, r"variance must be an array of shape \(3,\), but it is None"),
+        ({"training": False}, ValueError, r"mean must be an array of shape \(3,\), but it is None"),
+        ({"exponential_avg_factor": 0.5}, ValueError, "mean must be an array"),
+        ({"dtype": "int32"}, TypeError, "x must be of dtype float16, bfloat16, float32, float64, but it is int32"),
+        ({"dtype": "float64"}, TypeError, "scale must be of dtype float64, but it is float32"),
+    ],
+    ids=str,
+)
+def test_errors_name_the_argument(changes, error, message):
+    values = {"x": (5, 3), "scale": (3,), "offset": (3,)} | changes
+    dtype = values.pop("dtype", "float32")
+    arguments = {
+        name: np.ones(value, dtype if name == "x" else "float32") if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }
+    with pytest.raises(error, match=message):
+        tfops_jax.batch_norm(**arguments)
+
+
+def test_missing_library_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(tfops_jax, "_LIBRARY", Path("nowhere.so"))
+    with pytest.raises(ImportError, match=r"needs nowhere\.so, which this build does not have: build tfops where"):
+        tfops_jax._register()
+
+
+@pytest.mark.gpu
+def test_xla_makes_command_buffers_of_the_calls(tmp_path):
+    """The calls of a jitted loop become part of CUDA graphs, and have the bits that they have outside of them."""
+    program = """
+import sys
+import jax, numpy as np
+from tfops_kernels.jax import batch_norm
+jax.devices("cuda")
+rng = np.random.default_rng(0)
+x = jax.numpy.asarray(rng.standard_normal((64, 14, 14, 64)).astype(np.float32))
+scale, offset = (jax.numpy.asarray(rng.uniform(0.5, 2, 64).astype(np.float32)) for _ in range(2))
+def step(_, x):
+    y = batch_norm(x, scale, offset, activation="relu").y
+    return batch_norm(y, scale, offset, activation="relu", residual=x).y
+loop = jax.jit(lambda x: jax.lax.fori_loop(0, 20, step, x))
+gradient = jax.jit(jax.grad(lambda x: (step(0, step(0, x)) ** 2).sum()))
+for _ in range(4):  # the first run records
+    results = [np.asarray(loop(x)), np.asarray(gradient(x))]
+np.savez(sys.argv[1], *results)
+"""
+    results = []
+    for name, kinds in (("graphs", "FUSION,CUSTOM_CALL,WHILE"), ("plain", "")):
+        dump = tmp_path / name
+        flags = f"--xla_gpu_enable_command_buffer={kinds} --xla_gpu_graph_min_graph_size=1 --xla_dump_to={dump}"
+        file = tmp_path / f"{name}.npz"
+        run = run_python("-c", program, file, XLA_FLAGS=flags, JAX_PLATFORMS="cuda,cpu")
+        assert run.returncode == 0, run.stderr
+        results.append(np.load(file))
+        text = "\n".join(path.read_text(errors="replace") for path in dump.rglob("*.txt"))
+        assert "Tfops>BatchNormTraining" in text
+        assert bool("kCommandBuffer" in text or "command_buffer" in text) == bool(kinds), name
+    for key in results[0].files:
+        np.testing.assert_array_equal(results[0][key], results[1][key])
