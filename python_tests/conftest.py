@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TFOPS_STRICT", "1")  # on a GPU, no test passes without the kernels
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # processes side by side share a GPU
 
 import pytest

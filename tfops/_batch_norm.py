@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfops import _gradients, _vectorization  # noqa: F401  (register gradients and converters)
+from tfops import _fallback, _gpus, _gradients, _vectorization  # noqa: F401  (register gradients and converters)
 from tfops._arguments import Activation, convert, float_attribute
 from tfops._library import ops
 
@@ -112,6 +112,8 @@ def fused_batch_norm(
         residual,
         unbiased,
     )
+    if _gpus.need_fallback():
+        return _fallback.fused_batch_norm(arguments, name)
     x, scale, offset, mean, variance, residual = arguments[:6]
     dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased = arguments[6:]
     common = {

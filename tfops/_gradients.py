@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfops import _gpus
 from tfops import _second_derivatives as second
 from tfops._arguments import param_type, value_of
 from tfops._library import ops
@@ -52,19 +53,20 @@ def _training_grad(op: tf.Operation, dy: Any, dmean: Any, dvariance: Any, *_: An
     _, _, _, saved_mean, saved_inv_std, mask = op.outputs
     attributes = _attributes(op, _SHARED + _TRAINING)
     needs_residual = residual and attributes["activation"] == "silu"
-    dx, dscale, doffset, dresidual = ops.tfops_batch_norm_training_grad(
-        dy,
-        x,
-        scale,
-        offset,
-        saved_mean,
-        saved_inv_std,
-        mask,
-        drunning=[dmean, dvariance],
-        residual=residual if needs_residual else [],
-        has_residual=bool(residual),
-        **attributes,
-    )
+    with _gpus.beside_forward():
+        dx, dscale, doffset, dresidual = ops.tfops_batch_norm_training_grad(
+            dy,
+            x,
+            scale,
+            offset,
+            saved_mean,
+            saved_inv_std,
+            mask,
+            drunning=[dmean, dvariance],
+            residual=residual if needs_residual else [],
+            has_residual=bool(residual),
+            **attributes,
+        )
     gradients = [dx, dscale, doffset]
     if running:
         # A tape tells which inputs it has no use for: most often these.
@@ -89,17 +91,18 @@ def _inference_grad(op: tf.Operation, dy: Any) -> list[Any]:
         # For csrc/tensorflow/xla.cc: x is needed later, and XLA must not have y in its buffer.
         op.outputs[0].op._set_attr("_tfops_has_gradient", tf.compat.v1.AttrValue(b=True))
     gradients: list[Any]
-    *gradients, dresidual = ops.tfops_batch_norm_inference_grad(
-        dy,
-        x,
-        scale,
-        offset,
-        mean,
-        variance,
-        residual=residual if attributes["activation"] else [],
-        has_residual=bool(residual),
-        **attributes,
-    )
+    with _gpus.beside_forward():
+        *gradients, dresidual = ops.tfops_batch_norm_inference_grad(
+            dy,
+            x,
+            scale,
+            offset,
+            mean,
+            variance,
+            residual=residual if attributes["activation"] else [],
+            has_residual=bool(residual),
+            **attributes,
+        )
     if residual:
         gradients.append(dresidual if attributes["activation"] else dy)
     return gradients

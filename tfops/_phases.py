@@ -6,11 +6,12 @@ each way, or for a correction of scale and offset.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tfops import _gradients, _vectorization  # noqa: F401  (register gradients and converters)
+from tfops import _fallback, _gpus, _gradients, _vectorization  # noqa: F401  (register gradients and converters)
 from tfops._arguments import float_attribute, param_type
 from tfops._library import ops
 
@@ -36,10 +37,15 @@ def replicas() -> int:
     return 1 if context is None else context.num_replicas_in_sync
 
 
+def _phase_ops() -> Any:
+    """The ops, or what takes their place."""
+    return _fallback if _gpus.need_fallback() else ops
+
+
 def moments(x: tf.Tensor, axis: int, keep: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """count, mean and variance of x over all dimensions but `axis`: [C]. The arguments are those of the next."""
     keeps = [] if keep is None else [keep]
-    return tuple(ops.tfops_batch_norm_moments(x, keep=keeps, axis=axis, U=param_type(x.dtype)))
+    return tuple(_phase_ops().tfops_batch_norm_moments(x, keep=keeps, axis=axis, U=param_type(x.dtype)))
 
 
 def batch_statistics(
@@ -92,6 +98,8 @@ def normalize(
     """
     attributes = {"axis": axis, "activation": activation or "", **float_attribute("epsilon", epsilon, x.dtype)}
     keep = [] if statistics.keep is None else [statistics.keep]
+    phases = _phase_ops()
+    scope = _gpus.beside_forward if phases is ops else contextlib.nullcontext
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def apply(x: Any, scale: Any, offset: Any, count: Any, mean: Any, variance: Any, *residual: Any) -> Any:
@@ -99,9 +107,10 @@ def normalize(
         needed = list(residual) if activation else []
 
         def gradient(dy: Any) -> list[Any]:
-            dscale, doffset, dmean, dvariance = ops.tfops_batch_norm_gradient_moments(
-                dy, x, *vectors, residual=needed, **attributes
-            )
+            with scope():
+                dscale, doffset, dmean, dvariance = phases.tfops_batch_norm_gradient_moments(
+                    dy, x, *vectors, residual=needed, **attributes
+                )
             if statistics.synchronized:
                 packed = tf.concat([dmean, dvariance], 0)
                 total = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, packed)
@@ -110,13 +119,14 @@ def normalize(
             tilt = tf.math.divide_no_nan(2 * dvariance, divisor)
             # The sum of x - mean is not quite zero if there is ballast.
             shift = tf.math.divide_no_nan(dmean - tilt * statistics.ballast * mean, divisor)
-            dx, dresidual = ops.tfops_batch_norm_gradient_normalize(
-                dy, x, *vectors, tilt, shift, keep=keep, residual=needed, **attributes
-            )
+            with scope():
+                dx, dresidual = phases.tfops_batch_norm_gradient_normalize(
+                    dy, x, *vectors, tilt, shift, keep=keep, residual=needed, **attributes
+                )
             dresiduals = [dresidual if activation else dy] * len(residual)
             return [dx, dscale, doffset, None, None, None, *dresiduals]
 
-        return ops.tfops_batch_norm_inference(x, *vectors, residual=list(residual), **attributes), gradient
+        return phases.tfops_batch_norm_inference(x, *vectors, residual=list(residual), **attributes), gradient
 
     inputs = [x, scale, offset, statistics.count, statistics.mean, statistics.variance]
     return apply(*inputs, *([] if residual is None else [residual]))

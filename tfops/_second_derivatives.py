@@ -68,7 +68,7 @@ class Normalization(NamedTuple):
     residual: tf.Tensor | None
 
 
-class _Forward:
+class Forward:
     """What a gradient op computes of these."""
 
     def __init__(self, inputs: Normalization, mask: tf.Tensor | None = None):
@@ -122,7 +122,7 @@ class _Adjoints:
 
     def __init__(
         self,
-        forward: _Forward,
+        forward: Forward,
         of_dx: tf.Tensor | None,
         of_dz: tf.Tensor | None,
         of_sum: tf.Tensor,
@@ -166,7 +166,7 @@ def training(
       drunning: nothing, or the gradients of the mean and variance that the forward op returned.
       upstream: without the last if the op returned no dresidual.
     """
-    forward = _Forward(inputs, mask)
+    forward = Forward(inputs, mask)
     layout, n, inv_std, slope = forward.layout, forward.n, forward.inv_std, forward.slope
     of_dx, of_dscale, of_doffset, *rest = upstream
     of_dz = rest[0] if rest else None
@@ -205,7 +205,7 @@ def inference(inputs: Normalization, upstream: list[Any], of_xc: tf.Tensor | Non
       upstream: None for what the op does not return.
       of_xc: what else has a part in the adjoint of xc.
     """
-    forward = _Forward(inputs)
+    forward = Forward(inputs)
     layout, inv_std, slope = forward.layout, forward.inv_std, forward.slope
     of_dx, of_dscale, of_doffset, of_dmean, of_dvariance, of_dz = upstream
     nothing = tf.zeros_like(slope)

@@ -15,7 +15,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.ops.parallel_for import pfor  # there is no public way to register a converter
 
-from tfops import _mask
+from tfops import _gpus, _mask
 from tfops._library import ops
 
 _OPS = {
@@ -116,7 +116,8 @@ def _call(op: tf.Operation, inputs: list[tf.Tensor], **changed: Any) -> list[tf.
     for each in arguments:
         taken = [next(remaining) for _ in range(op.get_attr(each.number_attr) if each.number_attr else 1)]
         keywords[each.name] = taken if each.number_attr else taken[0]
-    outputs = _OPS[op.type](**{**keywords, **changed})
+    with _gpus.beside_forward():
+        outputs = _OPS[op.type](**{**keywords, **changed})
     return [outputs] if isinstance(outputs, tf.Tensor) else list(outputs)
 
 

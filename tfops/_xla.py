@@ -11,8 +11,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from tfops import _library  # the ops first: these are kernels of theirs
-from tfops_kernels import _kernels
+from tfops import _gpus, _library  # the ops first: these are kernels of theirs
 
 
 def load(library: Path) -> str:
@@ -33,10 +32,8 @@ PROBLEM = load(_library.path("xla", tf.__version__))
 
 
 def supports_jit() -> bool:
-    """Whether XLA can compile the ops on the devices of this process, as Keras asks of a layer.
+    """Whether XLA can compile what is made on the devices of this process, as Keras asks of a layer.
 
-    With a GPU, Keras compiles for it; then a build without CUDA kernels has none for XLA either.
+    It can where the ops have kernels for it, and where TensorFlow's own operations take their place.
     """
-    if PROBLEM:
-        return False
-    return bool(_kernels.cuda_build()["cuda"]) or not tf.config.get_visible_devices("GPU")
+    return not PROBLEM or bool(_gpus.problem())

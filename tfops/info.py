@@ -42,13 +42,16 @@ def main() -> int:
             + (f"; the kernels need {info['cuda_driver_needed']} or later" if info["cuda"] else ""),
         ),
     ]
+    if info["fallback"]:
+        rows.append(("Fallback", f"TensorFlow's own operations in place of the kernels: {info['fallback']}"))
     for gpu in info["gpus"]:
         memory = gpu["memory_bytes"] / 2**30
         rows.append(
             (
                 "GPU",
                 f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
-                f"{gpu['multiprocessors']} multiprocessors, {memory:.0f} GiB",
+                f"{gpu['multiprocessors']} multiprocessors, {memory:.0f} GiB"
+                + (f": {gpu['problem']}" if gpu["problem"] else ""),
             )
         )
     if not info["gpus"]:

@@ -89,53 +89,61 @@ def fused_batch_norm(
             residual,
             unbiased,
         )
-        x, scale, offset, mean, variance, residual = arguments[:6]
-        dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased = arguments[6:]
+        if (rank := arguments.x.shape.rank) is None:
+            raise ValueError(f"x must have a known rank >= 2, but its rank is {rank}")
         _check(arguments)
-        param = scale.dtype
-        channel_axis = axis % x.shape.rank
-        others = [i for i in range(x.shape.rank) if i != channel_axis]
-        vector_shape = [-1 if i == channel_axis else 1 for i in range(x.shape.rank)]
-        wide = tf.cast(x, param)
+        return _compute(arguments)
 
-        def normalize(center: tf.Tensor, spread: tf.Tensor) -> tf.Tensor:
-            slope = tf.reshape(scale * tf.math.rsqrt(spread + epsilon), vector_shape)
-            z = (wide - tf.reshape(center, vector_shape)) * slope + tf.reshape(offset, vector_shape)
-            if residual is not None:
-                z += tf.cast(residual, param)
-            return tf.cast(_ACTIVATIONS[activation](z), dtype)
 
-        def train() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            count = tf.cast(tf.size(x, out_type=tf.int64), param) / tf.cast(tf.maximum(tf.size(scale), 1), param)
-            center = tf.math.divide_no_nan(tf.reduce_sum(wide, others), count)
-            squares = tf.reduce_sum(tf.square(wide - tf.reshape(center, vector_shape)), others)
-            spread = tf.math.divide_no_nan(squares, count)
-            estimate = squares / tf.maximum(count - 1, 1) if unbiased else spread
-            y = normalize(center, spread)
-            factor = tf.where(count > 0, tf.constant(exponential_avg_factor, param), 0)
-            old_mean, old_variance = (tf.zeros_like(scale),) * 2 if mean is None else (mean, variance)
-            return y, (1 - factor) * old_mean + factor * center, (1 - factor) * old_variance + factor * estimate
+def _compute(arguments: Arguments) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    x, scale, offset, mean, variance, residual = arguments[:6]
+    dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased = arguments[6:]
+    param = scale.dtype
+    channel_axis = axis % x.shape.rank
+    others = [i for i in range(x.shape.rank) if i != channel_axis]
+    vector_shape = [-1 if i == channel_axis else 1 for i in range(x.shape.rank)]
+    wide = tf.cast(x, param)
 
-        def infer() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            return normalize(mean, variance), tf.identity(mean), tf.identity(variance)
+    def normalize(center: tf.Tensor, spread: tf.Tensor) -> tf.Tensor:
+        slope = tf.reshape(scale * tf.math.rsqrt(spread + epsilon), vector_shape)
+        z = (wide - tf.reshape(center, vector_shape)) * slope + tf.reshape(offset, vector_shape)
+        if residual is not None:
+            z += tf.cast(residual, param)
+        return tf.cast(_ACTIVATIONS[activation](z), dtype)
 
-        if isinstance(training, bool):
-            return train() if training else infer()
-        return tuple(tf.cond(training, train, infer))
+    def train() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        count = tf.cast(tf.size(x, out_type=tf.int64), param) / tf.cast(tf.maximum(tf.size(scale), 1), param)
+        center = tf.math.divide_no_nan(tf.reduce_sum(wide, others), count)
+        squares = tf.reduce_sum(tf.square(wide - tf.reshape(center, vector_shape)), others)
+        spread = tf.math.divide_no_nan(squares, count)
+        estimate = squares / tf.maximum(count - 1, 1) if unbiased else spread
+        y = normalize(center, spread)
+        factor = tf.where(count > 0, tf.constant(exponential_avg_factor, param), 0)
+        old_mean, old_variance = (tf.zeros_like(scale),) * 2 if mean is None else (mean, variance)
+        return y, (1 - factor) * old_mean + factor * center, (1 - factor) * old_variance + factor * estimate
+
+    def infer() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        return normalize(mean, variance), tf.identity(mean), tf.identity(variance)
+
+    if isinstance(training, bool):
+        return train() if training else infer()
+    return tuple(tf.cond(training, train, infer))
 
 
 def _check(arguments: Arguments) -> None:
-    """What broadcasting and plain arithmetic would let pass."""
+    """What broadcasting and plain arithmetic would let pass, as far as it is known. The rank of x may not be."""
     x, axis = arguments.x, arguments.axis
     rank = x.shape.rank
-    if rank is None or rank < 2:
-        raise ValueError(f"x must have a known rank >= 2, but its rank is {rank}")
-    if not -rank <= axis < rank:
-        raise ValueError(f"axis must be in [-rank, rank) = [{-rank}, {rank}), but it is {axis}")
+    if rank is not None:
+        if rank < 2:
+            raise ValueError(f"x must have rank >= 2, but its rank is {rank}")
+        if not -rank <= axis < rank:
+            raise ValueError(f"axis must be in [-rank, rank) = [{-rank}, {rank}), but it is {axis}")
+    channels = None if rank is None else x.shape[axis]
     for name in ("scale", "offset", "mean", "variance"):
         vector = getattr(arguments, name)
-        if vector is not None and not vector.shape.is_compatible_with([x.shape[axis]]):
-            raise ValueError(f"{name} must have shape [{x.shape[axis]}], but it has {vector.shape}")
+        if vector is not None and not vector.shape.is_compatible_with([channels]):
+            raise ValueError(f"{name} must have shape [{channels}], but it has {vector.shape}")
     if arguments.residual is not None and not arguments.residual.shape.is_compatible_with(x.shape):
         raise ValueError(f"residual must have the shape of x, {x.shape}, but it has {arguments.residual.shape}")
     if not 0 <= arguments.epsilon < float("inf"):

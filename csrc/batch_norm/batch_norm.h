@@ -287,6 +287,11 @@ struct Gpu {
 // Unavailable, saying why, if there is none.
 TFOPS_EXPORT Status Driver(int* version, int* gpus);
 TFOPS_EXPORT Status Describe(int index, Gpu* gpu);
+// The driver's version alone: Unavailable, saying why, if it is too old or there is none. It leaves CUDA as it was, not
+// initialized, and so may be asked before a process forks.
+TFOPS_EXPORT Status CheckDriver(int* version);
+// Whether kernels can run on this GPU: Unavailable, saying why, if not. It takes up the GPU's context.
+TFOPS_EXPORT Status CheckGpu(int index);
 
 }  // namespace cuda
 }  // namespace tfops

@@ -154,6 +154,8 @@ py::dict Driver() {
   int version = 0, count = 0;
   const Status status = cuda::Driver(&version, &count);
   py::list gpus;
+  std::string problem = status.message;
+  bool any = false;
   for (int i = 0; i < count; ++i) {
     cuda::Gpu gpu;
     ThrowUnlessOk(cuda::Describe(i, &gpu));
@@ -163,13 +165,17 @@ py::dict Driver() {
         std::to_string(gpu.compute_capability / 10) + "." + std::to_string(gpu.compute_capability % 10);
     entry["multiprocessors"] = gpu.multiprocessors;
     entry["memory_bytes"] = gpu.memory_bytes;
+    const Status checked = cuda::CheckGpu(i);
+    entry["problem"] = checked.message;
     gpus.append(entry);
+    any = any || checked.ok();
+    if (problem.empty()) problem = checked.message;
   }
   py::dict driver;
   driver["cuda_driver"] =
       version == 0 ? std::string() : std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
   driver["gpus"] = gpus;
-  driver["cuda_problem"] = status.message;
+  driver["cuda_problem"] = any ? std::string() : problem;
   return driver;
 }
 
@@ -310,6 +316,7 @@ PYBIND11_MODULE(_kernels, m) {
     return build;
   });
   m.def("driver", &Driver);
+  m.def("gpu_problem", [](int index) { return cuda::CheckGpu(index).message; }, release);
 #ifdef TFOPS_SIMT
   simt::DefineControls(m);
 #endif

@@ -7,6 +7,7 @@
 
 #include "absl/types/span.h"
 #include "csrc/tensorflow/problem.h"
+#include "csrc/tensorflow/registration.h"
 #include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
@@ -460,27 +461,28 @@ class GradientNormalizeOp final : public GradientPhaseOp<Device, true> {
   using GradientPhaseOp<Device, true>::GradientPhaseOp;
 };
 
-// For any U: the kernels say what is wrong with it, which TensorFlow would not, if it found no kernel.
-#define TFOPS_REGISTER_OP(name, op, device, DeviceClass, T) \
-  REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::device).TypeConstraint<T>("T"), op<DeviceClass>)
-#define TFOPS_REGISTER_OPS(device, DeviceClass, T)                                                \
-  TFOPS_REGISTER_OP("Tfops>BatchNormTraining", TrainingOp, device, DeviceClass, T);               \
-  TFOPS_REGISTER_OP("Tfops>BatchNormTrainingGrad", TrainingGradOp, device, DeviceClass, T);       \
-  TFOPS_REGISTER_OP("Tfops>BatchNormInference", InferenceOp, device, DeviceClass, T);             \
-  TFOPS_REGISTER_OP("Tfops>BatchNormInferenceGrad", InferenceGradOp, device, DeviceClass, T);     \
-  TFOPS_REGISTER_OP("Tfops>BatchNormMoments", MomentsOp, device, DeviceClass, T);                 \
-  TFOPS_REGISTER_OP("Tfops>BatchNormGradientMoments", GradientMomentsOp, device, DeviceClass, T); \
-  TFOPS_REGISTER_OP("Tfops>BatchNormGradientNormalize", GradientNormalizeOp, device, DeviceClass, T)
-#define TFOPS_REGISTER_DEVICE(device, DeviceClass)               \
-  TFOPS_REGISTER_OPS(device, DeviceClass, Eigen::half);          \
-  TFOPS_REGISTER_OPS(device, DeviceClass, tensorflow::bfloat16); \
-  TFOPS_REGISTER_OPS(device, DeviceClass, float);                \
-  TFOPS_REGISTER_OPS(device, DeviceClass, double)
+template <typename Device>
+void RegisterKernels(const char* device) {
+  using tensorflow::DT_BFLOAT16, tensorflow::DT_DOUBLE, tensorflow::DT_FLOAT, tensorflow::DT_HALF;
+  for (const tensorflow::DataType type : {DT_HALF, DT_BFLOAT16, DT_FLOAT, DT_DOUBLE}) {
+    RegisterKernel<TrainingOp<Device>>("Tfops>BatchNormTraining", device, type);
+    RegisterKernel<TrainingGradOp<Device>>("Tfops>BatchNormTrainingGrad", device, type);
+    RegisterKernel<InferenceOp<Device>>("Tfops>BatchNormInference", device, type);
+    RegisterKernel<InferenceGradOp<Device>>("Tfops>BatchNormInferenceGrad", device, type);
+    RegisterKernel<MomentsOp<Device>>("Tfops>BatchNormMoments", device, type);
+    RegisterKernel<GradientMomentsOp<Device>>("Tfops>BatchNormGradientMoments", device, type);
+    RegisterKernel<GradientNormalizeOp<Device>>("Tfops>BatchNormGradientNormalize", device, type);
+  }
+}
 
-TFOPS_REGISTER_DEVICE(DEVICE_CPU, CpuDevice);
+// When the library is loaded.
+[[maybe_unused]] const bool registered = [] {
+  RegisterKernels<CpuDevice>(tensorflow::DEVICE_CPU);
 #ifdef TFOPS_WITH_CUDA
-TFOPS_REGISTER_DEVICE(DEVICE_GPU, GpuDevice);
+  if (!IsDriverTooOld()) RegisterKernels<GpuDevice>(tensorflow::DEVICE_GPU);
 #endif
+  return true;
+}();
 
 }  // namespace
 }  // namespace tfops

@@ -12,7 +12,7 @@ import tensorflow as tf
 from tensorflow.python.framework import kernels
 
 import tfops
-from tfops import _xla
+from tfops import _gpus, _xla
 from tfops_testing.fresh_process import run_python
 
 pytestmark = pytest.mark.xla
@@ -388,18 +388,19 @@ def test_missing_kernels_say_why(tmp_path):
 @pytest.mark.parametrize(
     ("problem", "cuda", "gpus", "supported"),
     [
-        ("", False, [], True),
-        ("", True, ["GPU:0"], True),
-        ("", False, ["GPU:0"], False),
-        ("libtensorflow_cc.so.2: cannot open shared object file", True, [], False),
+        ("", "", [], True),
+        ("", "", ["GPU:0"], True),
+        ("", "this build of tfops has no CUDA kernels", ["GPU:0"], True),
+        ("libtensorflow_cc.so.2: cannot open shared object file", "", [], False),
+        ("libtensorflow_cc.so.2: cannot open shared object file", "no CUDA kernels", ["GPU:0"], True),
     ],
-    ids=["cpu", "gpu", "gpu without CUDA kernels", "no library"],
+    ids=["cpu", "gpu", "gpu without CUDA kernels", "no library", "no library, gpu without CUDA kernels"],
 )
 def test_keras_compiles_only_where_there_are_kernels(monkeypatch, problem, cuda, gpus, supported):
+    """Where no CUDA kernels can serve the GPU, TensorFlow's own operations take their place: these have XLA kernels."""
     devices = [SimpleNamespace(device_type="CPU"), *(SimpleNamespace(device_type="GPU") for _ in gpus)]
     monkeypatch.setattr(_xla, "PROBLEM", problem)
-    monkeypatch.setattr(_xla._kernels, "cuda_build", lambda: {"cuda": cuda})
-    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind=None: gpus if kind == "GPU" else [])
+    monkeypatch.setattr(_gpus, "problem", lambda: cuda)
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda: devices)
     layer = tfops.keras.BatchNormalization()
     assert layer.supports_jit is supported

@@ -1,8 +1,9 @@
-// Build(), Driver(), Describe(), and the check that kernels can run here.
+// Build(), Driver(), Describe(), and the checks that kernels can run here.
 
 #include <cuda_runtime.h>
 
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "csrc/batch_norm/cuda/launch.h"
@@ -28,21 +29,8 @@ constexpr const char* kLeastRelease = kLeastDriver == 12000   ? " (release 525 o
                                       : kLeastDriver == 13000 ? " (release 580 or later)"
                                                               : "";
 
-// Unavailable, and why, unless kernels can run.
-Status Availability(int driver, int gpus) {
-  const std::string need =
-      "tfops' CUDA kernels need an NVIDIA driver for CUDA " + VersionText(kLeastDriver) + " or later" + kLeastRelease;
-  if (driver == 0) return {StatusCode::kUnavailable, need + ", but there is none; install one, or run on the CPU"};
-  if (driver < kLeastDriver) {
-    return {StatusCode::kUnavailable,
-            need + ", but the one installed is for CUDA " + VersionText(driver) + "; update it, or run on the CPU"};
-  }
-  if (gpus == 0) {
-    return {StatusCode::kUnavailable, "tfops' CUDA kernels found a driver for CUDA " + VersionText(driver) +
-                                          ", but no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or run on the CPU"};
-  }
-  return {};
-}
+// All code is compiled for the same architectures, so this stands for every kernel.
+__global__ void AnyKernel() {}
 
 constexpr int kMultiprocessorsForLargeClusters = 64;
 
@@ -123,16 +111,27 @@ Status CurrentDevice(Device* device) {
 
 BuildInfo Build() { return {true, VersionText(CUDART_VERSION), TFOPS_CUDA_ARCHITECTURES, VersionText(kLeastDriver)}; }
 
+Status CheckDriver(int* version) {
+  *version = 0;
+  const cudaError_t error = cudaDriverGetVersion(version);
+  if (error != cudaSuccess) return ToStatus(error, "asking for the CUDA driver's version");
+  if (*version >= kLeastDriver) return {};
+  const std::string need =
+      "tfops' CUDA kernels need an NVIDIA driver for CUDA " + VersionText(kLeastDriver) + " or later" + kLeastRelease;
+  if (*version == 0) return {StatusCode::kUnavailable, need + ", but there is none; install one, or run on the CPU"};
+  return {StatusCode::kUnavailable,
+          need + ", but the one installed is for CUDA " + VersionText(*version) + "; update it, or run on the CPU"};
+}
+
 Status Driver(int* version, int* gpus) {
-  *version = *gpus = 0;
-  const cudaError_t asked = cudaDriverGetVersion(version);
-  if (asked != cudaSuccess) return ToStatus(asked, "asking for the CUDA driver's version");
-  if (*version >= kLeastDriver) {
-    const cudaError_t counted = cudaGetDeviceCount(gpus);
-    if (counted != cudaSuccess && counted != cudaErrorNoDevice) return ToStatus(counted, "counting the GPUs");
-    cudaGetLastError();  // no device is no error
-  }
-  return Availability(*version, *gpus);
+  *gpus = 0;
+  if (const Status status = CheckDriver(version); !status.ok()) return status;
+  const cudaError_t error = cudaGetDeviceCount(gpus);
+  if (error != cudaSuccess && error != cudaErrorNoDevice) return ToStatus(error, "counting the GPUs");
+  cudaGetLastError();  // no device is no error
+  if (*gpus > 0) return {};
+  return {StatusCode::kUnavailable, "tfops' CUDA kernels found a driver for CUDA " + VersionText(*version) +
+                                        ", but no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or run on the CPU"};
 }
 
 Status Describe(int index, Gpu* gpu) {
@@ -147,6 +146,26 @@ Status Describe(int index, Gpu* gpu) {
   gpu->multiprocessors = properties.multiProcessorCount;
   gpu->memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);
   return {};
+}
+
+Status CheckGpu(int index) {
+  Gpu gpu;
+  if (const Status status = Describe(index, &gpu); !status.ok()) return status;
+  cudaError_t error = cudaSuccess;
+  // In a thread of its own: the current GPU is a thread's.
+  std::thread([&error, index] {
+    error = cudaSetDevice(index);
+    cudaFuncAttributes attributes;
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, AnyKernel);
+  }).join();
+  const bool no_code = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+                       error == cudaErrorUnsupportedPtxVersion;
+  if (!no_code) return ToStatus(error, "asking whether a kernel can run on a GPU");
+  return {StatusCode::kUnavailable,
+          "this build of tfops has no CUDA kernels for GPU " + std::to_string(index) + " (" + gpu.name +
+              ", compute capability " + std::to_string(gpu.compute_capability / 10) + "." +
+              std::to_string(gpu.compute_capability % 10) + "), only for " + TFOPS_CUDA_ARCHITECTURES +
+              "; build tfops with a CUDA toolkit that knows it, hide it by CUDA_VISIBLE_DEVICES, or run on the CPU"};
 }
 
 }  // namespace tfops::cuda

@@ -28,5 +28,7 @@ Status MakePlan(const Problem&, bool, bool, const Device&, Plan*) { return NotBu
 BuildInfo Build() { return {}; }
 Status Driver(int*, int*) { return NotBuilt(); }
 Status Describe(int, Gpu*) { return NotBuilt(); }
+Status CheckDriver(int*) { return NotBuilt(); }
+Status CheckGpu(int) { return NotBuilt(); }
 
 }  // namespace tfops::cuda

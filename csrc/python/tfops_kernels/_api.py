@@ -440,7 +440,8 @@ def build_info() -> dict[str, Any]:
             - `cuda_driver_needed` (str): the CUDA version that a driver has to serve at least for these kernels; ""
               if there are none;
             - `cuda_driver` (str): the newest CUDA version that the driver serves; "" if there is no driver;
-            - `gpus` (list of dicts): the `name`, `compute_capability`, `multiprocessors` and `memory_bytes` of each;
+            - `gpus` (list of dicts): the `name`, `compute_capability`, `multiprocessors` and `memory_bytes` of each,
+              and why kernels cannot run on it, `problem`, which is "" if they can;
             - `cuda_problem` (str): why no GPU can be used; "" if one can.
 
     Examples:
