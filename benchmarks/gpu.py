@@ -9,8 +9,11 @@ that are rotated so that no call finds its data in L2, replayed many times, medi
 Peers run likewise: cuDNN and PyTorch's native kernels, on channels-last and contiguous memory for 4-D and 5-D data,
 followed by PyTorch's own add and relu where tfops has them fused. The best of them counts.
 
+A launch that CUDA refuses, for which the streaming tier does the work, is told of, and the exit status is 1.
+
 Columns: microseconds, GB/s on the least bytes that the cell needs, that as a fraction of a device-to-device copy,
-the best peer's time, and its ratio to tfops' (> 1: tfops is faster).
+the best peer's time, and its ratio to tfops' (> 1: tfops is faster). Of a prediction: the tier, the waves of its
+blocks, and the estimate by which the policy took it.
 """
 
 from __future__ import annotations
@@ -297,7 +300,15 @@ def predict(cell: Cell) -> dict[str, Any]:
     if plan.tier == "streaming" and cell.what != "inference":
         moved += cell.tensor_bytes * (2 if cell.what == "backward" else 1)
     seconds = plan.launches * LAUNCH_SECONDS + moved / COPY_BYTES_PER_SECOND
-    return {**cell._asdict(), "tier": plan.tier, "launches": plan.launches, "moved_bytes": moved, "seconds": seconds}
+    return {
+        **cell._asdict(),
+        "tier": plan.tier,
+        "launches": plan.launches,
+        "waves": plan.waves,
+        "policy_seconds": plan.nanoseconds / 1e9,
+        "moved_bytes": moved,
+        "seconds": seconds,
+    }
 
 
 def finish(row: dict[str, Any], cell: Cell, rate: float) -> dict[str, Any]:
@@ -330,14 +341,14 @@ def table(rows: list[dict[str, Any]], title: str) -> str:
     ]
     predicted = "tier" in rows[0]
     if predicted:
-        names = [*names[:9], "tier"]
+        names = [*names[:9], "tier", "waves", "policy us"]
     lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
         values = [row["network"], "x".join(map(str, row["shape"])), row["layout"], row["dtype"], row["variant"]]
         values += [row["what"], f"{row['seconds'] * 1e6:.1f}", f"{row['bytes_per_second'] / 1e9:.0f}"]
         values.append(f"{row['of_copy']:.2f}")
         if predicted:
-            values.append(row["tier"])
+            values += [row["tier"], str(row["waves"]), f"{row['policy_seconds'] * 1e6:.1f}"]
         else:
             best = row["peers"][row["best_peer"]]
             values += [row["best_peer"], f"{best * 1e6:.1f}", f"{row['ratio']:.2f}"]
@@ -404,6 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "cudnn": torch.backends.cudnn.version(),
             "copy_bytes_per_second": rate,
             "build": info,
+            "launches": tfops_kernels.cuda_launches(),
             "rows": rows,
         }
     text = table(rows, title)
@@ -414,7 +426,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = [row for row in rows if not row.get("error", 0) <= 1]
     for row in wrong:
         print(f"gpu.py: wrong result: {row}", file=sys.stderr)
-    return 1 if wrong else 0
+    refusals = [] if arguments.predict else tfops_kernels.cuda_launches()["refusals"]
+    for refusal in refusals:
+        print(f"gpu.py: CUDA refused a launch: {refusal}", file=sys.stderr)
+    return 1 if wrong or refusals else 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <iterator>
+#include <map>
 #include <string>
+#include <vector>
 
 #include "csrc/batch_norm/portable.h"
 
@@ -249,13 +252,28 @@ struct Device {
   int64_t l2_bytes = 50 << 20;
   int largest_cluster = 16;  // blocks that can form a cluster; 1 on chips without clusters
   bool cooperative = true;   // all blocks of a grid can meet
+  int number = -1;           // CUDA's, of a GPU that can be asked; -1: one on paper
 };
 TFOPS_EXPORT Status CurrentDevice(Device* device);
 
+// How many blocks of one of the on-chip kernels a device runs at the same time. What a plan may rely on: a block that
+// takes no more shared memory than room[k - 1] finds at least what is said of k.
+struct Occupancy {
+  static constexpr int kShares = 4;                                       // k: blocks that share a multiprocessor
+  static constexpr int kThreads[] = {256, 512};                           // of a block
+  static constexpr int kClusters[] = {2, 4, 8, 16};                       // sizes
+  bool asked = false;                                                     // CUDA; else they are of a table
+  int static_bytes = 0;                                                   // of shared memory, the kernel's own
+  int64_t room[kShares] = {};                                             // bytes of dynamic shared memory
+  int blocks[std::size(kThreads)][kShares] = {};                          // of a multiprocessor
+  int clusters[std::size(kThreads)][std::size(kClusters)][kShares] = {};  // of the device
+};
+// Of the kernels for a data type and pass, on vectors or on single elements.
+TFOPS_EXPORT Status DescribeOccupancy(const Device& device, DataType dtype, bool backward, bool vectors,
+                                      Occupancy* occupancy);
+
 // The kernels for a problem, and why these. Tiers: "one_block", "cluster" and "grid" read the data once, and keep it on
-// the chip between the phases; "streaming" is for all else. The environment variable TFOPS_TIER forces the tier of the
-// passes that take statistics or sums, which all but the forward pass of inference do: InvalidArgument, saying why, if
-// it cannot be had.
+// the chip between the phases; "streaming" is for all else.
 struct Plan {
   std::string tier;
   std::string reason;
@@ -265,9 +283,50 @@ struct Plan {
   int blocks = 0;
   int blocks_per_slab = 0;   // that share channels, and merge their moments
   int64_t shared_bytes = 0;  // of a block
+  int waves = 1;             // of blocks, one after the other, on the chip
+  double nanoseconds = 0;    // that it is estimated to take
+  int index = -1;            // among the plans on the chip that a problem has on a device; -1: streaming
 };
 // Works without a GPU. `aligned`: all arrays are, to 16 bytes.
 TFOPS_EXPORT Status MakePlan(const Problem& problem, bool backward, bool aligned, const Device& device, Plan* plan);
+
+// The best plan of each tier, and of each size of clusters, that fits the device, by their estimates, fastest first.
+// Whether a tier is forced does not matter.
+TFOPS_EXPORT Status ListPlans(const Problem& problem, bool backward, bool aligned, const Device& device,
+                              std::vector<Plan>* plans);
+// What the plan of that index is estimated to take, by other constants (those that `tuning` names).
+TFOPS_EXPORT Status PlanTime(const Problem& problem, bool backward, bool aligned, const Device& device, int index,
+                             const std::map<std::string, double>& tuning, double* nanoseconds);
+
+// What the choice depends on beside problem and device, the same for the whole process. At first what the environment
+// variables TFOPS_TIER and TFOPS_FREE_MULTIPROCESSORS say, which are read once; if they are wrong, calls return
+// InvalidArgument.
+struct PolicySettings {
+  std::string tier;  // of the passes that take statistics or sums, which all but inference's forward pass do; "": any
+  int cluster = 0;   // of tier "cluster": its size; 0: any
+  int free_multiprocessors = 0;          // that the grids of tier "grid" leave to others
+  std::map<std::string, double> tuning;  // constants of the estimates, by their names in PolicyTuning
+};
+TFOPS_EXPORT PolicySettings GetPolicySettings();
+// Constants that are not named stay. InvalidArgument, and nothing changes, if a setting is wrong. Forgets refusals.
+TFOPS_EXPORT Status SetPolicySettings(const PolicySettings& settings);
+
+// Calls since the process began or ResetLaunches(), by the tier that ran; inference and single phases count as
+// streaming's. A refusal is a launch on the chip that CUDA would not start: streaming did the work, and does it from
+// then on for that problem. The first of each kind is written to stderr.
+struct Refusal {
+  std::string tier;
+  std::string pass;
+  std::string error;
+  std::string problem;  // the first
+  int64_t count = 0;
+};
+struct Launches {
+  std::map<std::string, int64_t> calls;  // by tier
+  std::vector<Refusal> refusals;
+};
+TFOPS_EXPORT Launches GetLaunches();
+TFOPS_EXPORT void ResetLaunches();
 
 struct BuildInfo {
   bool built = false;

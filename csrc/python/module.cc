@@ -7,9 +7,13 @@
 
 #include <cstdlib>
 #include <functional>
+#include <iterator>
+#include <map>
 #include <memory>
 #include <new>
+#include <optional>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -37,6 +41,67 @@ void DefinePointer(py::class_<Struct>& type, const char* name, T* Struct::* memb
   type.def_property(
       name, [member](const Struct& self) { return reinterpret_cast<uintptr_t>(self.*member); },
       [member](Struct& self, uintptr_t address) { self.*member = reinterpret_cast<T*>(address); });
+}
+
+// A property of a GPU. With one that was set, it is no longer the one that CUDA can be asked about.
+template <typename T>
+void DefineDeviceProperty(py::class_<cuda::Device>& type, const char* name, T cuda::Device::* member) {
+  type.def_property(
+      name, [member](const cuda::Device& self) { return self.*member; },
+      [member](cuda::Device& self, T value) {
+        self.*member = value;
+        self.number = -1;
+      });
+}
+
+py::dict OccupancyForPython(DataType dtype, bool backward, bool vectors, const cuda::Device& device) {
+  cuda::Occupancy occupancy;
+  ThrowUnlessOk(cuda::DescribeOccupancy(device, dtype, backward, vectors, &occupancy));
+  const auto list = [](const auto& numbers) { return std::vector<int64_t>(std::begin(numbers), std::end(numbers)); };
+  py::dict blocks, clusters;
+  for (size_t t = 0; t < std::size(occupancy.kThreads); ++t) {
+    const py::int_ threads(cuda::Occupancy::kThreads[t]);
+    py::dict sizes;
+    for (size_t s = 0; s < std::size(occupancy.kClusters); ++s) {
+      sizes[py::int_(cuda::Occupancy::kClusters[s])] = list(occupancy.clusters[t][s]);
+    }
+    blocks[threads] = list(occupancy.blocks[t]);
+    clusters[threads] = sizes;
+  }
+  return py::dict(py::arg("asked") = occupancy.asked, py::arg("static_shared_bytes") = occupancy.static_bytes,
+                  py::arg("room") = list(occupancy.room), py::arg("blocks") = blocks, py::arg("clusters") = clusters);
+}
+
+py::dict LaunchesForPython() {
+  const cuda::Launches launches = cuda::GetLaunches();
+  py::list refusals;
+  for (const cuda::Refusal& refusal : launches.refusals) {
+    py::dict entry;
+    entry["tier"] = refusal.tier;
+    entry["pass"] = refusal.pass;
+    entry["error"] = refusal.error;
+    entry["problem"] = refusal.problem;
+    entry["count"] = refusal.count;
+    refusals.append(entry);
+  }
+  return py::dict(py::arg("calls") = launches.calls, py::arg("refusals") = refusals);
+}
+
+py::dict PolicySettingsForPython() {
+  const cuda::PolicySettings settings = cuda::GetPolicySettings();
+  return py::dict(py::arg("tier") = settings.tier, py::arg("cluster") = settings.cluster,
+                  py::arg("free_multiprocessors") = settings.free_multiprocessors, py::arg("tuning") = settings.tuning);
+}
+
+// What is not given stays as it is.
+void SetPolicySettings(std::optional<std::string> tier, std::optional<int> cluster,
+                       std::optional<int> free_multiprocessors, const std::map<std::string, double>& tuning) {
+  cuda::PolicySettings settings = cuda::GetPolicySettings();
+  if (tier) settings.tier = *tier;
+  if (cluster) settings.cluster = *cluster;
+  if (free_multiprocessors) settings.free_multiprocessors = *free_multiprocessors;
+  for (const auto& [name, value] : tuning) settings.tuning[name] = value;
+  ThrowUnlessOk(cuda::SetPolicySettings(settings));
 }
 
 // Threads for one call: started as it asks for them, joined when this goes.
@@ -261,20 +326,19 @@ PYBIND11_MODULE(_kernels, m) {
   DefinePointer(statistics, "tilt", &StatisticsGradient::tilt);
   DefinePointer(statistics, "shift", &StatisticsGradient::shift);
 
-  py::class_<cuda::Device>(m, "CudaDevice", local)
-      .def(py::init([] {
-        cuda::Device device;
-        // Without a GPU the defaults stand.
-        if (cuda::Device current; cuda::CurrentDevice(&current).ok()) device = current;
-        return device;
-      }))
-      .def_readwrite("compute_capability", &cuda::Device::compute_capability)
-      .def_readwrite("multiprocessors", &cuda::Device::multiprocessors)
-      .def_readwrite("shared_bytes_per_block", &cuda::Device::shared_bytes_per_block)
-      .def_readwrite("shared_bytes_per_multiprocessor", &cuda::Device::shared_bytes_per_multiprocessor)
-      .def_readwrite("l2_bytes", &cuda::Device::l2_bytes)
-      .def_readwrite("largest_cluster", &cuda::Device::largest_cluster)
-      .def_readwrite("cooperative", &cuda::Device::cooperative);
+  py::class_<cuda::Device> device(m, "CudaDevice", local);
+  device.def(py::init([] {
+    cuda::Device current;
+    // Without a GPU the defaults stand.
+    return cuda::CurrentDevice(&current).ok() ? current : cuda::Device();
+  }));
+  DefineDeviceProperty(device, "compute_capability", &cuda::Device::compute_capability);
+  DefineDeviceProperty(device, "multiprocessors", &cuda::Device::multiprocessors);
+  DefineDeviceProperty(device, "shared_bytes_per_block", &cuda::Device::shared_bytes_per_block);
+  DefineDeviceProperty(device, "shared_bytes_per_multiprocessor", &cuda::Device::shared_bytes_per_multiprocessor);
+  DefineDeviceProperty(device, "l2_bytes", &cuda::Device::l2_bytes);
+  DefineDeviceProperty(device, "largest_cluster", &cuda::Device::largest_cluster);
+  DefineDeviceProperty(device, "cooperative", &cuda::Device::cooperative);
   py::class_<cuda::Plan>(m, "CudaPlan", local)
       .def_readonly("tier", &cuda::Plan::tier)
       .def_readonly("reason", &cuda::Plan::reason)
@@ -283,12 +347,34 @@ PYBIND11_MODULE(_kernels, m) {
       .def_readonly("threads", &cuda::Plan::threads)
       .def_readonly("blocks", &cuda::Plan::blocks)
       .def_readonly("blocks_per_slab", &cuda::Plan::blocks_per_slab)
-      .def_readonly("shared_bytes", &cuda::Plan::shared_bytes);
+      .def_readonly("shared_bytes", &cuda::Plan::shared_bytes)
+      .def_readonly("waves", &cuda::Plan::waves)
+      .def_readonly("nanoseconds", &cuda::Plan::nanoseconds)
+      .def_readonly("index", &cuda::Plan::index);
   m.def("cuda_plan", [](const Problem& problem, bool backward, bool aligned, const cuda::Device& device) {
     cuda::Plan plan;
     ThrowUnlessOk(cuda::MakePlan(problem, backward, aligned, device, &plan));
     return plan;
   });
+
+  m.def("cuda_plans", [](const Problem& problem, bool backward, bool aligned, const cuda::Device& device) {
+    std::vector<cuda::Plan> plans;
+    ThrowUnlessOk(cuda::ListPlans(problem, backward, aligned, device, &plans));
+    return plans;
+  });
+  m.def("cuda_plan_time", [](const Problem& problem, bool backward, bool aligned, const cuda::Device& device, int index,
+                             const std::map<std::string, double>& tuning) {
+    double nanoseconds = 0;
+    ThrowUnlessOk(cuda::PlanTime(problem, backward, aligned, device, index, tuning, &nanoseconds));
+    return nanoseconds;
+  });
+  m.def("cuda_occupancy", &OccupancyForPython);
+  m.def("cuda_launches", &LaunchesForPython);
+  m.def("reset_cuda_launches", &cuda::ResetLaunches);
+  m.def("policy_settings", &PolicySettingsForPython);
+  m.def("set_policy_settings", &SetPolicySettings, py::kw_only(), py::arg("tier") = py::none(),
+        py::arg("cluster") = py::none(), py::arg("free_multiprocessors") = py::none(),
+        py::arg("tuning") = std::map<std::string, double>());
 
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("cpu_forward", &CpuForward, release);

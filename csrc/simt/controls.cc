@@ -5,7 +5,11 @@
 #include <cuda_runtime.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <chrono>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "csrc/batch_norm/batch_norm.h"
 #include "csrc/simt/machine.h"
@@ -71,6 +75,22 @@ void RunPlantForPython(const std::string& name, bool planted, uintptr_t input, u
   if (!status.ok()) throw std::runtime_error(status.message);
 }
 
+// What a forward call takes of the host, in nanoseconds: the median of `calls`, with its workspace asked for.
+double HostNanoseconds(const tfops::Problem& problem, const tfops::ForwardArrays& arrays, uintptr_t workspace,
+                       int calls) {
+  std::vector<double> times;
+  for (int i = 0; i < calls; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    size_t bytes = 0;
+    tfops::Status status = tfops::cuda::ForwardWorkspaceBytes(problem, &bytes);
+    if (status.ok()) status = tfops::cuda::Forward(problem, arrays, reinterpret_cast<void*>(workspace), nullptr);
+    if (!status.ok()) throw std::runtime_error(status.message);
+    times.push_back(std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count());
+  }
+  std::nth_element(times.begin(), times.begin() + calls / 2, times.end());
+  return times[calls / 2];
+}
+
 }  // namespace
 
 void DefineControls(py::module_& module) {
@@ -82,6 +102,11 @@ void DefineControls(py::module_& module) {
   module.def("watch", &Watch);
   module.def("clear_watches", &ClearWatches);
   module.def("take_reports", &TakeReportsForPython);
+  module.def("refuse_launches",
+             [](const std::string& kind, int error) { RefuseLaunches(kind, static_cast<cudaError_t>(error)); });
+  module.def("set_capturing", &SetCapturing, py::arg("capturing"), py::arg("ends") = false);
+  module.def("set_stubbed", &SetStubbed);
+  module.def("host_nanoseconds", &HostNanoseconds);
   module.def("run_plant", &RunPlantForPython);
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <string>
@@ -15,18 +16,23 @@ namespace simt {
 namespace {
 
 constexpr int kUsualShared = 48 << 10;  // that a kernel has without asking for more
-constexpr int kReserved = 1 << 10;      // of each block's shared memory, by the system
 constexpr int kRegisters = 64 << 10;    // of a multiprocessor
 constexpr int kMostThreads = 1024;
 constexpr unsigned kPortableCluster = 8;
 
-// Real ones, and small ones on which small tensors meet the limits that large tensors meet on the real ones.
+// Real ones, and small ones on which small tensors meet the limits that large tensors meet on the real ones. "slice" is
+// a part of a partitioned GPU, which runs fewer blocks at once than its properties would have it.
 const std::vector<Device> devices = {
-    {"h200", 90, 132, 227, 228, 50 << 10, 16},   {"three", 90, 3, 227, 228, 50 << 10, 16},
-    {"one", 75, 1, 64, 64, 4 << 10, 1},          {"small", 90, 4, 48, 50, 256, 8},
-    {"small_old", 80, 4, 48, 50, 256, 1},        {"a100", 80, 108, 163, 164, 40 << 10, 1},
-    {"b200", 100, 148, 227, 228, 126 << 10, 16}, {"rtx", 120, 36, 99, 100, 32 << 10, 8},
-    {"v100", 70, 80, 96, 96, 6 << 10, 1},
+    {"h200", 90, 132, 227, 228, 50 << 10, 16, {66, 31, 15, 7}},
+    {"three", 90, 3, 227, 228, 50 << 10, 16, {-1, -1, -1, -1}},
+    {"one", 75, 1, 64, 64, 4 << 10, 1, {}},
+    {"small", 90, 4, 48, 50, 256, 8, {-1, -1, -1, -1}},
+    {"small_old", 80, 4, 48, 50, 256, 1, {}},
+    {"a100", 80, 108, 163, 164, 40 << 10, 1, {}},
+    {"b200", 100, 148, 227, 228, 126 << 10, 16, {-1, -1, -1, -1}},
+    {"rtx", 120, 36, 99, 100, 32 << 10, 8, {-1, -1, -1, 0}},
+    {"v100", 70, 80, 96, 96, 6 << 10, 1, {}},
+    {"slice", 90, 16, 227, 228, 8 << 10, 16, {8, 3, 0, 0}},
 };
 
 struct Allowed {
@@ -35,11 +41,19 @@ struct Allowed {
 };
 
 int current_device = 0;
+std::string refused_kind;
+cudaError_t refused_error = cudaSuccess;
+cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+bool refusals_end_captures = false;
+bool stubbed = false;
 std::string last_error;
 std::map<std::pair<const void*, int>, Allowed> allowed;  // by kernel and device
 std::mutex mutex;                                        // the machine is one
 
 const Device& Current() { return devices[current_device]; }
+
+// Of each block's shared memory, by the system.
+int Reserved(const Device& device) { return device.capability >= 80 ? 1 << 10 : 0; }
 
 cudaError_t Error(cudaError_t code, const std::string& message) {
   last_error = message;
@@ -51,11 +65,26 @@ cudaError_t Error(cudaError_t code, const std::string& message) {
 int BlocksAtOnce(const void* kernel, int threads, size_t dynamic) {
   const int rounded = (threads + 31) / 32 * 32;
   const int registers = std::min(128, kRegisters / rounded);
-  const size_t shared = dynamic + StaticSharedBytes(kernel) + kReserved;
-  if (shared > static_cast<size_t>(Current().shared_kb + 1) << 10) return 0;
-  const int by_shared = static_cast<int>((static_cast<size_t>(Current().multiprocessor_kb) << 10) / shared);
+  const size_t shared = dynamic + StaticSharedBytes(kernel) + Reserved(Current());
+  if (shared > (static_cast<size_t>(Current().shared_kb) << 10) + Reserved(Current())) return 0;
+  const int by_shared =
+      static_cast<int>((static_cast<size_t>(Current().multiprocessor_kb) << 10) / std::max(shared, size_t{1}));
   const int most_threads = Current().capability == 75 ? 1024 : Current().capability == 120 ? 1536 : 2048;
   return std::min({by_shared, most_threads / rounded, kRegisters / (registers * rounded), 32});
+}
+
+// Of a kernel's own shared memory, as CUDA tells it: from 9.0 on, with what it reserves.
+int ToldStaticShared(const void* kernel) {
+  return static_cast<int>(StaticSharedBytes(kernel)) + (Current().capability >= 90 ? Reserved(Current()) : 0);
+}
+
+// The clusters that run at once, of so many blocks.
+int ClustersAtOnce(unsigned size, int blocks_at_once) {
+  constexpr unsigned kSizes[] = {2, 4, 8, 16};
+  const auto* const found = std::find(std::begin(kSizes), std::end(kSizes), size);
+  if (found == std::end(kSizes) || size > Current().largest_cluster) return 0;
+  const int listed = Current().clusters[found - std::begin(kSizes)];
+  return blocks_at_once * (listed >= 0 ? listed : Current().multiprocessors / static_cast<int>(size));
 }
 
 // "" unless CUDA would refuse the launch.
@@ -70,8 +99,9 @@ std::string Refuse(const Grid& grid) {
   if (grid.cluster > kPortableCluster && !may.large_clusters) return "a cluster of more than 8 blocks, not asked for";
   if (grid.cluster == 0 || g.x % grid.cluster != 0) return "a grid that is not a multiple of its clusters";
   if (grid.dynamic_shared > static_cast<size_t>(may.dynamic_shared)) return "more shared memory than was asked for";
+  const int at_once = BlocksAtOnce(grid.kernel, static_cast<int>(threads), grid.dynamic_shared);
+  if (grid.cluster > 1 && ClustersAtOnce(grid.cluster, at_once) == 0) return "a cluster that finds no room";
   if (grid.cooperative) {
-    const int at_once = BlocksAtOnce(grid.kernel, static_cast<int>(threads), grid.dynamic_shared);
     if (blocks > static_cast<size_t>(at_once) * Current().multiprocessors) {
       return "a cooperative grid of " + std::to_string(blocks) + " blocks, of which each of " +
              std::to_string(Current().multiprocessors) + " multiprocessors can hold " + std::to_string(at_once);
@@ -83,6 +113,18 @@ std::string Refuse(const Grid& grid) {
 }  // namespace
 
 const std::vector<Device>& Devices() { return devices; }
+
+void RefuseLaunches(const std::string& kind, cudaError_t error) {
+  refused_kind = kind;
+  refused_error = error;
+}
+
+void SetCapturing(bool capturing, bool ends) {
+  capture = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  refusals_end_captures = ends;
+}
+
+void SetStubbed(bool on) { stubbed = on; }
 
 cudaError_t Launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -100,6 +142,12 @@ cudaError_t Launch(const cudaLaunchConfig_t& config, const void* kernel, const s
       grid.cluster = cluster.x;
     }
   }
+  if ((refused_kind == "cooperative" && grid.cooperative) || (refused_kind == "cluster" && grid.cluster > 1) ||
+      (refused_kind == "dynamic" && grid.dynamic_shared > 0)) {
+    if (capture != cudaStreamCaptureStatusNone && refusals_end_captures) capture = cudaStreamCaptureStatusInvalidated;
+    return Error(refused_error, "refused, as told");
+  }
+  if (stubbed) return cudaSuccess;
   const std::string name = KernelName(kernel);
   if (const std::string refused = Refuse(grid); !refused.empty()) {
     return Error(cudaErrorInvalidConfiguration, "in " + name + ", " + refused);
@@ -145,6 +193,11 @@ cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = simt::capture;
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
   const simt::Device& device = simt::devices.at(index);
   *properties = {};
@@ -159,7 +212,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
   properties->sharedMemPerBlock = simt::kUsualShared;
   properties->sharedMemPerBlockOptin = static_cast<size_t>(device.shared_kb) << 10;
   properties->sharedMemPerMultiprocessor = static_cast<size_t>(device.multiprocessor_kb) << 10;
-  properties->reservedSharedMemPerBlock = simt::kReserved;
+  properties->reservedSharedMemPerBlock = simt::Reserved(device);
   return cudaSuccess;
 }
 
@@ -197,7 +250,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
       *value = device.shared_kb << 10;
       break;
     case cudaDevAttrReservedSharedMemoryPerBlock:
-      *value = simt::kReserved;
+      *value = simt::Reserved(device);
       break;
     case cudaDevAttrClusterLaunch:
       *value = device.largest_cluster > 1;
@@ -208,8 +261,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
   ++simt::loads;
-  *attributes = {simt::StaticSharedBytes(kernel), simt::allowed[{kernel, simt::current_device}].dynamic_shared,
-                 simt::kMostThreads, 128};
+  *attributes = {static_cast<size_t>(simt::ToldStaticShared(kernel)),
+                 simt::allowed[{kernel, simt::current_device}].dynamic_shared, simt::kMostThreads, 128};
   return cudaSuccess;
 }
 
@@ -217,7 +270,11 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   simt::Allowed& may = simt::allowed[{kernel, simt::current_device}];
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) may.large_clusters = value != 0;
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value > Current().shared_kb << 10) return Error(cudaErrorInvalidValue, "more shared memory than this GPU has");
+    // By the strictest reading of CUDA's numbers.
+    const int reserved = Current().capability >= 90 ? simt::Reserved(Current()) : 0;
+    if (value < 0 || value + simt::ToldStaticShared(kernel) + reserved > Current().shared_kb << 10) {
+      return Error(cudaErrorInvalidValue, "more shared memory than this GPU has");
+    }
     may.dynamic_shared = value;
   }
   return cudaSuccess;
@@ -237,6 +294,6 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, co
   const dim3& block = config->blockDim;
   const int at_once =
       simt::BlocksAtOnce(kernel, static_cast<int>(block.x * block.y * block.z), config->dynamicSmemBytes);
-  *clusters = cluster > Current().largest_cluster ? 0 : at_once * Current().multiprocessors / static_cast<int>(cluster);
+  *clusters = simt::ClustersAtOnce(cluster, at_once);
   return cudaSuccess;
 }

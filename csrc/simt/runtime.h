@@ -26,13 +26,25 @@ enum cudaError_t {
   cudaErrorInvalidDevice = 101,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorLaunchOutOfResources = 701,
   cudaErrorLaunchFailure = 719,
   cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorNotPermitted = 800,
+  cudaErrorNotSupported = 801,
+  cudaErrorStreamCaptureInvalidated = 901,
+  cudaErrorInvalidClusterSize = 912,
 };
 const char* cudaGetErrorString(cudaError_t error);  // of the last error, with all that is known about it
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 using cudaStream_t = struct CUstream_st*;
+
+enum cudaStreamCaptureStatus {
+  cudaStreamCaptureStatusNone = 0,
+  cudaStreamCaptureStatusActive = 1,
+  cudaStreamCaptureStatusInvalidated = 2,
+};
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
 
 // --- Devices -----------------------------------------------------------------------------------------------------
 
@@ -146,8 +158,18 @@ struct Device {
   int multiprocessor_kb;  // shared memory of a multiprocessor
   int l2_kb;
   unsigned largest_cluster;  // 1: no clusters
+  int clusters[4];           // of 2, 4, 8, 16 blocks at once, each with a multiprocessor to itself; -1: by division
 };
 const std::vector<Device>& Devices();
+
+// From now on, launches of a kind ("cooperative", "cluster", "dynamic": with dynamic shared memory; "": of none) fail
+// with that error, and start nothing.
+void RefuseLaunches(const std::string& kind, cudaError_t error);
+// What all streams say when they are asked whether they are captured. Launches run all the same, and those that are
+// refused end a capture if `ends`.
+void SetCapturing(bool capturing, bool ends);
+// Launches are checked, and nothing runs: to measure what comes before them.
+void SetStubbed(bool stubbed);
 
 }  // namespace simt
 

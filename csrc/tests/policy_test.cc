@@ -5,10 +5,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <iterator>
+#include <map>
+#include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "csrc/batch_norm/cuda/prepare.h"
 #include "csrc/batch_norm/cuda/tuning.h"
 #include "csrc/tests/problems.h"
 #include "csrc/tests/testing.h"
@@ -19,7 +24,6 @@ namespace {
 
 constexpr int kProblems = 1000;
 constexpr int64_t kMostElements = 3 << 20;
-constexpr Tier kTiers[] = {Tier::kOneBlock, Tier::kCluster, Tier::kGrid, Tier::kStreaming};
 
 // With clusters and without, large and small, with and without cooperative launches.
 const Device kDevices[] = {
@@ -33,12 +37,13 @@ const Device kDevices[] = {
     {90, 1, 227 << 10, 228 << 10, 1 << 20, 16, true},
 };
 
-// TFOPS_TIER, for as long as it lives.
-class Forced {
- public:
-  explicit Forced(Tier tier) { setenv("TFOPS_TIER", NameOf(tier), 1); }
-  ~Forced() { unsetenv("TFOPS_TIER"); }
-};
+Settings Forced(Tier tier, int cluster = 0) {
+  Settings settings;
+  settings.forced = true;
+  settings.tier = tier;
+  settings.cluster = cluster;
+  return settings;
+}
 
 struct Case {
   Problem problem;
@@ -47,17 +52,17 @@ struct Case {
   Device device;
 
   bool IsSinglePass() const { return pass == Pass::kForward && !problem.training; }
-  Status Choose(Choice* choice) const { return ChooseTier(problem, pass, aligned, device, choice); }
+  Situation OnPaper() const { return {problem, pass, aligned, device, OccupancyOnPaper(device)}; }
+  Status Choose(const Settings& settings, Choice* choice) const { return ChooseTier(OnPaper(), settings, choice); }
   Choice Chosen() const {
     Choice choice;
-    EXPECT_TRUE(Choose(&choice).ok());
+    EXPECT_TRUE(Choose({}, &choice).ok());
     return choice;
   }
   // What is chosen if only this tier may be; nothing if that cannot be had.
   std::optional<Choice> ChosenOf(Tier tier) const {
-    const Forced forced(tier);
     Choice choice;
-    if (!Choose(&choice).ok()) return {};
+    if (!Choose(Forced(tier), &choice).ok()) return {};
     return choice;
   }
 };
@@ -65,7 +70,6 @@ struct Case {
 // Calls body(case) for small and huge problems, each on one of the devices.
 template <typename Body>
 void ForCases(Body body) {
-  unsetenv("TFOPS_TIER");
   const auto draw = [&body](const Problem& problem, Random* random) {
     const Case drawn{problem, random->Flag() ? Pass::kForward : Pass::kBackward, random->Below(4) > 0,
                      random->Of(kDevices)};
@@ -95,9 +99,8 @@ TEST(ForcedTiersAreTakenOrRefused) {
   int taken = 0, refused = 0;
   ForCases([&](const Case& drawn) {
     for (const Tier tier : kTiers) {
-      const Forced forced(tier);
       Choice choice;
-      const Status status = drawn.Choose(&choice);
+      const Status status = drawn.Choose(Forced(tier), &choice);
       if (drawn.IsSinglePass() || tier == Tier::kStreaming) {
         EXPECT_TRUE(status.ok());
         EXPECT_EQ(choice.tier, Tier::kStreaming);
@@ -109,7 +112,7 @@ TEST(ForcedTiersAreTakenOrRefused) {
         EXPECT_EQ(choice.tier, tier);
         EXPECT_TRUE(choice.any_fits);
       } else {
-        const std::string expected = std::string("TFOPS_TIER=") + NameOf(tier) + " cannot be had: ";
+        const std::string expected = std::string("the tier ") + NameOf(tier) + " is forced, and cannot be had: ";
         EXPECT_EQ(status.code, StatusCode::kInvalidArgument);
         EXPECT_EQ(status.message.substr(0, expected.size()), expected);
         EXPECT_LT(expected.size(), status.message.size());
@@ -168,7 +171,7 @@ TEST(ChoicesTakeTheLeastTime) {
 TEST(PlansFitTheDevice) {
   ForPlans([](const Case& drawn, const OnChip& plan) {
     const Device& device = drawn.device;
-    EXPECT_LE(plan.shared_bytes, device.shared_bytes_per_block);
+    EXPECT_LE(plan.shared_bytes, RoomOf(device, device.compute_capability >= 90 ? 1024 : 0, 1));
     EXPECT_LE(plan.threads, OnChipTuning::kThreads);
     EXPECT_EQ(plan.threads % 32, 0);
     EXPECT_LE(plan.block.x * plan.block.y * plan.block.z, plan.threads);
@@ -180,7 +183,8 @@ TEST(PlansFitTheDevice) {
     // Blocks that meet are resident, all at once: by registers, and by shared memory with what CUDA reserves of it.
     EXPECT_TRUE(device.cooperative);
     const int64_t by_registers = 65536 / (plan.threads * 128);
-    const int64_t by_shared = device.shared_bytes_per_multiprocessor / (plan.shared_bytes + 1024);
+    const int reserved = device.compute_capability >= 80 ? 1024 : 0;
+    const int64_t by_shared = device.shared_bytes_per_multiprocessor / (plan.shared_bytes + reserved);
     EXPECT_LE(plan.Blocks(), std::min(by_registers, by_shared) * device.multiprocessors);
   });
 }
@@ -314,14 +318,158 @@ TEST(MoreDataTakesLonger) {
   });
 }
 
-// Of choices that differ in one thing alone, each is remembered by itself: for all settings, GPUs, and forced tiers,
-// and for more problems than are remembered.
-TEST(ChoicesAreRememberedAsTheyWere) {
+// What CUDA says of a kernel is what counts, not the table: a size of clusters that it does not have is in no plan, and
+// if it runs fewer of them at once, they take more waves.
+TEST(PlansGoByWhatADeviceSays) {
+  int clusters = 0, grids = 0;
+  ForCases([&](const Case& drawn) {
+    Situation situation = drawn.OnPaper();
+    Choice whole;
+    if (drawn.IsSinglePass()) return;
+    if (ChooseTier(situation, Forced(Tier::kCluster), &whole).ok()) {
+      ++clusters;
+      Choice other;
+      for (auto& of_threads : situation.occupancy.clusters) {
+        for (auto& of_size : of_threads) std::fill(std::begin(of_size), std::end(of_size), 1);
+      }
+      EXPECT_TRUE(ChooseTier(situation, Forced(Tier::kCluster, whole.plan.group), &other).ok());
+      EXPECT_LE(whole.waves, other.waves);
+      EXPECT_EQ(other.waves, other.plan.slabs);
+      EXPECT_LE(whole.nanoseconds, other.nanoseconds);
+      for (auto& of_threads : situation.occupancy.clusters) {
+        for (size_t s = 0; s < std::size(Occupancy::kClusters); ++s) {
+          if (Occupancy::kClusters[s] == whole.plan.group) std::fill(of_threads[s], std::end(of_threads[s]), 0);
+        }
+      }
+      EXPECT_TRUE(!ChooseTier(situation, Forced(Tier::kCluster, whole.plan.group), &other).ok());
+    }
+    situation = drawn.OnPaper();
+    if (ChooseTier(situation, Forced(Tier::kGrid), &whole).ok()) {
+      ++grids;
+      for (auto& of_threads : situation.occupancy.blocks) std::fill(std::begin(of_threads), std::end(of_threads), 0);
+      Choice other;
+      EXPECT_TRUE(!ChooseTier(situation, Forced(Tier::kGrid), &other).ok());
+      EXPECT_TRUE(!ChooseTier(situation, Forced(Tier::kOneBlock), &other).ok());
+    }
+  });
+  EXPECT_LT(100, clusters);
+  EXPECT_LT(100, grids);
+}
+
+// The numbers that are said of a whole H100, which the table has.
+TEST(PaperHasTheClustersOfAnH100) {
+  const Occupancy h100 = OccupancyOnPaper({});
+  const int expected[] = {66, 31, 15, 7};
+  for (size_t s = 0; s < std::size(expected); ++s) {
+    EXPECT_EQ(h100.clusters[1][s][0], expected[s]);
+    EXPECT_EQ(h100.clusters[0][s][1], 2 * expected[s]);
+  }
+  EXPECT_EQ(h100.room[0], int64_t{225} << 10);
+  EXPECT_TRUE(!h100.asked);
+}
+
+TEST(GridsLeaveMultiprocessorsToOthers) {
+  int grids = 0;
+  ForCases([&](const Case& drawn) {
+    if (drawn.IsSinglePass()) return;
+    Settings settings = Forced(Tier::kGrid);
+    settings.free_multiprocessors = 4;
+    Choice choice;
+    if (!drawn.Choose(settings, &choice).ok()) return;
+    ++grids;
+    const Occupancy occupancy = OccupancyOnPaper(drawn.device);
+    const int most = occupancy.blocks[choice.plan.threads == 256 ? 0 : 1][Occupancy::kShares - 1];
+    EXPECT_LE(choice.plan.Blocks(), int64_t{most} * (drawn.device.multiprocessors - 4));
+    EXPECT_LE(choice.plan.group, drawn.device.multiprocessors - 4);
+  });
+  EXPECT_LT(100, grids);
+}
+
+// The best of each tier, and of each size of clusters: what forcing it chooses.
+TEST(BestChoicesAreThoseThatForcingTakes) {
+  ForCases([](const Case& drawn) {
+    const std::vector<Choice> all = BestChoices(drawn.OnPaper(), {});
+    EXPECT_EQ(all.front().nanoseconds, drawn.Chosen().nanoseconds);
+    size_t expected = 0;
+    for (const Tier tier : kTiers) {
+      for (const int cluster : {0, 2, 4, 8, 16}) {
+        if ((tier == Tier::kCluster) != (cluster != 0)) continue;
+        Choice choice;
+        if (!drawn.Choose(Forced(tier, cluster), &choice).ok() || choice.tier != tier) continue;
+        ++expected;
+        EXPECT_TRUE(std::any_of(all.begin(), all.end(), [&](const Choice& other) {
+          return other.tier == tier && other.index == choice.index && other.nanoseconds == choice.nanoseconds;
+        }));
+        EXPECT_EQ(TimeOfPlan(drawn.OnPaper(), choice.index, {}), choice.nanoseconds);
+      }
+    }
+    EXPECT_EQ(all.size(), expected);
+  });
+}
+
+// Other constants, other estimates: each of them counts somewhere.
+TEST(EveryConstantOfTheTuningCounts) {
+  const std::map<std::string, double> defaults = ToPublic({}).tuning;
+  EXPECT_EQ(defaults.size(), size_t{12});
+  std::map<std::string, int> counted;
+  ForCases([&](const Case& drawn) {
+    for (const Choice& choice : BestChoices(drawn.OnPaper(), {})) {
+      for (const auto& [name, value] : defaults) {
+        Settings settings;
+        EXPECT_TRUE(Apply({{name, value / 2}}, &settings.tuning).ok());
+        counted[name] += TimeOfPlan(drawn.OnPaper(), choice.index, settings) != choice.nanoseconds;
+      }
+    }
+  });
+  for (const auto& [name, value] : defaults) {
+    testing::about = name;
+    EXPECT_LT(0, counted[name]);
+  }
+}
+
+TEST(WrongSettingsAreNamed) {
+  Settings settings;
+  const auto expect = [&](const PolicySettings& given, const std::string& message) {
+    testing::about = message;
+    const Status status = Apply(given, &settings);
+    EXPECT_EQ(status.code, StatusCode::kInvalidArgument);
+    EXPECT_TRUE(status.message.find(message) != std::string::npos);
+    EXPECT_TRUE(!settings.forced && settings.cluster == 0 && settings.tuning.launch == PolicyTuning().launch);
+  };
+  expect({"fastest", 0, 0, {}}, "tier must be one_block, cluster, grid or streaming, but it is fastest");
+  expect({"", 3, 0, {}}, "cluster must be 2, 4, 8, 16, or 0 for any size, but it is 3");
+  expect({"", 0, -1, {}}, "free_multiprocessors must be >= 0, but it is -1");
+  expect({"", 0, 0, {{"launch", 1}, {"lunch", 1}}}, "cache_share, but it is lunch");
+  expect({"", 0, 0, {{"launch", 0}}}, "the tuning's launch must be a finite number > 0, but it is 0");
+  expect({"", 0, 0, {{"latency", HUGE_VAL}}}, "the tuning's latency must be a finite number > 0, but it is inf");
+  expect({"", 0, 0, {{"cache_share", 1.5}}}, "the tuning's cache_share must be a number from 0 to 1, but it is 1.5");
+}
+
+TEST(EnvironmentSetsThePolicy) {
+  Settings settings;
+  setenv("TFOPS_TIER", "grid", 1);
+  setenv("TFOPS_FREE_MULTIPROCESSORS", "12", 1);
+  EXPECT_TRUE(ReadEnvironment(&settings).ok());
+  EXPECT_TRUE(settings.forced && settings.tier == Tier::kGrid && settings.free_multiprocessors == 12);
+  for (const char* wrong : {"-1", "many", "12 of 132", "99999999999999999999"}) {
+    setenv("TFOPS_FREE_MULTIPROCESSORS", wrong, 1);
+    EXPECT_EQ(ReadEnvironment(&settings).message,
+              "TFOPS_FREE_MULTIPROCESSORS must be a whole number >= 0, but it is " + std::string(wrong));
+  }
+  unsetenv("TFOPS_FREE_MULTIPROCESSORS");
+  setenv("TFOPS_TIER", "fastest", 1);
+  EXPECT_EQ(ReadEnvironment(&settings).message,
+            "TFOPS_TIER must be one_block, cluster, grid or streaming, but it is fastest");
   unsetenv("TFOPS_TIER");
+}
+
+// Of choices that differ in one thing alone, each is remembered by itself: for all GPUs, and forced tiers, and for more
+// problems than are remembered.
+TEST(ChoicesAreRememberedAsTheyWere) {
   constexpr int64_t kSizes[] = {1, 7, 64, 1024};
   Random random(5);
   std::vector<Case> cases;
-  for (int i = 0; i < 4000; ++i) {
+  for (int i = 0; i < 6000; ++i) {
     Problem problem;
     DrawSettings(&random, &problem);
     problem.outer = random.Of(kSizes);
@@ -329,28 +477,43 @@ TEST(ChoicesAreRememberedAsTheyWere) {
     problem.inner = random.Of(kSizes);
     cases.push_back({problem, random.Flag() ? Pass::kForward : Pass::kBackward, random.Flag(), random.Of(kDevices)});
   }
-  for (const auto tier : {std::optional<Tier>(), {Tier::kStreaming}, {Tier::kOneBlock}, std::optional<Tier>()}) {
-    std::optional<Forced> forced;
-    if (tier) forced.emplace(*tier);
+  for (const char* tier : {"", "streaming", "one_block", ""}) {
+    PolicySettings given = GetPolicySettings();
+    given.tier = tier;
+    EXPECT_TRUE(SetPolicySettings(given).ok());
+    Settings settings;
+    EXPECT_TRUE(Apply(given, &settings).ok());
     for (const Case& drawn : cases) {
       testing::about = Shown(drawn.problem);
       const auto number = std::find_if(std::begin(kDevices), std::end(kDevices), [&](const Device& device) {
         return device.multiprocessors == drawn.device.multiprocessors;
       });
-      Choice expected, recalled;
-      const Status status = drawn.Choose(&expected);
-      const Status again = RecallTier(drawn.problem, drawn.pass, drawn.aligned, drawn.device,
-                                      static_cast<int>(number - kDevices), &recalled);
-      EXPECT_EQ(again.code, status.code);
-      EXPECT_EQ(again.message, status.message);
+      Device device = drawn.device;
+      device.number = static_cast<int>(number - kDevices);
+      std::shared_ptr<const Prepared> prepared;
+      EXPECT_TRUE(Prepare(drawn.problem, drawn.pass, device, &prepared).ok());
+      Choice expected;
+      const Status status = drawn.Choose(settings, &expected);
+      const Choice& recalled = prepared->choice[drawn.aligned];
+      EXPECT_EQ(prepared->status[drawn.aligned].message, status.message);
       EXPECT_EQ(recalled.tier, expected.tier);
       EXPECT_EQ(recalled.nanoseconds, expected.nanoseconds);
       EXPECT_EQ(recalled.plan.shared_bytes, expected.plan.shared_bytes);
       EXPECT_EQ(recalled.plan.lanes, expected.plan.lanes);
       EXPECT_EQ(recalled.forced, expected.forced);
+      const StreamingTiling tiling = MakeStreamingTiling(drawn.problem, drawn.aligned, drawn.device.multiprocessors);
+      EXPECT_EQ(prepared->tiling[drawn.aligned].split_steps, tiling.split_steps);
+      EXPECT_LE(std::max(expected.plan.ExchangedItems(), tiling.Splits() * tiling.units), prepared->items);
     }
   }
 }
 
 }  // namespace
+
+// The devices of these tests say what is on paper.
+Status AskOccupancy(const Device& device, DataType, Pass, bool, Occupancy* occupancy) {
+  *occupancy = OccupancyOnPaper(device);
+  return {};
+}
+
 }  // namespace tfops::cuda

@@ -6,7 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tfops_testing import kernel_cases
+import tfops_kernels
+from tfops_kernels import _kernels, _policy
+from tfops_testing import kernel_cases, tier_cases
+from tfops_testing.phase_cases import SHAPES, Phases, assert_cuda_agrees
 
 pytestmark = pytest.mark.gpu
 
@@ -32,6 +35,14 @@ def _unaligned(array: np.ndarray):
     return flat[1:].view(array.shape)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_refused():
+    """CUDA starts every launch that the policy has it make."""
+    _kernels.reset_cuda_launches()
+    yield
+    assert tfops_kernels.cuda_launches()["refusals"] == []
+
+
 @pytest.mark.parametrize("case", kernel_cases.random_cases(seed=1, count=8), ids=str)
 def test_shapes(case):
     kernel_cases.check(case, _to_device, _to_host)
@@ -48,3 +59,65 @@ def test_unaligned(case):
 def test_combinations(shape, axis):
     for case in kernel_cases.combinations(shape, axis):
         kernel_cases.check(case, _to_device, _to_host)
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), tier_cases.SHAPES, ids=str)
+def test_every_plan_that_fits_agrees_and_is_the_one_that_runs(shape, axis, dtype):
+    """One block, clusters of each size, the grid and streaming: forced, and no other runs."""
+    for case in tier_cases.cases(shape, axis, dtype):
+        tier_cases.check_every_plan(case, tfops_kernels, _kernels, _to_device, _to_host)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("shape", "axis"), tier_cases.SHAPES[:2], ids=str)
+def test_every_plan_agrees_on_unaligned_arrays(shape, axis, dtype):
+    case = kernel_cases.Case(shape, axis, dtype, True, "relu", residual=True)
+    tier_cases.check_every_plan(case, tfops_kernels, _kernels, _unaligned, _to_host, aligned=False)
+
+
+def test_every_tier_that_the_gpu_has_fits_a_case():
+    plans = [tier_cases.plans(_kernels, kernel_cases.Case(*shape, "float32"), True) for shape in tier_cases.SHAPES]
+    names = {tier_cases.name_of(plan) for pair in plans for of_pass in pair for plan in of_pass}
+    assert names == tier_cases.names_on(_kernels)
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+def test_phases_agree_with_cpu(shape, axis, dtype):
+    """What masks, renormalization and synchronization are made of."""
+    import torch
+
+    def make_cuda(i: int, keep: np.ndarray | None) -> Phases:
+        def scratch(size: int):
+            return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+        return Phases(_kernels, True, _to_device, 1, lambda tensor: tensor.data_ptr(), _to_host, scratch)
+
+    assert_cuda_agrees(make_cuda, shape, axis, dtype)
+
+
+def test_graph_holds_what_was_captured():
+    """Forward and backward of every plan, captured on a stream of its own and replayed, do what they do without."""
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    case = kernel_cases.Case((4096, 64), -1, "float32", True, "relu", residual=True)
+    arrays = {name: _to_device(array) for name, array in kernel_cases.inputs(case).items()}
+
+    def call():
+        given = (arrays["x"], arrays["scale"], arrays["offset"])
+        out = tfops_kernels.forward(*given, residual=arrays["residual"], activation="relu")
+        saved = (out.saved_mean, out.saved_inv_std)
+        back = tfops_kernels.backward(arrays["dy"], *given, *saved, residual=True, mask=out.mask, activation="relu")
+        return [tensor for tensor in (*out, *back) if tensor is not None]
+
+    for plan in tier_cases.plans(_kernels, case, aligned=True)[1]:
+        cluster = plan.blocks_per_slab if plan.tier == "cluster" else 0
+        with _policy.settings(tier=plan.tier, cluster=cluster):
+            want = call()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                got = call()
+            graph.replay()
+            torch.cuda.synchronize()
+            for g, w in zip(got, want, strict=True):
+                assert torch.equal(g, w), tier_cases.name_of(plan)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import textwrap
+
 import pytest
 
 import tfops_kernels
+from tfops_kernels import _kernels, _policy
+from tfops_testing.fresh_process import run_python
 from tfops_testing.requirements import needs_cuda_build
 
 pytestmark = needs_cuda_build
@@ -33,39 +39,34 @@ PROBLEMS = [
     # MNIST with batches of 256, and dense layers
     ((256, 26, 26, 32), -1, "float32", False, "grid", "streaming"),
     ((256, 26, 26, 32), -1, "float16", False, "grid", "grid"),
-    ((256, 11, 11, 64), -1, "float32", False, "cluster", "grid"),
+    ((256, 11, 11, 64), -1, "float32", False, "grid", "grid"),
     ((256, 11, 11, 64), -1, "float16", False, "grid", "grid"),
     ((256, 128), -1, "float32", False, "one_block", "one_block"),
     ((32, 10), -1, "float32", False, "one_block", "one_block"),
-    ((512, 1000), -1, "float16", False, "cluster", "cluster"),
+    ((512, 1000), -1, "float16", False, "one_block", "cluster"),
     # AlexNet with batches of 256
     ((256, 55, 55, 96), -1, "float16", False, "streaming", "streaming"),
     ((256, 27, 27, 256), -1, "float16", False, "streaming", "streaming"),
-    ((256, 13, 13, 384), -1, "float16", False, "cluster", "cluster"),
+    ((256, 13, 13, 384), -1, "float16", False, "cluster", "streaming"),
     ((256, 4096), -1, "float16", False, "one_block", "one_block"),
     # ResNet-50 with batches of 32 and of 256
     ((32, 112, 112, 64), -1, "float16", False, "streaming", "streaming"),
     ((32, 56, 56, 64), -1, "float16", False, "grid", "grid"),
-    ((32, 28, 28, 128), -1, "float16", False, "cluster", "cluster"),
-    ((32, 28, 28, 512), -1, "float16", True, "cluster", "streaming"),
-    ((32, 14, 14, 256), -1, "float32", False, "cluster", "cluster"),
-    ((32, 14, 14, 1024), -1, "float16", True, "cluster", "cluster"),
+    ((32, 28, 28, 128), -1, "float16", False, "grid", "grid"),
+    ((32, 28, 28, 512), -1, "float16", True, "grid", "streaming"),
+    ((32, 14, 14, 256), -1, "float32", False, "grid", "cluster"),
+    ((32, 14, 14, 1024), -1, "float16", True, "grid", "streaming"),
     ((32, 7, 7, 512), -1, "float16", False, "cluster", "cluster"),
     ((32, 7, 7, 2048), -1, "float16", True, "cluster", "cluster"),
     ((256, 56, 56, 256), -1, "float16", True, "streaming", "streaming"),
-    ((256, 7, 7, 2048), -1, "float16", True, "cluster", "streaming"),
-    ((32, 512, 28, 28), 1, "float16", True, "one_block", "cluster"),
+    ((256, 7, 7, 2048), -1, "float16", True, "streaming", "streaming"),
+    ((32, 512, 28, 28), 1, "float16", True, "grid", "cluster"),
     ((32, 2048, 7, 7), 1, "float16", True, "one_block", "one_block"),
     # Ragged channels, and five dimensions
     ((128, 28, 28, 24), -1, "float32", False, "grid", "grid"),
     ((128, 28, 28, 131), -1, "float32", False, "streaming", "streaming"),
     ((8, 16, 32, 32, 32), -1, "float16", False, "grid", "grid"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _no_forced_tier(monkeypatch):
-    monkeypatch.delenv("TFOPS_TIER", raising=False)
 
 
 def plan(shape, device=H200, **settings):
@@ -145,32 +146,151 @@ def test_ragged_sizes_have_wide_accesses(shape, axis, residual):
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_forced_tier_is_taken(monkeypatch, tier):
-    monkeypatch.setenv("TFOPS_TIER", tier)
-    for backward in (False, True):
-        p = plan((1024, 64), backward=backward)
-        assert p.tier == tier
-        assert "TFOPS_TIER" in p.reason
-    # There is only one way to do this.
-    assert plan((1024, 64), training=False).tier == "streaming"
+def test_forced_tier_is_taken(tier):
+    with _policy.settings(tier=tier):
+        for backward in (False, True):
+            p = plan((1024, 64), backward=backward)
+            assert p.tier == tier
+            assert "forced" in p.reason
+        # There is only one way to do this.
+        assert plan((1024, 64), training=False).tier == "streaming"
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 16])
+def test_forced_size_of_clusters_is_taken(size):
+    with _policy.settings(tier="cluster", cluster=size):
+        assert plan((4096, 64)).blocks_per_slab == size
+        with pytest.raises(ValueError, match="has no clusters"):
+            plan((4096, 64), A100)
 
 
 @pytest.mark.parametrize(
     ("tier", "device", "why"),
     [
-        ("one_block", {}, "has at most 227 KB"),
-        ("cluster", {}, "has at most 227 KB"),
-        ("grid", {}, "has at most 227 KB"),
+        ("one_block", {}, "has at most 225 KB"),
+        ("cluster", {}, "has at most 225 KB"),
+        ("grid", {}, "has at most 225 KB"),
         ("cluster", A100, "compute capability 8.0 has no clusters"),
         ("grid", {"cooperative": False}, "no cooperative launches"),
-        ("fastest", {}, "must be one_block, cluster, grid or streaming, but it is fastest"),
     ],
     ids=str,
 )
-def test_forced_tier_that_cannot_be_is_refused(monkeypatch, tier, device, why):
-    monkeypatch.setenv("TFOPS_TIER", tier)
-    with pytest.raises(ValueError, match=why):
+def test_forced_tier_that_cannot_be_is_refused(tier, device, why):
+    with _policy.settings(tier=tier), pytest.raises(ValueError, match=f"the tier {tier} is forced, .*{why}"):
         plan((10_000_000, 64), device)
+
+
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return run_python("-c", textwrap.dedent(code), **environment)
+
+
+def test_environment_is_read_once():
+    code = """
+        import os
+        import tfops_kernels
+        from tfops_kernels import _kernels
+        tfops_kernels.cuda_plan((1024, 64))
+        os.environ |= {"TFOPS_TIER": "grid", "TFOPS_FREE_MULTIPROCESSORS": "3"}
+        settings = _kernels.policy_settings()
+        print(tfops_kernels.cuda_plan((1024, 64)).tier, settings["tier"], settings["free_multiprocessors"])
+    """
+    run = _run(code, TFOPS_TIER="cluster", TFOPS_FREE_MULTIPROCESSORS="8")
+    assert run.stdout == "cluster cluster 8\n", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("TFOPS_TIER", "fastest", "TFOPS_TIER must be one_block, cluster, grid or streaming, but it is fastest"),
+        ("TFOPS_FREE_MULTIPROCESSORS", "-1", "TFOPS_FREE_MULTIPROCESSORS must be a whole number >= 0, but it is -1"),
+    ],
+)
+def test_wrong_environment_is_named(name, value, message):
+    run = _run("import tfops_kernels; tfops_kernels.cuda_plan((4, 4))", **{name: value})
+    assert run.returncode != 0
+    assert f"ValueError: {message}" in run.stderr
+
+
+def test_tuning_is_loaded_from_a_file(tmp_path):
+    """As gpu_proof.py --calibrate writes it: a part of the constants, or all."""
+    defaults = _kernels.policy_settings()["tuning"]
+    file = tmp_path / "tuning.json"
+    file.write_text(json.dumps({"launch": 9000, "own_rate": 12.5}))
+    code = "from tfops_kernels import _kernels; import json; print(json.dumps(_kernels.policy_settings()['tuning']))"
+    run = _run(code, TFOPS_TUNING=str(file))
+    assert json.loads(run.stdout) == defaults | {"launch": 9000, "own_rate": 12.5}
+    problem = (4096, 64)
+    before = plan(problem)
+    with _policy.settings():
+        _policy.load_tuning(str(file))
+        assert plan(problem).nanoseconds > before.nanoseconds + 6000
+    assert plan(problem) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "TFOPS_TUNING names a file that cannot be read as JSON, .*tuning.json"),
+        ("[1]", r"TFOPS_TUNING must name a JSON file of an object with numbers, but .*tuning.json holds \[1\]"),
+        ('{"launch": true}', "TFOPS_TUNING must name a JSON file of an object with numbers, but .* holds .*True"),
+        ('{"lunch": 1}', "a constant of the tuning must be one of .*, but it is lunch"),
+        ('{"launch": -2}', "the tuning's launch must be a finite number > 0, but it is -2"),
+        ('{"cache_share": 2}', "the tuning's cache_share must be a number from 0 to 1, but it is 2"),
+    ],
+)
+def test_wrong_tuning_is_named(tmp_path, text, message):
+    file = tmp_path / "tuning.json"
+    file.write_text(text)
+    before = _kernels.policy_settings()
+    with pytest.raises(ValueError, match=message):
+        _policy.load_tuning(str(file))
+    assert _kernels.policy_settings() == before
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        _policy.load_tuning(str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tier": "fastest"}, "tier must be one_block, cluster, grid or streaming, but it is fastest"),
+        ({"cluster": 3}, "cluster must be 2, 4, 8, 16, or 0 for any size, but it is 3"),
+        ({"free_multiprocessors": -1}, "free_multiprocessors must be >= 0, but it is -1"),
+    ],
+)
+def test_wrong_settings_are_named(changed, message):
+    with pytest.raises(ValueError, match=message):
+        _kernels.set_policy_settings(**changed)
+
+
+def test_plans_are_listed_and_timed():
+    """Those that fit, fastest first; the estimate of a plan by other constants is for that very plan."""
+    problem = _kernels.Problem(
+        shape=[4096, 64],
+        axis=-1,
+        dtype=_kernels.DataType.float32,
+        activation="relu",
+        has_residual=False,
+        training=True,
+        epsilon=1e-3,
+        exponential_avg_factor=1.0,
+        unbiased=True,
+    )
+    device = _kernels.CudaDevice()
+    for name, value in H200.items():
+        setattr(device, name, value)
+    plans = _kernels.cuda_plans(problem, False, True, device)
+    names = [(p.tier, p.blocks_per_slab if p.tier == "cluster" else 0) for p in plans]
+    clusters = [("cluster", size) for size in (2, 4, 8, 16)]
+    assert sorted(names) == sorted([("one_block", 0), *clusters, ("grid", 0), ("streaming", 0)])
+    times = [p.nanoseconds for p in plans]
+    assert times == sorted(times)
+    assert plans[0].tier == plan((4096, 64)).tier
+    for p in plans:
+        assert _kernels.cuda_plan_time(problem, False, True, device, p.index, {}) == p.nanoseconds
+        slower = _kernels.cuda_plan_time(problem, False, True, device, p.index, {"launch": 3500})
+        assert slower == pytest.approx(p.nanoseconds + 1000)
+    with pytest.raises(ValueError, match="index must be that of a plan that fits, but it is 100000"):
+        _kernels.cuda_plan_time(problem, False, True, device, 100_000, {})
 
 
 def test_reason_gives_blocks_and_times():

@@ -11,7 +11,7 @@ import pytest
 
 from tfops_testing import kernel_cases
 from tfops_testing.kernel_cases import Case
-from tfops_testing.phase_cases import assert_cuda_agrees
+from tfops_testing.phase_cases import assert_simt_agrees
 from tfops_testing.simt import BUILD
 
 # Of csrc/simt/runtime.cc. On the small ones, small tensors are as large as large ones on the others.
@@ -60,9 +60,9 @@ def test_combinations(simt, shape, axis, device):
     ids=str,
 )
 @pytest.mark.parametrize("tier", TIERS)
-def test_every_tier_agrees_with_numpy(simt, monkeypatch, tier, shape, axis, dtype):
+def test_every_tier_agrees_with_numpy(simt, force, tier, shape, axis, dtype):
     """Each tier, whether or not it would have been chosen, with every activation, aligned arrays and others."""
-    monkeypatch.setenv("TFOPS_TIER", tier)
+    force(simt, tier=tier)
     for i, activation in enumerate(kernel_cases.ACTIVATIONS):
         for residual in (False, True):
             simt.configure("h200" if i == 0 else "three", seed=i, offset=i % 2)
@@ -161,9 +161,9 @@ def test_nonfinite_channel_spoils_no_other(simt, shape, axis, device, value):
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize(("shape", "axis"), [((300, 24), -1), ((4, 6, 9, 16), 1)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_mean_of_infinities_is_that_of_numpy(simt, monkeypatch, shape, axis, dtype, tier):
+def test_mean_of_infinities_is_that_of_numpy(simt, force, shape, axis, dtype, tier):
     """Wherever they lie, and however many: that infinity, or NaN of both signs."""
-    monkeypatch.setenv("TFOPS_TIER", tier)
+    force(simt, tier=tier)
     simt.configure("three")
     arrays = kernel_cases.inputs(Case(shape, axis, dtype))
     by_channel = np.moveaxis(arrays["x"], axis, 0)
@@ -183,20 +183,20 @@ def test_mean_of_infinities_is_that_of_numpy(simt, monkeypatch, shape, axis, dty
     assert np.isnan(got.y.astype(np.float32)).all()
 
 
-def test_every_kernel_ran(simt, monkeypatch):
+def test_every_kernel_ran(simt, force):
     """Every instantiation of every kernel in the library takes part in some case, and so in a comparison."""
     symbols = subprocess.run(["nm", "-DC", BUILD / "plain/_kernels.so"], capture_output=True, text=True)
     wanted = set(re.findall(r"void tfops::cuda::(\w+Kernel<[^()]*>)\(", symbols.stdout))
     assert wanted
     simt.machine.take_reports()
     for tier in TIERS:
-        monkeypatch.setenv("TFOPS_TIER", tier)
+        force(simt, tier=tier)
         for shape, axis in [((300, 64), -1), ((4, 6, 16, 16), 1)]:
             for offset in (0, 1):
                 simt.configure("three", offset=offset)
                 for dtype in kernel_cases.DTYPES:
                     _check(simt, Case(shape, axis, dtype, activation="relu", residual=True))
     for dtype in kernel_cases.DTYPES:
-        assert_cuda_agrees(simt, (300, 64), -1, dtype, "three")
+        assert_simt_agrees(simt, (300, 64), -1, dtype, "three")
     ran = {report["kernel"] for report in simt.machine.take_reports()}
     assert not wanted - ran

@@ -47,8 +47,8 @@ READS = {"one_block": 1, "cluster": 1, "grid": 1, "streaming": 2}
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), [((512, 64), -1), ((4, 8, 32, 32), 1)], ids=str)
 @pytest.mark.parametrize("tier", READS)
-def test_training_reads_and_writes_as_often_as_promised(simt, monkeypatch, tier, shape, axis, dtype):
-    monkeypatch.setenv("TFOPS_TIER", tier)
+def test_training_reads_and_writes_as_often_as_promised(simt, force, tier, shape, axis, dtype):
+    force(simt, tier=tier)
     size = int(np.prod(shape)) * ITEM[dtype]
     forward, backward = _split(_counted(simt, Case(shape, axis, dtype, True, "relu", residual=True), "three"))
     assert len(forward) == len(backward) == (3 if tier == "streaming" else 1)

@@ -1,12 +1,13 @@
 // The backward entry points: which kernels run, in which order, with what.
 
 #include <algorithm>
+#include <memory>
 
 #include "csrc/batch_norm/cuda/dispatch.h"
 #include "csrc/batch_norm/cuda/finish.cuh"
 #include "csrc/batch_norm/cuda/launch.h"
 #include "csrc/batch_norm/cuda/onchip_launch.h"
-#include "csrc/batch_norm/cuda/policy.h"
+#include "csrc/batch_norm/cuda/prepare.h"
 #include "csrc/batch_norm/cuda/runtime.h"
 #include "csrc/batch_norm/cuda/streaming_backward.cuh"
 
@@ -55,16 +56,12 @@ bool GradientAligned(const Problem& problem, const BackwardArrays& arrays) {
 
 Status BackwardWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus) {
   *bytes = 0;
-  return ForEachDevice(gpus, [&](const Device& device, int number) -> Status {
+  return ForEachDevice(gpus, [&](const Device& device) -> Status {
     if (problem.Elements() == 0) return {};
-    for (const bool aligned : {false, true}) {
-      Choice choice;
-      if (const Status status = RecallTier(problem, Pass::kBackward, aligned, device, number, &choice); !status.ok())
-        return status;
-      const int64_t items =
-          std::max(choice.plan.ExchangedItems(), SplitItems(problem, aligned, device.multiprocessors));
-      *bytes = std::max(*bytes, CoefficientBytes(problem) + static_cast<size_t>(items) * sizeof(GradientSums));
-    }
+    std::shared_ptr<const Prepared> prepared;
+    if (const Status status = Prepare(problem, Pass::kBackward, device, &prepared); !status.ok()) return status;
+    const size_t sums = static_cast<size_t>(prepared->items) * sizeof(GradientSums);
+    *bytes = std::max(*bytes, CoefficientBytes(problem) + sums);
     return {};
   });
 }
@@ -72,8 +69,7 @@ Status BackwardWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus) 
 Status Backward(const Problem& problem, const BackwardArrays& arrays, void* workspace, void* stream) {
   if (const Status status = Validate(problem); !status.ok()) return status;
   Device device;
-  int number = 0;
-  if (const Status status = CurrentDevice(&device, &number); !status.ok()) return status;
+  if (const Status status = CurrentDevice(&device); !status.ok()) return status;
   if (problem.channels == 0) return {};
   if (problem.Elements() == 0) {
     return WithDataType(problem.dtype, [&](auto type) {
@@ -82,15 +78,17 @@ Status Backward(const Problem& problem, const BackwardArrays& arrays, void* work
     });
   }
   const bool aligned = GradientAligned(problem, arrays);
-  Choice choice;
-  if (const Status status = RecallTier(problem, Pass::kBackward, aligned, device, number, &choice); !status.ok())
-    return status;
+  std::shared_ptr<const Prepared> prepared;
+  if (const Status status = Prepare(problem, Pass::kBackward, device, &prepared); !status.ok()) return status;
+  if (const Status& status = prepared->status[aligned]; !status.ok()) return status;
+  const Choice& choice = prepared->choice[aligned];
   if (choice.tier != Tier::kStreaming) {
-    const Status status = OnChipBackward(choice.plan, problem, arrays, workspace, stream);
-    // A GPU that is shared or partitioned may not start what its properties promise. Nothing has run then.
-    if (status.ok() || choice.forced) return status;
+    const cudaError_t launched = OnChipBackward(choice.plan, problem, arrays, workspace, stream);
+    Status status;
+    if (Settles(launched, problem, Pass::kBackward, aligned, device, choice, stream, &status)) return status;
   }
-  const StreamingTiling tiling = MakeStreamingTiling(problem, aligned, device.multiprocessors);
+  const StreamingTiling& tiling = prepared->tiling[aligned];
+  CountCall(Tier::kStreaming);
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
     return WithLanes<T>(tiling.lanes > 1, [&](auto lanes) {
@@ -102,8 +100,7 @@ Status Backward(const Problem& problem, const BackwardArrays& arrays, void* work
 Status GradientMoments(const Problem& problem, const BackwardArrays& arrays, void* workspace, void* stream) {
   if (const Status status = Validate(problem); !status.ok()) return status;
   Device device;
-  int number = 0;
-  if (const Status status = CurrentDevice(&device, &number); !status.ok()) return status;
+  if (const Status status = CurrentDevice(&device); !status.ok()) return status;
   if (problem.channels == 0) return {};
   auto* partials = static_cast<GradientSums*>(workspace);
   const auto finish = [&](auto type, const PartialsShape& shape) {
@@ -113,6 +110,7 @@ Status GradientMoments(const Problem& problem, const BackwardArrays& arrays, voi
   if (problem.Elements() == 0) {
     return WithDataType(problem.dtype, [&](auto type) { return finish(type, PartialsShape{0, 0, problem.channels}); });
   }
+  CountCall(Tier::kStreaming);
   const StreamingTiling tiling = MakeStreamingTiling(problem, GradientAligned(problem, arrays), device.multiprocessors);
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
@@ -129,9 +127,9 @@ Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays, c
                          void* workspace, void* stream) {
   if (const Status status = Validate(problem); !status.ok()) return status;
   Device device;
-  int number = 0;
-  if (const Status status = CurrentDevice(&device, &number); !status.ok()) return status;
+  if (const Status status = CurrentDevice(&device); !status.ok()) return status;
   if (problem.Elements() == 0) return {};
+  CountCall(Tier::kStreaming);
   const StreamingTiling tiling =
       MakeStreamingTiling(problem, statistics.kept, GradientAligned(problem, arrays), device.multiprocessors);
   return WithDataType(problem.dtype, [&](auto type) {

@@ -1,12 +1,13 @@
 // The forward entry points: which kernels run, in which order, with what.
 
 #include <algorithm>
+#include <memory>
 
 #include "csrc/batch_norm/cuda/dispatch.h"
 #include "csrc/batch_norm/cuda/finish.cuh"
 #include "csrc/batch_norm/cuda/launch.h"
 #include "csrc/batch_norm/cuda/onchip_launch.h"
-#include "csrc/batch_norm/cuda/policy.h"
+#include "csrc/batch_norm/cuda/prepare.h"
 #include "csrc/batch_norm/cuda/runtime.h"
 #include "csrc/batch_norm/cuda/streaming_forward.cuh"
 
@@ -46,16 +47,11 @@ Status StreamingForward(const Problem& problem, const ForwardArrays& arrays, con
 
 Status ForwardWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus) {
   *bytes = 0;
-  return ForEachDevice(gpus, [&](const Device& device, int number) -> Status {
+  return ForEachDevice(gpus, [&](const Device& device) -> Status {
     if (!problem.training || problem.Elements() == 0) return {};
-    for (const bool aligned : {false, true}) {
-      Choice choice;
-      if (const Status status = RecallTier(problem, Pass::kForward, aligned, device, number, &choice); !status.ok())
-        return status;
-      const int64_t items =
-          std::max(choice.plan.ExchangedItems(), SplitItems(problem, aligned, device.multiprocessors));
-      *bytes = std::max(*bytes, static_cast<size_t>(items) * sizeof(PartialMoments<double>));
-    }
+    std::shared_ptr<const Prepared> prepared;
+    if (const Status status = Prepare(problem, Pass::kForward, device, &prepared); !status.ok()) return status;
+    *bytes = std::max(*bytes, static_cast<size_t>(prepared->items) * sizeof(PartialMoments<double>));
     return {};
   });
 }
@@ -63,8 +59,7 @@ Status ForwardWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus) {
 Status Forward(const Problem& problem, const ForwardArrays& arrays, void* workspace, void* stream) {
   if (const Status status = Validate(problem); !status.ok()) return status;
   Device device;
-  int number = 0;
-  if (const Status status = CurrentDevice(&device, &number); !status.ok()) return status;
+  if (const Status status = CurrentDevice(&device); !status.ok()) return status;
   if (problem.channels == 0) return {};
   if (problem.Elements() == 0) {
     if (!problem.training) return {};
@@ -75,15 +70,17 @@ Status Forward(const Problem& problem, const ForwardArrays& arrays, void* worksp
   }
   const void* tensors[] = {arrays.x, arrays.y, problem.has_residual ? arrays.residual : nullptr};
   const bool aligned = AllAligned(tensors, 3);
-  Choice choice;
-  if (const Status status = RecallTier(problem, Pass::kForward, aligned, device, number, &choice); !status.ok())
-    return status;
+  std::shared_ptr<const Prepared> prepared;
+  if (const Status status = Prepare(problem, Pass::kForward, device, &prepared); !status.ok()) return status;
+  if (const Status& status = prepared->status[aligned]; !status.ok()) return status;
+  const Choice& choice = prepared->choice[aligned];
   if (choice.tier != Tier::kStreaming) {
-    const Status status = OnChipForward(choice.plan, problem, arrays, workspace, stream);
-    // A GPU that is shared or partitioned may not start what its properties promise. Nothing has run then.
-    if (status.ok() || choice.forced) return status;
+    const cudaError_t launched = OnChipForward(choice.plan, problem, arrays, workspace, stream);
+    Status status;
+    if (Settles(launched, problem, Pass::kForward, aligned, device, choice, stream, &status)) return status;
   }
-  const StreamingTiling tiling = MakeStreamingTiling(problem, aligned, device.multiprocessors);
+  const StreamingTiling& tiling = prepared->tiling[aligned];
+  CountCall(Tier::kStreaming);
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
     return WithLanes<T>(tiling.lanes > 1, [&](auto lanes) {
@@ -94,7 +91,7 @@ Status Forward(const Problem& problem, const ForwardArrays& arrays, void* worksp
 
 Status MomentsWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus) {
   *bytes = 0;
-  return ForEachDevice(gpus, [&](const Device& device, int) -> Status {
+  return ForEachDevice(gpus, [&](const Device& device) -> Status {
     if (problem.Elements() == 0) return {};
     for (const bool aligned : {false, true}) {
       const auto items = static_cast<size_t>(SplitItems(problem, aligned, device.multiprocessors));
@@ -106,8 +103,7 @@ Status MomentsWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus) {
 
 Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* workspace, void* stream) {
   Device device;
-  int number = 0;
-  if (const Status status = CurrentDevice(&device, &number); !status.ok()) return status;
+  if (const Status status = CurrentDevice(&device); !status.ok()) return status;
   if (problem.channels == 0) return {};
   auto* partials = static_cast<PartialMoments<double>*>(workspace);
   const auto finish = [&](auto type, const PartialsShape& shape) {
@@ -118,6 +114,7 @@ Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* w
   if (problem.Elements() == 0) {
     return WithDataType(problem.dtype, [&](auto type) { return finish(type, PartialsShape{0, 0, problem.channels}); });
   }
+  CountCall(Tier::kStreaming);
   const StreamingTiling tiling =
       MakeStreamingTiling(problem, arrays.kept, AllAligned(&arrays.x, 1), device.multiprocessors);
   return WithDataType(problem.dtype, [&](auto type) {

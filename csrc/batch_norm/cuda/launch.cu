@@ -1,46 +1,116 @@
-// What a launch may need beside the launch itself.
+// What CUDA says of the on-chip kernels before they are launched, and what is done when it refuses one all the same.
 
-#include <set>
-#include <utility>
+#include <array>
+#include <map>
+#include <mutex>
+#include <string>
 
 #include "csrc/batch_norm/cuda/launch.h"
+#include "csrc/batch_norm/cuda/onchip_launch.h"
+#include "csrc/batch_norm/cuda/prepare.h"
 
 namespace tfops::cuda {
 namespace {
 
-thread_local int rehearsals = 0;
+// Errors that say that a GPU does not start such a launch: it is shared or partitioned, perhaps. All others are of
+// something else, and no other kernel would start either.
+bool IsRefusal(cudaError_t error) {
+  switch (error) {
+    case cudaErrorInvalidValue:
+    case cudaErrorInvalidConfiguration:
+    case cudaErrorLaunchOutOfResources:
+    case cudaErrorCooperativeLaunchTooLarge:
+    case cudaErrorNotPermitted:
+    case cudaErrorNotSupported:
+    case cudaErrorInvalidClusterSize:
+      return true;
+    default:
+      return false;
+  }
+}
+
+// How many clusters of a kernel run at once; none where there are none of that size.
+int ActiveClusters(const void* kernel, const LaunchShape& shape) {
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = ConfigOf(shape, nullptr, attributes);
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
+  cudaGetLastError();  // that is an answer
+  return 0;
+}
+
+Status Ask(const Device& device, const void* kernel, Occupancy* occupancy) {
+  *occupancy = {};
+  occupancy->asked = true;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess) {
+    occupancy->static_bytes = static_cast<int>(attributes.sharedSizeBytes);
+    for (int k = 1; k <= Occupancy::kShares; ++k) {
+      occupancy->room[k - 1] = RoomOf(device, occupancy->static_bytes, k);
+    }
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(occupancy->room[0]));
+  }
+  if (error == cudaSuccess && device.largest_cluster > 8) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  for (size_t t = 0; t < std::size(Occupancy::kThreads); ++t) {
+    for (int k = 0; k < Occupancy::kShares && error == cudaSuccess; ++k) {
+      const int threads = Occupancy::kThreads[t];
+      const int room = static_cast<int>(occupancy->room[k]);
+      int* const blocks = &occupancy->blocks[t][k];
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, room);
+      for (size_t s = 0; s < std::size(Occupancy::kClusters) && error == cudaSuccess; ++s) {
+        const int size = Occupancy::kClusters[s];
+        if (size > device.largest_cluster || *blocks == 0) continue;
+        occupancy->clusters[t][s][k] = ActiveClusters(kernel, LaunchShape{{size}, {threads}, size, room});
+      }
+    }
+  }
+  return ToStatus(error, "asking how many blocks of a CUDA kernel run at once");
+}
 
 }  // namespace
 
-Rehearsal::Rehearsal() { ++rehearsals; }
-Rehearsal::~Rehearsal() { --rehearsals; }
-bool IsRehearsal() { return rehearsals > 0; }
+Status AskOccupancy(const Device& device, DataType dtype, Pass pass, bool vectors, Occupancy* occupancy) {
+  static std::mutex mutex;
+  static auto* const answers = new std::map<std::array<int, 4>, Occupancy>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::array<int, 4> key = {device.number, static_cast<int>(dtype), static_cast<int>(pass), vectors};
+  if (const auto found = answers->find(key); found != answers->end()) {
+    *occupancy = found->second;
+    return {};
+  }
+  // CUDA is asked for the thread's current device.
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess && current != device.number) error = cudaSetDevice(device.number);
+  if (error != cudaSuccess) return ToStatus(error, "asking for the current GPU");
+  const void* const kernel =
+      pass == Pass::kForward ? OnChipForwardKernelOf(dtype, vectors) : OnChipBackwardKernelOf(dtype, vectors);
+  const Status status = Ask(device, kernel, occupancy);
+  if (current != device.number) cudaSetDevice(current);
+  if (status.ok()) answers->emplace(key, *occupancy);
+  return status;
+}
 
-Status AllowLargeLaunches(const void* kernel) {
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) {
-    return ToStatus(error, "asking for the current GPU");
-  }
-  // A thread's own, without a lock: to ask again does no harm, for it is always for the same.
-  static thread_local std::set<std::pair<const void*, int>> allowed;
-  if (allowed.count({kernel, device})) return {};
-
-  int shared = 0;
-  int major = 0;
-  cudaFuncAttributes attributes;
-  cudaError_t error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 shared - static_cast<int>(attributes.sharedSizeBytes));
-  }
-  if (error == cudaSuccess && major >= 9) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  if (error != cudaSuccess) return ToStatus(error, "preparing a CUDA kernel for a large launch");
-  allowed.insert({kernel, device});
-  return {};
+bool Settles(cudaError_t launched, const Problem& problem, Pass pass, bool aligned, const Device& device,
+             const Choice& choice, void* stream, Status* status) {
+  *status = ToStatus(launched, "starting a CUDA kernel");
+  if (launched == cudaSuccess) CountCall(choice.tier);
+  if (launched == cudaSuccess || !IsRefusal(launched)) return true;
+  const std::string error = cudaGetErrorString(launched);
+  RememberRefusal(problem, pass, aligned, device, error);
+  if (choice.forced) return true;
+  // A graph that is being captured takes another kernel in place of the refused one, if it is still to be had.
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  const cudaError_t asked = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture);
+  if (asked == cudaSuccess && capture != cudaStreamCaptureStatusInvalidated) return false;
+  cudaGetLastError();
+  *status = {StatusCode::kInternal, "CUDA refused a launch while its stream was captured, which ends the capture (" +
+                                        error + "); capture again, and the streaming tier will do this work"};
+  return true;
 }
 
 }  // namespace tfops::cuda

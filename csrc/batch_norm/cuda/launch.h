@@ -10,6 +10,7 @@
 
 #include "csrc/batch_norm/batch_norm.h"
 #include "csrc/batch_norm/cuda/extent.h"
+#include "csrc/batch_norm/cuda/prepare.h"
 
 namespace tfops::cuda {
 
@@ -31,26 +32,8 @@ struct LaunchShape {
   bool cooperative = false;  // all blocks are resident at once, and may meet at a GridBarrier()
 };
 
-// What CUDA lets a kernel have only if asked: more than 48 KB of dynamic shared memory, clusters of more than 8 blocks.
-// It asks once for each kernel, device and thread, for as much as the device has.
-// It also loads the kernel.
-Status AllowLargeLaunches(const void* kernel);
-
-// Whether a Rehearsal lives on this thread.
-bool IsRehearsal();
-
-// Starts a kernel and checks that it could be started. It does not wait: an error of the kernel itself belongs to
-// whoever synchronizes.
-template <typename... Parameters, typename... Arguments>
-Status Launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream, Arguments&&... arguments) {
-  constexpr int kUsualShared = 48 << 10;
-  constexpr int kPortableCluster = 8;
-  const bool rehearsal = IsRehearsal();
-  if (rehearsal || shape.dynamic_shared > kUsualShared || shape.cluster > kPortableCluster) {
-    const Status allowed = AllowLargeLaunches(reinterpret_cast<const void*>(kernel));
-    if (rehearsal || !allowed.ok()) return allowed;
-  }
-  cudaLaunchAttribute attributes[2];
+// `attributes` lasts as long as what is returned.
+inline cudaLaunchConfig_t ConfigOf(const LaunchShape& shape, void* stream, cudaLaunchAttribute (&attributes)[2]) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(shape.grid.x, shape.grid.y, shape.grid.z);
   config.blockDim = dim3(shape.block.x, shape.block.y, shape.block.z);
@@ -69,7 +52,27 @@ Status Launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* str
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
   }
-  return ToStatus(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "starting a CUDA kernel");
+  return config;
+}
+
+// Starts a kernel. It does not wait: an error of the kernel itself belongs to whoever synchronizes. What CUDA lets a
+// kernel have only if asked, more than 48 KB of dynamic shared memory and clusters of more than 8 blocks,
+// AskOccupancy() has asked for. In a Rehearsal the kernel is loaded, and not started.
+template <typename... Parameters, typename... Arguments>
+cudaError_t Start(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream, Arguments&&... arguments) {
+  if (IsRehearsal()) {
+    cudaFuncAttributes loaded;
+    return cudaFuncGetAttributes(&loaded, reinterpret_cast<const void*>(kernel));
+  }
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = ConfigOf(shape, stream, attributes);
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+// The same, with a status.
+template <typename... Parameters, typename... Arguments>
+Status Launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream, Arguments&&... arguments) {
+  return ToStatus(Start(kernel, shape, stream, std::forward<Arguments>(arguments)...), "starting a CUDA kernel");
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -7,14 +7,23 @@
 
 namespace tfops::cuda {
 
-Status OnChipBackward(const OnChip& plan, const Problem& problem, const BackwardArrays& arrays, void* workspace,
-                      void* stream) {
+const void* OnChipBackwardKernelOf(DataType dtype, bool vectors) {
+  return WithDataType(dtype, [&](auto type) {
+    using T = typename decltype(type)::Type;
+    return WithLanes<T>(vectors, [&](auto lanes) {
+      return reinterpret_cast<const void*>(&OnChipBackwardKernel<T, decltype(lanes)::value>);
+    });
+  });
+}
+
+cudaError_t OnChipBackward(const OnChip& plan, const Problem& problem, const BackwardArrays& arrays, void* workspace,
+                           void* stream) {
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
     return WithLanes<T>(plan.lanes > 1, [&](auto lanes) {
-      return Launch(OnChipBackwardKernel<T, decltype(lanes)::value>, ShapeOf(plan), stream, plan, problem, arrays,
-                    AffineOf(problem, arrays), GradientOf(problem, arrays), ResidualGradient(problem, arrays),
-                    static_cast<GradientSums*>(workspace));
+      return Start(OnChipBackwardKernel<T, decltype(lanes)::value>, ShapeOf(plan), stream, plan, problem, arrays,
+                   AffineOf(problem, arrays), GradientOf(problem, arrays), ResidualGradient(problem, arrays),
+                   static_cast<GradientSums*>(workspace));
     });
   });
 }

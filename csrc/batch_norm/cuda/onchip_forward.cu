@@ -7,15 +7,24 @@
 
 namespace tfops::cuda {
 
-Status OnChipForward(const OnChip& plan, const Problem& problem, const ForwardArrays& arrays, void* workspace,
-                     void* stream) {
+const void* OnChipForwardKernelOf(DataType dtype, bool vectors) {
+  return WithDataType(dtype, [&](auto type) {
+    using T = typename decltype(type)::Type;
+    return WithLanes<T>(vectors, [&](auto lanes) {
+      return reinterpret_cast<const void*>(&OnChipForwardKernel<T, decltype(lanes)::value>);
+    });
+  });
+}
+
+cudaError_t OnChipForward(const OnChip& plan, const Problem& problem, const ForwardArrays& arrays, void* workspace,
+                          void* stream) {
   ForwardArrays used = arrays;
   if (!NeedsMask(problem)) used.mask = nullptr;
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
     return WithLanes<T>(plan.lanes > 1, [&](auto lanes) {
-      return Launch(OnChipForwardKernel<T, decltype(lanes)::value>, ShapeOf(plan), stream, plan, problem, used,
-                    static_cast<PartialMoments<double>*>(workspace));
+      return Start(OnChipForwardKernel<T, decltype(lanes)::value>, ShapeOf(plan), stream, plan, problem, used,
+                   static_cast<PartialMoments<double>*>(workspace));
     });
   });
 }

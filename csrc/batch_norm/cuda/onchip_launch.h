@@ -6,6 +6,7 @@
 #include "csrc/batch_norm/batch_norm.h"
 #include "csrc/batch_norm/cuda/launch.h"
 #include "csrc/batch_norm/cuda/onchip.h"
+#include "csrc/batch_norm/cuda/policy.h"
 
 namespace tfops::cuda {
 
@@ -18,11 +19,21 @@ inline LaunchShape ShapeOf(const OnChip& plan) {
           cooperative};
 }
 
+// The kernel for a data type, on vectors or on single elements.
+const void* OnChipForwardKernelOf(DataType dtype, bool vectors);
+const void* OnChipBackwardKernelOf(DataType dtype, bool vectors);
+
 // The workspace has room for plan.ExchangedItems() partial results.
-Status OnChipForward(const OnChip& plan, const Problem& problem, const ForwardArrays& arrays, void* workspace,
-                     void* stream);
-Status OnChipBackward(const OnChip& plan, const Problem& problem, const BackwardArrays& arrays, void* workspace,
-                      void* stream);
+cudaError_t OnChipForward(const OnChip& plan, const Problem& problem, const ForwardArrays& arrays, void* workspace,
+                          void* stream);
+cudaError_t OnChipBackward(const OnChip& plan, const Problem& problem, const BackwardArrays& arrays, void* workspace,
+                           void* stream);
+
+// Whether a launch on the chip settles the call, with that status: it was made, or went wrong so that nothing else can
+// be done. Else it was refused, nothing has run, and streaming has to do the work, now and for this problem from now
+// on.
+bool Settles(cudaError_t launched, const Problem& problem, Pass pass, bool aligned, const Device& device,
+             const Choice& choice, void* stream, Status* status);
 
 }  // namespace tfops::cuda
 

@@ -3,22 +3,23 @@
 #include "csrc/batch_norm/cuda/policy.h"
 
 #include <algorithm>
-#include <array>
+#include <cmath>
 #include <cstdlib>
-#include <map>
 #include <numeric>
-#include <utility>
 
 #include "csrc/batch_norm/cuda/streaming.h"
-#include "csrc/batch_norm/cuda/tuning.h"
 
 namespace tfops::cuda {
 namespace {
 
-constexpr Tier kTiers[] = {Tier::kOneBlock, Tier::kCluster, Tier::kGrid, Tier::kStreaming};
 constexpr int kRegisters = 64 << 10;      // of a multiprocessor
 constexpr int kRegistersPerThread = 128;  // that the kernels have at most
-constexpr int kReserved = 1 << 10;        // of each block's shared memory, by CUDA
+constexpr int kReserved = 1 << 10;        // of each block's shared memory, by CUDA, from 8.0 on
+
+// Clusters of 2, 4, 8 and 16 blocks, each with a multiprocessor to itself, that a whole H100 runs at once. A cluster is
+// within one of the parts that a GPU consists of, whose sizes differ from chip to chip. No GPU was asked for these.
+constexpr int kPaperMultiprocessors = 132;
+constexpr int kPaperClusters[] = {66, 31, 15, 7};
 
 int64_t RoundUp(int64_t n, int64_t unit) { return DivideUp(n, unit) * unit; }
 
@@ -37,23 +38,36 @@ Traffic TrafficOf(const Problem& problem, Pass pass) {
   return {(2 + NeedsResidual(problem)) * tensor + mask, 0, (1 + dresidual) * tensor};
 }
 
-double StreamingTime(const Problem& problem, Pass pass, const Device& device) {
-  using Reckon = PolicyTuning;
+double StreamingTime(const Situation& situation, const PolicyTuning& reckon) {
+  const auto& [problem, pass, aligned, device, occupancy] = situation;
   const Traffic traffic = TrafficOf(problem, pass);
-  const double rate = Reckon::kMemoryRate * device.multiprocessors;
-  if (pass == Pass::kForward && !problem.training) {
-    return Reckon::kLaunch + 2 * Reckon::kPhase + (traffic.statistics + traffic.rest + traffic.written) / rate;
+  const double rate = reckon.memory_rate * device.multiprocessors;
+  if (situation.IsSinglePass()) {
+    return reckon.launch + 2 * reckon.phase + (traffic.statistics + traffic.rest + traffic.written) / rate;
   }
-  const bool cached = traffic.statistics <= Reckon::kCacheShare * static_cast<double>(device.l2_bytes);
-  const double again = traffic.statistics * (cached ? Reckon::kCacheFactor : 1);
-  return Reckon::kLaunch + 2 * Reckon::kNextLaunch + 4 * Reckon::kPhase + 2 * Reckon::kMerge +
+  const bool cached = traffic.statistics <= reckon.cache_share * static_cast<double>(device.l2_bytes);
+  const double again = traffic.statistics * (cached ? reckon.cache_factor : 1);
+  return reckon.launch + 2 * reckon.next_launch + 4 * reckon.phase + 2 * reckon.merge +
          (traffic.statistics + again + traffic.rest + traffic.written) / rate;
 }
 
-// The blocks of a plan that a multiprocessor holds at once.
-int64_t BlocksAtOnce(const OnChip& plan, const Device& device) {
-  const int64_t by_registers = kRegisters / (kRegistersPerThread * plan.threads);
-  return std::min(by_registers, device.shared_bytes_per_multiprocessor / (plan.shared_bytes + kReserved));
+// How many blocks of a plan run at the same time. None, where it does not fit.
+struct AtOnce {
+  int64_t blocks = 0;    // of a multiprocessor
+  int64_t clusters = 0;  // of the device
+};
+
+AtOnce AtOnceOf(const OnChip& plan, const Occupancy& occupancy) {
+  int k = 0;
+  while (k < Occupancy::kShares && plan.shared_bytes <= occupancy.room[k]) ++k;
+  if (k == 0) return {};
+  const int threads = plan.threads <= Occupancy::kThreads[0] ? 0 : 1;
+  AtOnce at_once{occupancy.blocks[threads][k - 1], 0};
+  if (plan.scope == Scope::kCluster) {
+    const int* const size = std::find(std::begin(Occupancy::kClusters), std::end(Occupancy::kClusters), plan.group);
+    at_once.clusters = occupancy.clusters[threads][size - std::begin(Occupancy::kClusters)][k - 1];
+  }
+  return at_once;
 }
 
 // Vectors that a thread has in flight.
@@ -71,21 +85,26 @@ int Batch(Pass pass, int lanes) {
   }
 }
 
-double OnChipTime(const Problem& problem, Pass pass, const OnChip& plan, const Device& device) {
-  using Reckon = PolicyTuning;
+struct Estimate {
+  double nanoseconds = 0;
+  int waves = 1;
+};
+
+Estimate OnChipTime(const Situation& situation, const OnChip& plan, const PolicyTuning& reckon) {
+  const auto& [problem, pass, aligned, device, occupancy] = situation;
   const Traffic traffic = TrafficOf(problem, pass);
   const double bytes = traffic.statistics + traffic.rest + traffic.written;
   // The busiest multiprocessor takes so many blocks, each of so many steps, of which some vectors may be past an edge.
   const double tensor = static_cast<double>(problem.Elements()) * SizeOf(problem.dtype);
   const double block_bytes = static_cast<double>(plan.held_steps) * plan.block.x * plan.block.y * plan.block.z *
                              plan.lanes * SizeOf(problem.dtype) * (bytes / tensor);
-  const int64_t at_once = BlocksAtOnce(plan, device);
-  // A cluster is within one of the parts that a GPU consists of, of 16 multiprocessors or so.
-  const int64_t usable = plan.group > 1 && plan.scope == Scope::kCluster
-                             ? device.multiprocessors * at_once / plan.group * plan.group
-                             : device.multiprocessors * at_once;
-  const double waves = static_cast<double>(DivideUp(plan.Blocks(), std::max<int64_t>(usable, 1)));
-  const double busiest = static_cast<double>(DivideUp(plan.Blocks(), device.multiprocessors));
+  const auto [at_once, clusters] = AtOnceOf(plan, occupancy);
+  // Where clusters are, some multiprocessors remain without work.
+  const bool clustered = plan.scope == Scope::kCluster;
+  const int64_t usable = clustered ? clusters * plan.group : device.multiprocessors * at_once;
+  const int64_t working = std::clamp<int64_t>(usable / at_once, 1, device.multiprocessors);
+  const double waves = static_cast<double>(DivideUp(plan.Blocks(), usable));
+  const double busiest = static_cast<double>(DivideUp(plan.Blocks(), working));
   // Neighbours in memory that a block reads: short runs waste memory's bursts.
   const double run = plan.planes       ? static_cast<double>(plan.inner) * plan.block.y
                      : plan.slabs == 1 ? static_cast<double>(plan.units) * plan.block.z
@@ -96,16 +115,17 @@ double OnChipTime(const Problem& problem, Pass pass, const OnChip& plan, const D
   const int batch = Batch(pass, plan.lanes);
   const double resident = std::min(static_cast<double>(at_once), busiest);
   const double in_flight = resident * plan.threads * batch * plan.lanes * SizeOf(problem.dtype);
-  const double own_rate = std::min(Reckon::kOwnRate, in_flight / Reckon::kLatency);
+  const double own_rate = std::min(reckon.own_rate, in_flight / reckon.latency);
   const double moving =
-      std::max(bytes / (Reckon::kMemoryRate * device.multiprocessors), busiest * block_bytes / own_rate) / efficiency;
+      std::max(bytes / (reckon.memory_rate * device.multiprocessors), busiest * block_bytes / own_rate) / efficiency;
   double meeting = 0;
   if (plan.group > 1) {
-    meeting = plan.scope == Scope::kCluster ? Reckon::kClusterBarrier : Reckon::kGridBarrier;
-    meeting += plan.group * Reckon::kMergeBlock;
+    meeting = clustered ? reckon.cluster_barrier : reckon.grid_barrier;
+    meeting += plan.group * reckon.merge_block;
   }
-  const double extra_phase = problem.has_residual && !plan.holds_residual ? Reckon::kPhase : 0;
-  return Reckon::kLaunch + waves * (2 * Reckon::kPhase + Reckon::kMerge + meeting + extra_phase) + moving;
+  const double extra_phase = problem.has_residual && !plan.holds_residual ? reckon.phase : 0;
+  return {reckon.launch + waves * (2 * reckon.phase + reckon.merge + meeting + extra_phase) + moving,
+          static_cast<int>(waves)};
 }
 
 // --- The plans ----------------------------------------------------------------------------------------------------
@@ -160,19 +180,14 @@ void ForPlanes(const View& view, bool mask, int threads, const Body& body) {
   }
 }
 
-// Calls body(plan) for every plan, whether it fits or not.
+// Calls body(plan, index) for every plan, whether it fits or not.
 template <typename Body>
-void ForAllPlans(const Problem& problem, Pass pass, bool aligned, const Device& device, const Body& body) {
-  const int64_t size = SizeOf(problem.dtype);
-  const bool mask = NeedsMask(problem);
-  View view = MakeView(problem, aligned, int64_t{1} << 30, true);
-  if (view.repeat > 1 && view.units / view.lanes > OnChipTuning::kThreads) {
-    view = MakeView(problem, aligned, 0, true);
-  }
-  if (view.pixels / std::gcd(view.pixels, view.lanes) > OnChipTuning::kThreads) {
-    view = MakeView(problem, aligned, 0, true);
-  }
-  for (const int threads : {OnChipTuning::kThreads / 2, OnChipTuning::kThreads}) {
+void ForAllPlans(const Situation& situation, const Settings& settings, const Body& body) {
+  const Problem& problem = situation.problem;
+  const Device& device = situation.device;
+  const View view = OnChipView(problem, situation.aligned);
+  int index = 0;
+  for (const int threads : Occupancy::kThreads) {
     const auto with_groups = [&](const Extent& block) {
       OnChip plan;
       static_cast<Tiling&>(plan) = MakeTiling(view, block);
@@ -180,19 +195,22 @@ void ForAllPlans(const Problem& problem, Pass pass, bool aligned, const Device& 
       const auto with_group = [&](Scope scope, int64_t group) {
         plan.scope = scope;
         plan.group = static_cast<int>(group);
-        LayOut(problem, pass, device.shared_bytes_per_block, &plan);
-        body(plan);
+        LayOut(problem, situation.pass, situation.occupancy.room[0], &plan);
+        body(plan, index++);
       };
       with_group(Scope::kBlock, 1);
-      const int64_t most = std::min<int64_t>({device.largest_cluster, device.multiprocessors, plan.steps});
-      for (int group = 2; group <= most; group *= 2) with_group(Scope::kCluster, group);
-      const int64_t share = std::min<int64_t>(device.multiprocessors / plan.slabs, plan.steps);
+      for (const int group : Occupancy::kClusters) {
+        if (group <= device.largest_cluster && group <= plan.steps) with_group(Scope::kCluster, group);
+      }
+      // One block a multiprocessor: more would have more to exchange, and no more to work with.
+      const int64_t share =
+          std::min<int64_t>((device.multiprocessors - settings.free_multiprocessors) / plan.slabs, plan.steps);
       if (device.cooperative && share > 1) with_group(Scope::kGrid, share);
     };
     if (view.planes) {
-      ForPlanes(view, mask, threads, with_groups);
+      ForPlanes(view, NeedsMask(problem), threads, with_groups);
     } else {
-      ForRows(view, mask, size, threads, with_groups);
+      ForRows(view, NeedsMask(problem), SizeOf(problem.dtype), threads, with_groups);
     }
   }
 }
@@ -216,66 +234,92 @@ std::string Microseconds(double nanoseconds) {
   return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " us";
 }
 
-Status ForcedTier(bool* forced, Tier* tier) {
-  const char* const name = std::getenv("TFOPS_TIER");
-  *forced = name && *name;
-  if (!*forced) return {};
-  for (const Tier candidate : kTiers) {
-    *tier = candidate;
-    if (std::string(name) == NameOf(candidate)) return {};
-  }
-  return {StatusCode::kInvalidArgument,
-          "TFOPS_TIER must be one_block, cluster, grid or streaming, but it is " + std::string(name)};
+bool Fits(const Situation& situation, const Settings& settings, const OnChip& plan) {
+  const auto [blocks, clusters] = AtOnceOf(plan, situation.occupancy);
+  if (blocks == 0 || plan.Blocks() > INT32_MAX) return false;
+  if (plan.scope == Scope::kCluster) return clusters > 0;
+  const int64_t multiprocessors = situation.device.multiprocessors - settings.free_multiprocessors;
+  return plan.scope == Scope::kBlock || plan.Blocks() <= blocks * multiprocessors;
 }
 
-Status Choose(const Problem& problem, Pass pass, bool aligned, const Device& device, bool forced, Tier forced_tier,
-              Choice* choice) {
-  *choice = {};
-  choice->forced = forced;
-  const double streaming = StreamingTime(problem, pass, device);
-  choice->nanoseconds = streaming;
-  if (pass == Pass::kForward && !problem.training) return {};
-  if (choice->forced && forced_tier == Tier::kStreaming) return {};
-
-  bool found = false;
-  int64_t least_shared = INT64_MAX;
-  ForAllPlans(problem, pass, aligned, device, [&](const OnChip& plan) {
-    if (choice->forced && TierOf(plan) != forced_tier) return;
-    least_shared = std::min<int64_t>(least_shared, plan.shared_bytes);
-    if (plan.shared_bytes > device.shared_bytes_per_block || plan.Blocks() > INT32_MAX) return;
-    if (plan.scope == Scope::kGrid && plan.Blocks() > BlocksAtOnce(plan, device) * device.multiprocessors) return;
-    choice->any_fits = true;
-    const double time = OnChipTime(problem, pass, plan, device);
-    const bool better = choice->forced ? !found || time < choice->nanoseconds : time < choice->nanoseconds;
-    if (!better) {
-      // The best of another tier is what the reason tells of.
-      if (TierOf(plan) != choice->tier && (choice->next_nanoseconds == 0 || time < choice->next_nanoseconds)) {
-        choice->next = TierOf(plan);
-        choice->next_nanoseconds = time;
-      }
-      return;
-    }
-    if (TierOf(plan) != choice->tier && !choice->forced) {
-      choice->next = choice->tier;
-      choice->next_nanoseconds = choice->nanoseconds;
-    }
-    found = true;
-    choice->tier = TierOf(plan);
-    choice->plan = plan;
-    choice->nanoseconds = time;
+// Calls body(choice) for every plan that fits.
+template <typename Body>
+void ForChoices(const Situation& situation, const Settings& settings, const Body& body) {
+  if (situation.IsSinglePass()) return;
+  ForAllPlans(situation, settings, [&](const OnChip& plan, int index) {
+    if (!Fits(situation, settings, plan)) return;
+    const Estimate estimate = OnChipTime(situation, plan, settings.tuning);
+    Choice choice;
+    choice.tier = TierOf(plan);
+    choice.plan = plan;
+    choice.index = index;
+    choice.waves = estimate.waves;
+    choice.nanoseconds = estimate.nanoseconds;
+    choice.any_fits = true;
+    body(choice);
   });
-  if (!choice->forced || found) return {};
+}
 
-  const std::string cannot = "TFOPS_TIER=" + std::string(NameOf(forced_tier)) + " cannot be had: ";
-  const auto refuse = [&cannot](const std::string& why) { return Status{StatusCode::kInvalidArgument, cannot + why}; };
-  if (forced_tier == Tier::kCluster && device.largest_cluster < 2) {
-    return refuse("a GPU of compute capability " + std::to_string(device.compute_capability / 10) + "." +
-                  std::to_string(device.compute_capability % 10) + " has no clusters");
+bool IsForced(const Settings& settings, Tier tier, int group) {
+  return tier == settings.tier && (tier != Tier::kCluster || settings.cluster == 0 || settings.cluster == group);
+}
+
+// Why nothing that is forced fits.
+std::string WhyNot(const Situation& situation, const Settings& settings) {
+  const Device& device = situation.device;
+  int64_t least_shared = INT64_MAX;
+  ForAllPlans(situation, settings, [&](const OnChip& plan, int) {
+    if (!IsForced(settings, TierOf(plan), plan.group)) return;
+    least_shared = std::min<int64_t>(least_shared, plan.shared_bytes);
+  });
+  if (settings.tier == Tier::kCluster && device.largest_cluster < 2) {
+    return "a GPU of compute capability " + std::to_string(device.compute_capability / 10) + "." +
+           std::to_string(device.compute_capability % 10) + " has no clusters";
   }
-  if (forced_tier == Tier::kGrid && !device.cooperative) return refuse("this GPU has no cooperative launches");
-  if (least_shared == INT64_MAX) return refuse("there is no work for a second block");
-  return refuse("a block would have to keep " + Kilobytes(least_shared) + " on the chip, and has at most " +
-                Kilobytes(device.shared_bytes_per_block));
+  if (settings.tier == Tier::kGrid && !device.cooperative) return "this GPU has no cooperative launches";
+  if (least_shared == INT64_MAX) return "there is no work for a second block";
+  const int64_t room = situation.occupancy.room[0];
+  if (least_shared <= room) return "this GPU does not hold so many blocks at once";
+  return "a block would have to keep " + Kilobytes(least_shared) + " on the chip, and has at most " + Kilobytes(room);
+}
+
+struct TuningField {
+  const char* name;
+  double PolicyTuning::* member;
+  bool ratio = false;
+};
+
+constexpr TuningField kTuning[] = {
+    {"launch", &PolicyTuning::launch},
+    {"next_launch", &PolicyTuning::next_launch},
+    {"phase", &PolicyTuning::phase},
+    {"merge", &PolicyTuning::merge},
+    {"cluster_barrier", &PolicyTuning::cluster_barrier},
+    {"grid_barrier", &PolicyTuning::grid_barrier},
+    {"merge_block", &PolicyTuning::merge_block},
+    {"memory_rate", &PolicyTuning::memory_rate},
+    {"latency", &PolicyTuning::latency},
+    {"own_rate", &PolicyTuning::own_rate},
+    {"cache_factor", &PolicyTuning::cache_factor, true},
+    {"cache_share", &PolicyTuning::cache_share, true},
+};
+
+std::string Text(double value) {
+  std::string text = std::to_string(value);
+  text.erase(std::min(text.find_last_not_of('0') + 1, text.size()));
+  return text.back() == '.' ? text.substr(0, text.size() - 1) : text;
+}
+
+Status Invalid(const std::string& message) { return {StatusCode::kInvalidArgument, message}; }
+
+Status ParseTier(const std::string& what, const std::string& name, Settings* settings) {
+  settings->forced = !name.empty();
+  if (name.empty()) return {};
+  for (const Tier candidate : kTiers) {
+    settings->tier = candidate;
+    if (name == NameOf(candidate)) return {};
+  }
+  return Invalid(what + " must be one_block, cluster, grid or streaming, but it is " + name);
 }
 
 }  // namespace
@@ -294,38 +338,167 @@ const char* NameOf(Tier tier) {
   return "streaming";
 }
 
-Status ChooseTier(const Problem& problem, Pass pass, bool aligned, const Device& device, Choice* choice) {
-  bool forced = false;
-  Tier tier = Tier::kStreaming;
-  if (const Status status = ForcedTier(&forced, &tier); !status.ok()) return status;
-  return Choose(problem, pass, aligned, device, forced, tier, choice);
+Status Apply(const std::map<std::string, double>& given, PolicyTuning* tuning) {
+  PolicyTuning changed = *tuning;
+  for (const auto& [name, value] : given) {
+    const auto* const field =
+        std::find_if(std::begin(kTuning), std::end(kTuning), [&](const auto& f) { return f.name == name; });
+    if (field == std::end(kTuning)) {
+      std::string names;
+      for (const TuningField& known : kTuning) names += (names.empty() ? "" : ", ") + std::string(known.name);
+      return {StatusCode::kInvalidArgument, "a constant of the tuning must be one of " + names + ", but it is " + name};
+    }
+    if (field->ratio && !(value >= 0 && value <= 1)) {
+      return {StatusCode::kInvalidArgument,
+              "the tuning's " + name + " must be a number from 0 to 1, but it is " + Text(value)};
+    }
+    if (!(value > 0 || field->ratio) || !std::isfinite(value)) {
+      return {StatusCode::kInvalidArgument,
+              "the tuning's " + name + " must be a finite number > 0, but it is " + Text(value)};
+    }
+    changed.*field->member = value;
+  }
+  *tuning = changed;
+  return {};
 }
 
-Status RecallTier(const Problem& problem, Pass pass, bool aligned, const Device& device, int number, Choice* choice) {
-  bool forced = false;
-  Tier tier = Tier::kStreaming;
-  if (const Status status = ForcedTier(&forced, &tier); !status.ok()) return status;
-  constexpr size_t kMost = 1024;
-  static thread_local std::map<std::array<int64_t, 4>, std::pair<Status, Choice>> remembered;
-  int64_t flags = number;
-  for (const int flag : {static_cast<int>(tier), static_cast<int>(problem.dtype), static_cast<int>(problem.activation),
-                         static_cast<int>(pass)}) {
-    flags = flags * 8 + flag;
+Status Apply(const PolicySettings& given, Settings* settings) {
+  Settings changed = *settings;
+  if (const Status status = ParseTier("tier", given.tier, &changed); !status.ok()) return status;
+  const auto is_size = [&](int size) { return size == given.cluster; };
+  if (given.cluster != 0 && std::none_of(std::begin(Occupancy::kClusters), std::end(Occupancy::kClusters), is_size)) {
+    return {StatusCode::kInvalidArgument,
+            "cluster must be 2, 4, 8, 16, or 0 for any size, but it is " + std::to_string(given.cluster)};
   }
-  for (const bool flag : {forced, aligned, problem.has_residual, problem.training}) flags = flags * 2 + flag;
-  const std::array<int64_t, 4> key = {problem.outer, problem.channels, problem.inner, flags};
-  if (const auto found = remembered.find(key); found != remembered.end()) {
-    *choice = found->second.second;
-    return found->second.first;
+  if (given.free_multiprocessors < 0) {
+    return {StatusCode::kInvalidArgument,
+            "free_multiprocessors must be >= 0, but it is " + std::to_string(given.free_multiprocessors)};
   }
-  const Status status = Choose(problem, pass, aligned, device, forced, tier, choice);
-  if (remembered.size() >= kMost) remembered.clear();
-  remembered.emplace(key, std::make_pair(status, *choice));
-  return status;
+  changed.cluster = given.cluster;
+  changed.free_multiprocessors = given.free_multiprocessors;
+  if (const Status status = Apply(given.tuning, &changed.tuning); !status.ok()) return status;
+  *settings = changed;
+  return {};
 }
 
-std::string Explain(const Problem& problem, Pass pass, const Choice& choice) {
-  if (pass == Pass::kForward && !problem.training) return "inference takes a single pass, with nothing to keep";
+PolicySettings ToPublic(const Settings& settings) {
+  PolicySettings made;
+  if (settings.forced) made.tier = NameOf(settings.tier);
+  made.cluster = settings.cluster;
+  made.free_multiprocessors = settings.free_multiprocessors;
+  for (const TuningField& field : kTuning) made.tuning[field.name] = settings.tuning.*field.member;
+  return made;
+}
+
+Status ReadEnvironment(Settings* settings) {
+  const char* const tier = std::getenv("TFOPS_TIER");
+  if (const Status status = ParseTier("TFOPS_TIER", tier ? tier : "", settings); !status.ok()) return status;
+  const char* const text = std::getenv("TFOPS_FREE_MULTIPROCESSORS");
+  if (!text || !*text) return {};
+  char* end = nullptr;
+  const int64_t number = std::strtoll(text, &end, 10);
+  if (*end != 0 || number < 0 || number > INT32_MAX) {
+    return {StatusCode::kInvalidArgument,
+            "TFOPS_FREE_MULTIPROCESSORS must be a whole number >= 0, but it is " + std::string(text)};
+  }
+  settings->free_multiprocessors = static_cast<int>(number);
+  return {};
+}
+
+View OnChipView(const Problem& problem, bool aligned) {
+  const View view = MakeView(problem, aligned, int64_t{1} << 30, true);
+  const bool too_long = view.repeat > 1 && view.units / view.lanes > OnChipTuning::kThreads;
+  const bool too_ragged = view.pixels / std::gcd(view.pixels, view.lanes) > OnChipTuning::kThreads;
+  return too_long || too_ragged ? MakeView(problem, aligned, 0, true) : view;
+}
+
+int64_t RoomOf(const Device& device, int static_bytes, int k) {
+  const int reserved = device.compute_capability >= 80 ? kReserved : 0;
+  // The limit of a block excludes what is reserved, by CUDA's documentation.
+  const int64_t limit = device.shared_bytes_per_block - static_bytes - (device.compute_capability >= 90 ? reserved : 0);
+  const int64_t share = device.shared_bytes_per_multiprocessor / k - static_bytes - reserved;
+  return std::max<int64_t>(k == 1 ? limit : std::min(limit, share / 1024 * 1024), 0);
+}
+
+Occupancy OccupancyOnPaper(const Device& device) {
+  Occupancy paper;
+  paper.static_bytes = device.compute_capability >= 90 ? kReserved : 0;  // as compiled for these, by cuobjdump
+  for (int k = 1; k <= Occupancy::kShares; ++k) {
+    const int64_t room = paper.room[k - 1] = RoomOf(device, paper.static_bytes, k);
+    for (size_t t = 0; t < std::size(Occupancy::kThreads); ++t) {
+      const int by_registers = kRegisters / (kRegistersPerThread * Occupancy::kThreads[t]);
+      const int blocks = paper.blocks[t][k - 1] = room > 0 ? std::min(k, by_registers) : 0;
+      for (size_t s = 0; s < std::size(Occupancy::kClusters); ++s) {
+        const int size = Occupancy::kClusters[s];
+        if (size > std::min(device.largest_cluster, device.multiprocessors)) continue;
+        const int64_t clusters = int64_t{device.multiprocessors} * kPaperClusters[s] / kPaperMultiprocessors;
+        paper.clusters[t][s][k - 1] = blocks * static_cast<int>(std::max<int64_t>(clusters, 1));
+      }
+    }
+  }
+  return paper;
+}
+
+Status ChooseTier(const Situation& situation, const Settings& settings, Choice* choice) {
+  *choice = {};
+  choice->forced = settings.forced;
+  choice->nanoseconds = StreamingTime(situation, settings.tuning);
+  if (situation.IsSinglePass() || (settings.forced && settings.tier == Tier::kStreaming)) return {};
+
+  bool found = false;
+  ForChoices(situation, settings, [&](const Choice& plan) {
+    if (settings.forced && !IsForced(settings, plan.tier, plan.plan.group)) return;
+    const bool better = plan.nanoseconds < choice->nanoseconds || (settings.forced && !found);
+    choice->any_fits = found = true;
+    // The best of another tier is what the reason tells of.
+    const Choice& worse = better ? *choice : plan;
+    const Choice& best = better ? plan : *choice;
+    const bool is_next = choice->next_nanoseconds == 0 || worse.nanoseconds < choice->next_nanoseconds;
+    if (worse.tier != best.tier && (better || is_next) && !settings.forced) {
+      choice->next = worse.tier;
+      choice->next_nanoseconds = worse.nanoseconds;
+    }
+    if (!better) return;
+    const Choice before = *choice;
+    *choice = plan;
+    choice->forced = before.forced;
+    choice->next = before.next;
+    choice->next_nanoseconds = before.next_nanoseconds;
+  });
+  if (!settings.forced || found) return {};
+  return {StatusCode::kInvalidArgument, "the tier " + std::string(NameOf(settings.tier)) +
+                                            " is forced, and cannot be had: " + WhyNot(situation, settings)};
+}
+
+std::vector<Choice> BestChoices(const Situation& situation, const Settings& settings) {
+  std::vector<Choice> best(1);
+  best[0].nanoseconds = StreamingTime(situation, settings.tuning);
+  ForChoices(situation, settings, [&](const Choice& choice) {
+    const auto same = std::find_if(best.begin(), best.end(), [&](const Choice& other) {
+      return other.tier == choice.tier && (choice.tier != Tier::kCluster || other.plan.group == choice.plan.group);
+    });
+    if (same == best.end()) {
+      best.push_back(choice);
+    } else if (choice.nanoseconds < same->nanoseconds) {
+      *same = choice;
+    }
+  });
+  std::stable_sort(best.begin(), best.end(),
+                   [](const Choice& a, const Choice& b) { return a.nanoseconds < b.nanoseconds; });
+  return best;
+}
+
+double TimeOfPlan(const Situation& situation, int index, const Settings& settings) {
+  if (index < 0) return StreamingTime(situation, settings.tuning);
+  double time = 0;
+  ForChoices(situation, settings, [&](const Choice& choice) {
+    if (choice.index == index) time = choice.nanoseconds;
+  });
+  return time;
+}
+
+std::string Explain(const Situation& situation, const Choice& choice) {
+  if (situation.IsSinglePass()) return "inference takes a single pass, with nothing to keep";
   const OnChip& plan = choice.plan;
   std::string what;
   if (choice.tier == Tier::kStreaming) {
@@ -336,49 +509,13 @@ std::string Explain(const Problem& problem, Pass pass, const Choice& choice) {
            std::to_string(plan.group) + (plan.group == 1 ? " block each, " : " blocks each, ") +
            Kilobytes(plan.shared_bytes) + " a block";
   }
-  if (choice.forced) return what + ": TFOPS_TIER says so";
+  if (choice.forced) return what + ": the tier is forced";
   if (choice.tier == Tier::kStreaming && !choice.any_fits) return what + ": the data do not fit on the chip";
   what += ": about " + Microseconds(choice.nanoseconds);
   if (choice.next_nanoseconds > 0) {
     what += ", against " + Microseconds(choice.next_nanoseconds) + " of " + NameOf(choice.next);
   }
-  return what;
-}
-
-Status MakePlan(const Problem& problem, bool backward, bool aligned, const Device& device, Plan* plan) {
-  *plan = {};
-  if (const Status status = Validate(problem); !status.ok()) return status;
-  if (device.multiprocessors < 1) {
-    return {StatusCode::kInvalidArgument,
-            "multiprocessors must be > 0, but it is " + std::to_string(device.multiprocessors)};
-  }
-  const Pass pass = backward ? Pass::kBackward : Pass::kForward;
-  if (problem.Elements() == 0) {
-    plan->tier = NameOf(Tier::kStreaming);
-    plan->reason = "there are no elements";
-    plan->launches = problem.channels > 0 && (backward || problem.training) ? 1 : 0;
-    return {};
-  }
-  Choice choice;
-  if (const Status status = ChooseTier(problem, pass, aligned, device, &choice); !status.ok()) return status;
-  plan->tier = NameOf(choice.tier);
-  plan->reason = Explain(problem, pass, choice);
-  if (choice.tier == Tier::kStreaming) {
-    const StreamingTiling tiling = MakeStreamingTiling(problem, aligned, device.multiprocessors);
-    plan->launches = pass == Pass::kForward && !problem.training ? 1 : 3;
-    plan->lanes = tiling.lanes;
-    plan->threads = tiling.block.x * tiling.block.y * tiling.block.z;
-    plan->blocks = tiling.grid.x * tiling.grid.y;
-    plan->blocks_per_slab = tiling.grid.y;
-    return {};
-  }
-  plan->launches = 1;
-  plan->lanes = choice.plan.lanes;
-  plan->threads = choice.plan.threads;
-  plan->blocks = static_cast<int>(choice.plan.Blocks());
-  plan->blocks_per_slab = choice.plan.group;
-  plan->shared_bytes = choice.plan.shared_bytes;
-  return {};
+  return what + (situation.occupancy.asked ? "" : ", by a table of how many blocks run at once");
 }
 
 }  // namespace tfops::cuda

@@ -32,8 +32,6 @@ constexpr const char* kLeastRelease = kLeastDriver == 12000   ? " (release 525 o
 // All code is compiled for the same architectures, so this stands for every kernel.
 __global__ void AnyKernel() {}
 
-constexpr int kMultiprocessorsForLargeClusters = 64;
-
 Status Look(int number, Device* device) {
   int major = 0, minor = 0, shared_per_block = 0, shared_per_multiprocessor = 0, l2 = 0, cooperative = 0, clusters = 0;
   const struct {
@@ -58,10 +56,11 @@ Status Look(int number, Device* device) {
   device->shared_bytes_per_multiprocessor = shared_per_multiprocessor;
   device->l2_bytes = l2;
   device->cooperative = cooperative != 0;
-  // 8 blocks everywhere that has clusters, and 16 on whole GPUs for data centres. No device attribute says so; and a
-  // launch that is refused all the same leaves its work to the streaming tier.
-  const bool large = device->compute_capability < 120 && device->multiprocessors >= kMultiprocessorsForLargeClusters;
-  device->largest_cluster = clusters == 0 || device->compute_capability < 90 ? 1 : large ? 16 : 8;
+  // The largest that any chip of these has. Whether this one does, and how many at once, AskOccupancy() is told.
+  device->largest_cluster = clusters == 0 || device->compute_capability < 90 ? 1
+                            : device->compute_capability < 120               ? 16
+                                                                             : 8;
+  device->number = number;
   return {};
 }
 
@@ -94,19 +93,15 @@ const std::vector<Device>& AllDevices() {
   return machine.status.ok() ? machine.devices : h200;
 }
 
-Status CurrentDevice(Device* device, int* number) {
+Status CurrentDevice(Device* device) {
   const Machine& machine = ThisMachine();
   if (!machine.status.ok()) return machine.status;
-  if (const cudaError_t error = cudaGetDevice(number); error != cudaSuccess) {
+  int number = 0;
+  if (const cudaError_t error = cudaGetDevice(&number); error != cudaSuccess) {
     return ToStatus(error, "asking for the current GPU");
   }
-  *device = machine.devices.at(*number);
+  *device = machine.devices.at(number);
   return {};
-}
-
-Status CurrentDevice(Device* device) {
-  int number = 0;
-  return CurrentDevice(device, &number);
 }
 
 BuildInfo Build() { return {true, VersionText(CUDART_VERSION), TFOPS_CUDA_ARCHITECTURES, VersionText(kLeastDriver)}; }

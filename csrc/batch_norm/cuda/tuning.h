@@ -49,20 +49,20 @@ struct OnChipBatch {
 };
 
 // What the policy reckons with, in nanoseconds and bytes per nanosecond. Estimates for an H200, whose memory moves 4.3
-// TB/s; a multiprocessor's share of that stands for other GPUs as well.
+// TB/s; a multiprocessor's share of that stands for other GPUs as well. Settings can change them (policy.h).
 struct PolicyTuning {
-  static constexpr double kLaunch = 2500;      // a kernel's start, from an empty stream
-  static constexpr double kNextLaunch = 1200;  // from when the kernel before has ended
-  static constexpr double kPhase = 800;        // until the first bytes of a phase are here, or its last are away
-  static constexpr double kMerge = 700;        // sums over a block and what is made of them
-  static constexpr double kClusterBarrier = 500;
-  static constexpr double kGridBarrier = 2000;  // with what a cooperative launch takes longer
-  static constexpr double kMergeBlock = 15;     // for each block of a group
-  static constexpr double kMemoryRate = 32;     // of each multiprocessor while all are busy
-  static constexpr double kLatency = 800;       // of memory that is busy
-  static constexpr double kOwnRate = 56;        // of a multiprocessor while few are
-  static constexpr double kCacheFactor = 0.4;   // of the time, where L2 still has what is read again
-  static constexpr double kCacheShare = 0.6;    // of L2, that what is read again may fill
+  double launch = 2500;       // a kernel's start, from an empty stream
+  double next_launch = 1200;  // from when the kernel before has ended
+  double phase = 800;         // until the first bytes of a phase are here, or its last are away
+  double merge = 700;         // sums over a block and what is made of them
+  double cluster_barrier = 500;
+  double grid_barrier = 2000;  // with what a cooperative launch takes longer
+  double merge_block = 15;     // for each block of a group
+  double memory_rate = 32;     // of each multiprocessor while all are busy
+  double latency = 800;        // of memory that is busy
+  double own_rate = 56;        // of a multiprocessor while few are
+  double cache_factor = 0.4;   // of the time, where L2 still has what is read again
+  double cache_share = 0.6;    // of L2, that what is read again may fill
 };
 
 // The merge of the splits: a block takes kChannels channels, and kThreads threads share each one's splits.

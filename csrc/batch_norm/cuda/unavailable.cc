@@ -25,6 +25,15 @@ Rehearsal::Rehearsal() {}
 Rehearsal::~Rehearsal() {}
 Status CurrentDevice(Device*) { return NotBuilt(); }
 Status MakePlan(const Problem&, bool, bool, const Device&, Plan*) { return NotBuilt(); }
+Status DescribeOccupancy(const Device&, DataType, bool, bool, Occupancy*) { return NotBuilt(); }
+Status ListPlans(const Problem&, bool, bool, const Device&, std::vector<Plan>*) { return NotBuilt(); }
+Status PlanTime(const Problem&, bool, bool, const Device&, int, const std::map<std::string, double>&, double*) {
+  return NotBuilt();
+}
+PolicySettings GetPolicySettings() { return {}; }
+Status SetPolicySettings(const PolicySettings&) { return NotBuilt(); }
+Launches GetLaunches() { return {}; }
+void ResetLaunches() {}
 BuildInfo Build() { return {}; }
 Status Driver(int*, int*) { return NotBuilt(); }
 Status Describe(int, Gpu*) { return NotBuilt(); }

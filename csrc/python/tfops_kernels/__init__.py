@@ -3,6 +3,9 @@
 These are the entry points that the TensorFlow ops call, for tests, benchmarks and other frameworks.
 """
 
-from tfops_kernels._api import Backward, Forward, Plan, backward, build_info, cuda_plan, forward
+from tfops_kernels import _policy
+from tfops_kernels._api import Backward, Forward, Plan, backward, build_info, cuda_launches, cuda_plan, forward
 
-__all__ = ["Backward", "Forward", "Plan", "backward", "build_info", "cuda_plan", "forward"]
+__all__ = ["Backward", "Forward", "Plan", "backward", "build_info", "cuda_launches", "cuda_plan", "forward"]
+
+_policy.load_environment()

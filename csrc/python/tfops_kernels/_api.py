@@ -347,6 +347,8 @@ class Plan(NamedTuple):
         blocks: The number of blocks.
         blocks_per_slab: The number of blocks that share channels.
         shared_bytes: The shared memory of a block.
+        waves: How often the GPU has to fill up with blocks until all have run, on the chip.
+        nanoseconds: The time that the choice was made by: an estimate.
     """
 
     tier: str
@@ -357,6 +359,8 @@ class Plan(NamedTuple):
     blocks: int
     blocks_per_slab: int
     shared_bytes: int
+    waves: int
+    nanoseconds: float
 
 
 def cuda_plan(
@@ -372,6 +376,9 @@ def cuda_plan(
     **device: int,
 ) -> Plan:
     """Which of the CUDA kernels a problem takes, and why. Needs no GPU.
+
+    Without one, and for a GPU with other properties than the one that is there, how many blocks run at once is taken
+    from a table, which has numbers of an H100. The GPU that is there is asked.
 
     Args:
         shape: The shape of x.
@@ -392,8 +399,8 @@ def cuda_plan(
 
     Raises:
         TypeError: The dtype or a property is unknown.
-        ValueError: The shape, axis or activation is wrong, or the environment variable TFOPS_TIER asks for kernels that
-            cannot be had.
+        ValueError: The shape, axis or activation is wrong, the environment variable TFOPS_TIER or
+            TFOPS_FREE_MULTIPROCESSORS is, or TFOPS_TIER asks for kernels that cannot be had.
         RuntimeError: There is no CUDA in this build.
 
     Examples:
@@ -421,6 +428,27 @@ def cuda_plan(
         setattr(properties, name, value)
     plan = _kernels.cuda_plan(problem, backward, aligned, properties)
     return Plan(*(getattr(plan, field) for field in Plan._fields))
+
+
+def cuda_launches() -> dict[str, Any]:
+    """Which CUDA kernels have run since the process began, and which CUDA would not start.
+
+    Returns:
+        A dict with the items
+
+            - `calls` (dict): how many calls each tier ("one_block", "cluster", "grid", "streaming") has done, those of
+              the TensorFlow ops too. Inference counts as "streaming";
+            - `refusals` (list of dicts): launches that CUDA refused, for which the streaming tier did the work: the
+              `tier`, the `pass` ("forward" or "backward"), CUDA's `error`, the first `problem` of this kind, and the
+              `count` of such problems. A refused problem streams from then on.
+
+    Examples:
+        >>> import tfops_kernels
+        >>> launches = tfops_kernels.cuda_launches()
+        >>> launches["refusals"]
+        []
+    """
+    return _kernels.cuda_launches()
 
 
 def build_info() -> dict[str, Any]:

@@ -141,6 +141,16 @@ def assert_close(name: str, got: Any, want: np.ndarray, dtype: str, scale: float
     assert excess[worst] <= 0, f"{name}{list(map(int, worst))} is {got[worst]}, not {want[worst]} (+- {bound[worst]})"
 
 
+def mask_bits(mask: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """A mask's bits, as bools of the shape of x. Asserts that those past the ends of rows are zero."""
+    inner = int(np.prod(shape[axis % len(shape) + 1 :]))
+    run = int(np.prod(shape)) if shape[axis] == 1 else inner if inner > 1 else shape[axis]
+    rows = int(np.prod(shape)) // run
+    bits = np.unpackbits(mask.reshape(rows, (run + 7) // 8), axis=1, bitorder="little")
+    assert not bits[:, run:].any(), "the mask has bits past the end of a row"
+    return bits[:, :run].astype(bool).reshape(shape)
+
+
 def check(
     case: Case,
     to_device: Callable[[np.ndarray], Any],
@@ -190,6 +200,12 @@ def check(
         assert_close("variance", to_host(got.variance), want.variance, param, want.batch_variance + want.variance)
         assert_close("saved_mean", to_host(got.saved_mean), want.batch_mean, param, spread)
         assert_close("saved_inv_std", to_host(got.saved_inv_std), inv_std, param, inv_std)
+
+    if got.mask is not None and 0 not in case.shape:
+        slope_is_one = (want.z > 0) & ((want.z < 6) | (case.activation != "relu6"))
+        near = (np.abs(want.z) < 1e-4) | ((np.abs(want.z - 6) < 1e-4) & (case.activation == "relu6"))
+        wrong = (mask_bits(to_host(got.mask), case.shape, case.axis) != slope_is_one) & ~near
+        assert not wrong.any(), f"{wrong.sum()} bits of the mask are wrong, the first at {np.argwhere(wrong)[0]}"
 
     # Which side of its kink an element is on is a matter of rounding, where it is that close: take the kernel's word.
     z = want.z.copy()

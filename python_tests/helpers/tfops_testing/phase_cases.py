@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,38 @@ from tfops_kernels import _kernels
 from . import kernel_cases
 from .simt import Simt, memory
 
+SHAPES = [
+    ((37, 3), -1),
+    ((6, 50, 24), -1),
+    ((3, 2049), -1),
+    ((600, 64), -1),
+    ((300, 1), -1),
+    ((5, 6, 4, 9), 1),
+    ((2, 3, 40, 16), 1),
+    ((40, 7, 5), 1),
+    ((30, 5, 1), 1),
+]
+
 
 class Phases:
-    """Calls the phases of one machine: the CPU, or a GPU that csrc/simt plays."""
+    """Calls the phases of one machine: the CPU, a GPU that csrc/simt plays, or a real one."""
 
-    def __init__(self, module: Any, cuda: bool, place: Any, threads: int = 2):
+    def __init__(
+        self,
+        module: Any,
+        cuda: bool,
+        place: Callable[[np.ndarray], Any],
+        threads: int = 2,
+        address: Callable[[Any], int] = lambda array: array.ctypes.data,
+        fetch: Callable[[Any], np.ndarray] = np.asarray,
+        scratch: Callable[[int], Any] = lambda size: memory((size,), np.uint8),  # aligned, whatever the arrays are
+    ):
         self.module, self.cuda, self.place, self.threads, self._held = module, cuda, place, threads, []
+        self._address_of, self._fetch, self._scratch = address, fetch, scratch
 
-    def _address(self, array: np.ndarray) -> int:
+    def _address(self, array: Any) -> int:
         self._held.append(array)
-        return array.ctypes.data
+        return self._address_of(array)
 
     def _kept(self, kept: Any, keep: np.ndarray | None, shape: tuple[int, ...]) -> Any:
         kept.length = shape[-1]
@@ -52,7 +75,7 @@ class Phases:
             getattr(self.module, f"cpu_{phase}")(problem, *arguments, self.threads)
             return
         workspace_bytes = getattr(self.module, f"cuda_{direction}_workspace_bytes")(problem)
-        workspace = memory((workspace_bytes,), np.uint8)  # aligned, whatever the arrays are
+        workspace = self._scratch(workspace_bytes)
         getattr(self.module, f"cuda_{phase}")(problem, *arguments, self._address(workspace), 0)
 
     def moments(self, x: np.ndarray, axis: int, keep: np.ndarray | None, vector: np.ndarray) -> list[np.ndarray]:
@@ -61,7 +84,7 @@ class Phases:
         arrays.kept = self._kept(self.module.Kept(), keep, x.shape)
         outputs = self._outputs(arrays, dict.fromkeys(("count", "mean", "variance"), vector))
         self._call("moments", "moments", self._problem(x, axis), arrays)
-        return outputs
+        return [self._fetch(output) for output in outputs]
 
     def gradient(
         self, given: dict[str, np.ndarray], axis: int, activation: str | None, residual: bool, keep: np.ndarray | None
@@ -82,7 +105,7 @@ class Phases:
         self._call("gradient_phase", "backward", problem, arrays, None)
         outputs += self._outputs(arrays, {"dx": x, **({"dresidual": x} if residual else {})})
         self._call("gradient_phase", "backward", problem, arrays, statistics)
-        return outputs
+        return [self._fetch(output) for output in outputs]
 
 
 def make_given(shape, axis, dtype):
@@ -107,11 +130,11 @@ def assert_close(got, want, dtype):
 cpu = functools.partial(Phases, _kernels, False, np.copy)
 
 
-def assert_cuda_agrees(simt: Simt, shape, axis, dtype, device):
+def assert_cuda_agrees(make_cuda: Callable[[int, np.ndarray | None], Phases], shape, axis, dtype):
+    """Compares with the CPU: moments, gradients and what statistics add to them, of all elements, some, and none."""
     given = make_given(shape, axis, dtype)
     for i, keep in enumerate(make_keeps(shape)):
-        simt.configure(device, seed=i, offset=i % 2 if keep is None or shape[-1] % 8 else 0)
-        cuda = functools.partial(Phases, simt.machine, True, simt.place)
+        cuda = functools.partial(make_cuda, i, keep)
         assert_close(
             cuda().moments(given["x"], axis, keep, given["scale"]),
             cpu().moments(given["x"], axis, keep, given["scale"]),
@@ -123,3 +146,11 @@ def assert_cuda_agrees(simt: Simt, shape, axis, dtype, device):
             cpu().gradient(given, axis, activation, residual, keep),
             dtype,
         )
+
+
+def assert_simt_agrees(simt: Simt, shape, axis, dtype, device):
+    def make_cuda(i: int, keep: np.ndarray | None) -> Phases:
+        simt.configure(device, seed=i, offset=i % 2 if keep is None or shape[-1] % 8 else 0)
+        return Phases(simt.machine, True, simt.place)
+
+    assert_cuda_agrees(make_cuda, shape, axis, dtype)

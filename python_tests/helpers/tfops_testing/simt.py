@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,7 @@ import pytest
 
 import tfops_kernels._api
 import tfops_kernels._arrays
+import tfops_kernels._policy
 
 from . import building
 from .paths import ROOT
@@ -119,6 +120,10 @@ class Simt:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.machine, name)
 
+    def settings(self, **changed: Any) -> contextlib.AbstractContextManager[None]:
+        """tfops_kernels._policy.settings() of this machine."""
+        return tfops_kernels._policy.settings(self.machine, **changed)
+
     def configure(self, device: str = "three", seed: int = 1, offset: int = 0) -> None:
         """`offset`: how many elements each array lies beyond an aligned address."""
         self.machine.set_device(device)
@@ -163,6 +168,13 @@ class Simt:
     def cuda_backward(self, problem: Any, arrays: Any, workspace: int, stream: int) -> None:
         self._watch(problem, arrays, BACKWARD)
         self.machine.cuda_backward(problem, arrays, workspace, stream)
+
+
+@pytest.fixture
+def force() -> Iterator[Callable[..., None]]:
+    """force(simt, tier="grid") changes settings of a machine's policy until the test ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda machine, **changed: stack.enter_context(machine.settings(**changed))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,97 @@
+"""Every plan that the policy lists for a problem, forced, and seen to have run: the same for a GPU and csrc/simt."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from tfops_kernels import _policy
+
+from . import kernel_cases
+from .kernel_cases import Case
+
+# Between them, problems on which each tier and each size of clusters fits a whole GPU.
+SHAPES = [((4096, 64), -1), ((1500, 24), -1), ((129, 65), -1), ((16, 24, 20, 20), 1), ((2, 3, 40, 41), 1)]
+
+
+def name_of(plan: Any) -> str:
+    """The tier, and of clusters their size: "cluster 8"."""
+    return f"cluster {plan.blocks_per_slab}" if plan.tier == "cluster" else plan.tier
+
+
+def plans(module: Any, case: Case, aligned: bool) -> tuple[list[Any], list[Any]]:
+    """The best of each name that fits the current GPU, for forward and backward."""
+    problem = module.Problem(
+        shape=list(case.shape),
+        axis=case.axis,
+        dtype=getattr(module.DataType, case.dtype),
+        activation=case.activation or "",
+        has_residual=case.residual,
+        training=case.training,
+        epsilon=1e-3,
+        exponential_avg_factor=1.0,
+        unbiased=True,
+    )
+    forward, backward = (module.cuda_plans(problem, b, aligned, module.CudaDevice()) for b in (False, True))
+    return forward, backward
+
+
+class Forced:
+    """forward() and backward() of `kernels`, each by a plan. AssertionError if another tier runs, or CUDA refuses."""
+
+    def __init__(self, kernels: Any, module: Any, forward: Any, backward: Any):
+        self._kernels, self._module, self._plans = kernels, module, {"forward": forward, "backward": backward}
+
+    def _call(self, direction: str, *arguments: Any, **named: Any) -> Any:
+        plan = self._plans[direction]
+        cluster = plan.blocks_per_slab if plan.tier == "cluster" else 0
+        before = self._module.cuda_launches()
+        with _policy.settings(self._module, tier=plan.tier, cluster=cluster):
+            result = getattr(self._kernels, direction)(*arguments, **named)
+        after = self._module.cuda_launches()
+        assert after["refusals"] == before["refusals"]
+        ran = {tier: count - before["calls"][tier] for tier, count in after["calls"].items()}
+        assert ran == {tier: int(tier == plan.tier) for tier in ran}, f"{direction} was to take {name_of(plan)}"
+        return result
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        return self._call("forward", *arguments, **named)
+
+    def backward(self, *arguments: Any, **named: Any) -> Any:
+        return self._call("backward", *arguments, **named)
+
+
+def cases(shape: tuple[int, ...], axis: int, dtype: str) -> Iterator[Case]:
+    """With each activation; with and without a residual, and so a mask."""
+    for i, activation in enumerate(kernel_cases.ACTIVATIONS):
+        for residual in (False, True):
+            factor = (1.0, 0.25)[i % 2]  # with the gradients of the running statistics, too
+            yield Case(shape, axis, dtype, True, activation, residual, factor)
+
+
+def check_every_plan(
+    case: Case,
+    kernels: Any,
+    module: Any,
+    to_device: Callable[[np.ndarray], Any],
+    to_host: Callable[[Any], np.ndarray],
+    aligned: bool = True,
+) -> set[str]:
+    """Compares the results of every plan with the oracle's. Returns the names of those that ran."""
+    forward, backward = plans(module, case, aligned)
+    for pair in itertools.zip_longest(forward, backward):
+        by_forward, by_backward = pair[0] or forward[0], pair[1] or backward[0]
+        kernel_cases.check(case, to_device, to_host, Forced(kernels, module, by_forward, by_backward))
+    return {name_of(plan) for plan in (*forward, *backward)}
+
+
+def names_on(module: Any) -> set[str]:
+    """All that there are on the current GPU, by what CUDA says of the kernels."""
+    device = module.CudaDevice()
+    occupancy = module.cuda_occupancy(module.DataType.float32, False, True, device)
+    sizes = {size for of in occupancy["clusters"].values() for size, counts in of.items() if any(counts)}
+    grid = {"grid"} if device.cooperative and device.multiprocessors > 1 else set()
+    return {"one_block", "streaming", *grid, *(f"cluster {size}" for size in sizes)}
