@@ -2,6 +2,8 @@
 #
 #   make wheel                     the portable wheel alone, into build/wheel, for the TensorFlow in .venv
 #   make dist                      what is published, into build/dist: the wheel for every TensorFlow, and the sources
+#   make gpu-wheel PYTHON=python3.12      the kernels alone, for that Python and a GPU of compute capability 9.0, into
+#                                  build/gpu/wheel, for benchmarks/gpu_proof.py; GPU_ARCHITECTURES=80-real for another
 #   make mnist DATA=mnist.npz      other digits than Keras' own loader finds; ARGS="--epochs 1" for more options
 #   make alexnet ARGS="--image-size 67 --width 0.25"      on a CPU; DATA=FOLDER: class folders of images
 #   make notebooks DATA=mnist.npz  executes the lessons, and writes their notebooks: minutes; ARGS=mnist_keras: one alone
@@ -50,7 +52,7 @@ MACHINE := $(shell { uname -m; grep -m1 '^flags' /proc/cpuinfo; } | cksum) $(GPU
 step = @echo "==> $(1) ($(2) on two cores)"; start=$$(date +%s); { $(3); } && echo "    $$(($$(date +%s) - start)) s"
 
 .PHONY: help test test-all test-installed compat dist reproducible fuzz sanitize aarch64 limits docs docs-serve mnist \
-  alexnet notebooks wheel install format clean FORCE
+  alexnet notebooks wheel gpu-wheel install format clean FORCE
 .PHONY: system-packages lint sdist release-notes tensorflow repair-wheel test-active
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # builds share a folder, and use all cores by themselves
@@ -162,6 +164,25 @@ build/tensorflow/.fetched: cmake/tensorflow_packages.py | $(VENV)/.environment
 	$(call step,TensorFlow: headers and libraries of every release,some minutes and 4 GB,\
 	  $(BIN)/python cmake/tensorflow_packages.py fetch build/tensorflow)
 	@touch $@
+
+# The kernels alone, for another machine: its Python, its GPU, and its JAX, whose headers the handlers of XLA's custom
+# calls are built with. In an environment of that Python's own, and so with its own copies of the build's tools, and of
+# nvcc if there is none.
+GPU_ARCHITECTURES ?= 90-real
+GPU_JAXLIB ?= jaxlib
+gpu-wheel: TAG = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))')
+gpu-wheel:
+	$(PYTHON) -m venv build/gpu/$(TAG) && build/gpu/$(TAG)/bin/python -m pip -qq install --upgrade 'pip>=25.1'
+	build/gpu/$(TAG)/bin/python -m pip -qq install --group build
+	build/gpu/$(TAG)/bin/python -m pip -qq install --no-deps '$(GPU_JAXLIB)'
+	packages="$$(build/gpu/$(TAG)/bin/python cmake/build_backend.py)" && \
+	  { [ -z "$$packages" ] || build/gpu/$(TAG)/bin/python -m pip -qq install $$packages; }
+	rm -rf build/gpu/wheel build/gpu/$(TAG)/cmake/CMakeCache.txt
+	$(call step,Wheel: the kernels alone for $(GPU_ARCHITECTURES),about 2 minutes,\
+	  build/gpu/$(TAG)/bin/python -m pip -qq wheel --no-build-isolation --no-deps -C build-dir=build/gpu/$(TAG)/cmake \
+	    -C cmake.define.TFOPS_TENSORFLOW=OFF -C cmake.define.TFOPS_CUDA=ON \
+	    -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$(GPU_ARCHITECTURES)" --wheel-dir build/gpu/wheel .)
+	@ls build/gpu/wheel/*.whl
 
 dist: build/dist/.built
 
