@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-# What gpu.py runs: for each network its name, and (batch, *pixels, channels) of each of its batch norms, once each.
+# What gpu_proof.py runs: of each network (batch, *pixels, channels) of each of its batch norms, once each.
 NETWORKS: dict[str, list[tuple[int, ...]]] = {
     "mnist-256": [(256, 28, 28, 32), (256, 14, 14, 32), (256, 7, 7, 64), (256, 128)],
     "alexnet-256": [(256, 55, 55, 96), (256, 27, 27, 256), (256, 13, 13, 384), (256, 13, 13, 256), (256, 4096)],

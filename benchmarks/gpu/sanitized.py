@@ -1,0 +1,161 @@
+"""A small program that runs every tier of the kernels, for compute-sanitizer to watch.
+
+It has no PyTorch, whose own kernels and thousands of allocations would take the tools minutes: memory comes from the
+CUDA driver's library by ctypes. Problems are small, for racecheck slows a kernel down a hundred times or more. Results
+are compared with float64, so that it is known that what was watched also was right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from typing import Any
+
+import numpy as np
+
+from .backends import import_simt
+from .records import ROOT
+
+TIERS = (("one_block", 0), ("cluster", 2), ("cluster", 8), ("cluster", 16), ("grid", 0), ("streaming", 0))
+# (shape, axis, dtype, activation, residual): rows and planes, wide accesses and single ones, with and without a mask.
+CASES = [
+    ((72, 4, 4, 32), -1, "float16", "relu", True),
+    ((600, 12), -1, "float32", None, False),
+    ((16, 6, 12, 12), 1, "bfloat16", "relu6", True),
+    ((9, 5, 7, 11), 1, "float32", "silu", True),
+]
+
+
+class Driver:
+    """Memory of a GPU by the CUDA driver's own interface. It begins as NaN, or as it is, which initcheck asks for."""
+
+    def __init__(self, as_allocated: bool):
+        self._library = ctypes.CDLL("libcuda.so.1")
+        self._as_allocated = as_allocated
+        context = ctypes.c_void_p()
+        self.call("cuInit", ctypes.c_uint(0))
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(0))
+        self.call("cuCtxSetCurrent", context)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        if code := getattr(self._library, name)(*arguments):
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorString(code, ctypes.byref(text))
+            raise RuntimeError(f"{name} failed: {(text.value or b'unknown error').decode()}")
+
+    def allocate(self, size: int) -> int:
+        address = ctypes.c_uint64()
+        self.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(size, 1)))
+        if not self._as_allocated and size:
+            self.call("cuMemsetD8_v2", address, ctypes.c_ubyte(0xFF), ctypes.c_size_t(size))
+        return address.value
+
+    def free(self, address: int) -> None:
+        self.call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def write(self, address: int, array: np.ndarray) -> None:
+        data = array.ctypes.data_as(ctypes.c_void_p)
+        self.call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), data, ctypes.c_size_t(array.nbytes))
+
+    def read(self, address: int, array: np.ndarray) -> None:
+        """Waits for the kernels before."""
+        data = array.ctypes.data_as(ctypes.c_void_p)
+        self.call("cuMemcpyDtoH_v2", data, ctypes.c_uint64(address), ctypes.c_size_t(array.nbytes))
+
+
+class Array:
+    """An array in a GPU's memory."""
+
+    device = 0
+
+    def __init__(self, driver: Driver, shape: tuple[int, ...], dtype: Any):
+        self.driver, self.shape, self.dtype = driver, shape, np.dtype(dtype)
+        self.ndim = len(shape)
+        self.size = int(np.prod(shape))
+        self.address = driver.allocate(self.size * self.dtype.itemsize)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.driver.free(self.address)
+
+    def to_host(self) -> np.ndarray:
+        array = np.empty(self.shape, self.dtype)
+        if array.size:
+            self.driver.read(self.address, array)
+        return array
+
+
+class Library:
+    """What tfops_kernels has to know of such arrays (tfops_kernels/_arrays.py)."""
+
+    is_cuda = True
+    kind = "array of the CUDA driver"
+
+    def __init__(self, driver: Driver):
+        self.driver = driver
+
+    def has(self, array: Any) -> bool:
+        return isinstance(array, Array)
+
+    def dtype(self, array: Array) -> str:
+        return array.dtype.name
+
+    def fault(self, array: Array) -> str:
+        return ""
+
+    def address(self, array: Array) -> int:
+        return array.address
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Array:
+        return Array(self.driver, shape, like.dtype if dtype == like.dtype.name else dtype)
+
+    def stream(self, array: Array) -> int:
+        return 0
+
+    def place(self, array: np.ndarray) -> Array:
+        placed = Array(self.driver, array.shape, array.dtype)
+        if array.size:
+            self.driver.write(placed.address, np.ascontiguousarray(array))
+        return placed
+
+
+def main(dry_run: bool, as_allocated: bool) -> int:
+    sys.path.insert(0, str(ROOT / "python_tests" / "helpers"))
+    from tfops_testing import kernel_cases
+
+    if dry_run:
+        kernels = import_simt()
+        raw, place, to_host = kernels.machine, kernels.place, np.asarray
+    else:
+        from tfops_kernels import _api as kernels
+        from tfops_kernels import _kernels as raw
+
+        library = Library(Driver(as_allocated))
+        kernels.library_of = lambda x: library
+        kernels._device = lambda x: contextlib.nullcontext()
+        place, to_host = library.place, Array.to_host
+
+    checks, wrong = 0, []
+    raw.reset_cuda_launches()
+    for shape, axis, dtype, activation, residual in CASES[:2] if dry_run else CASES:
+        case = kernel_cases.Case(shape, axis, dtype, True, activation, residual)
+        for tier, cluster in TIERS:
+            raw.set_policy_settings(tier=tier, cluster=cluster)
+            try:
+                kernel_cases.check(case, place, to_host, kernels=kernels)
+            except ValueError as problem:
+                print(f"{case} has no {tier} {cluster or ''}: {problem}", flush=True)
+                continue
+            except AssertionError as problem:
+                wrong.append(f"{case} {tier} {cluster or ''}: {problem}")
+            checks += 1
+    launches = raw.cuda_launches()
+    print(f"sanitized: ran {launches['calls']}", flush=True)
+    for refusal in launches["refusals"]:  # tools need registers and shared memory of their own: not wrong below one
+        print(f"sanitized: refused: {refusal}", flush=True)
+    for each in wrong:
+        print(f"sanitized: wrong: {each}", flush=True)
+    if not wrong and checks:
+        print(f"sanitized: {checks} checks agree with float64", flush=True)
+    return 1 if wrong or not checks else 0
