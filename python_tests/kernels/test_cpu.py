@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import tfops_kernels
 from tfops_kernels import _arrays, _kernels
 from tfops_testing import kernel_cases
 from tfops_testing.fresh_process import run_python
+from tfops_testing.phase_cases import last_level_cache_bytes
 
 
 def _identity(array):
@@ -44,17 +44,10 @@ def test_few_elements_a_channel(count, dtype):
         kernel_cases.check(case, _identity, _identity)
 
 
-def _last_level_cache_bytes():
-    """What the kernels take it for (cpu.cc)."""
-    path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-    size = int(path.read_text().rstrip("K\n")) << 10 if path.exists() else 32 << 20
-    return min(size, len(os.sched_getaffinity(0)) * (16 << 20))
-
-
 def _larger_than_the_cache(row, dtype):
     """x, dy and residual of rows: none of them aligned, and each at another offset."""
     kind = kernel_cases.numpy_dtype(dtype)
-    cache = _last_level_cache_bytes()
+    cache = last_level_cache_bytes()
     if cache > 128 << 20:
         pytest.skip(f"a cache of {cache >> 20} MiB takes too long to outgrow")
     rows = math.ceil(1.1 * cache / (2 * np.dtype(kind).itemsize * math.prod(row)))

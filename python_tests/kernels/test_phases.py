@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import pytest
 
+from tfops_kernels import _kernels
 from tfops_testing import kernel_cases, oracle
-from tfops_testing.phase_cases import SHAPES, assert_close, assert_simt_agrees, cpu, make_given, make_keeps
+from tfops_testing.phase_cases import (
+    SHAPES,
+    Phases,
+    assert_close,
+    assert_simt_agrees,
+    cpu,
+    last_level_cache_bytes,
+    make_given,
+    make_keeps,
+)
 
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
@@ -51,6 +62,27 @@ def test_cpu_threads_change_nothing(shape, axis):
         for other in results[1:]:
             for got, want in zip(other, results[0], strict=True):
                 np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+@pytest.mark.parametrize(("row", "axis"), [((128,), -1), ((2, 128, 64), 1)], ids=str)
+def test_large_dx_has_the_same_bits_wherever_it_begins(row, axis, activation, dtype):
+    """What outgrows the cache is written past it, if it begins with a cache line: by another loop."""
+    shape = (math.ceil(1.1 * last_level_cache_bytes() / (3 * np.dtype(dtype).itemsize * math.prod(row))), *row)
+    given = make_given(shape, axis, dtype)
+
+    def place(array, past):
+        raw = np.empty(array.nbytes + 128, np.uint8)
+        placed = raw[-raw.ctypes.data % 64 + past :][: array.nbytes].view(array.dtype).reshape(array.shape)
+        placed[...] = array
+        return placed
+
+    def dx(past):
+        phases = Phases(_kernels, False, functools.partial(place, past=past))
+        return phases.gradient(given, axis, activation, True, None)[4]
+
+    np.testing.assert_array_equal(dx(0), dx(16))
 
 
 @pytest.mark.source_tree

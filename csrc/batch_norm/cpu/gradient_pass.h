@@ -241,15 +241,9 @@ void FinishGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
 
 template <typename P, typename C>
 TFOPS_INLINE Vec<P> DxOf(const Gradient<P>& g, const C& coefficients, bool training, int64_t i) {
-#ifdef __aarch64__
   // Left to GCC, the second sum is fused with its product in some loops, and in others not.
   const Vec<P> rest = training ? MultiplyAdd(g.xc, coefficients.Tilt(i), coefficients.Shift(i)) : Vec<P>{};
   return MultiplyAdd(g.dz, coefficients.Slope(i), rest);
-#else
-  // Each sum beside its product: all loops are to have the same roundings, and compilers fuse what no branch separates.
-  const Vec<P> rest = training ? g.xc * coefficients.Tilt(i) + coefficients.Shift(i) : Vec<P>{};
-  return g.dz * coefficients.Slope(i) + rest;
-#endif
 }
 
 // Writes dx, and dresidual, of lanes i and on from what has been read of them.

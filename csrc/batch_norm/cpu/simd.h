@@ -97,15 +97,25 @@ TFOPS_INLINE Vec<P> Splat(P value) {
   return Vec<P>{} + value;
 }
 
-#ifdef __aarch64__
-// a * b + c with one rounding.
+// a * b + c with one rounding, if the machine can.
 TFOPS_INLINE Vec<float> MultiplyAdd(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__aarch64__)
   return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#elif defined(__FMA__)
+  return (Vec<float>)TFOPS_X86_VECTOR(fmadd, ps)(a, b, c);
+#else
+  return a * b + c;
+#endif
 }
 TFOPS_INLINE Vec<double> MultiplyAdd(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__aarch64__)
   return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
-}
+#elif defined(__FMA__)
+  return (Vec<double>)TFOPS_X86_VECTOR(fmadd, pd)(a, b, c);
+#else
+  return a * b + c;
 #endif
+}
 
 // The first n lanes, as a comparison has them.
 template <typename P>
