@@ -195,8 +195,18 @@ TFOPS_SIMT_HOOK __tsan_func_entry(void*) {}
 TFOPS_SIMT_HOOK __tsan_func_exit() {}
 TFOPS_SIMT_HOOK __tsan_vptr_update(void**, void*) {}
 TFOPS_SIMT_HOOK __tsan_vptr_read(void**) {}
-// The guard of a static variable, in host code.
-extern "C" __attribute__((visibility("hidden"))) unsigned char __tsan_atomic8_load(
-    const volatile unsigned char* address, int) {
-  return __atomic_load_n(address, __ATOMIC_ACQUIRE);
-}
+// Host code's atomics: the guards of static variables, reference counts, counters.
+#define TFOPS_SIMT_ATOMICS(bits, type)                                                                                 \
+  extern "C" __attribute__((visibility("hidden"))) type __tsan_atomic##bits##_load(const volatile type* at, int) {     \
+    return __atomic_load_n(at, __ATOMIC_SEQ_CST);                                                                      \
+  }                                                                                                                    \
+  TFOPS_SIMT_HOOK __tsan_atomic##bits##_store(volatile type* at, type value, int) {                                    \
+    __atomic_store_n(at, value, __ATOMIC_SEQ_CST);                                                                     \
+  }                                                                                                                    \
+  extern "C" __attribute__((visibility("hidden"))) type __tsan_atomic##bits##_fetch_add(volatile type* at, type value, \
+                                                                                        int) {                         \
+    return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);                                                            \
+  }
+TFOPS_SIMT_ATOMICS(8, unsigned char)
+TFOPS_SIMT_ATOMICS(32, unsigned)
+TFOPS_SIMT_ATOMICS(64, uint64_t)

@@ -84,7 +84,7 @@ int ClustersAtOnce(unsigned size, int blocks_at_once) {
   const auto* const found = std::find(std::begin(kSizes), std::end(kSizes), size);
   if (found == std::end(kSizes) || size > Current().largest_cluster) return 0;
   const int listed = Current().clusters[found - std::begin(kSizes)];
-  return blocks_at_once * (listed >= 0 ? listed : Current().multiprocessors / static_cast<int>(size));
+  return listed >= 0 ? blocks_at_once * listed : blocks_at_once * Current().multiprocessors / static_cast<int>(size);
 }
 
 // "" unless CUDA would refuse the launch.

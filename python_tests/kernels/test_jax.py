@@ -45,7 +45,8 @@ class _Kernels:
         out, ((_, _, _, *saved, _), _, _) = forward(*arrays)
         if not settings["training"]:
             return tfops_kernels.Forward(out.y, None, None, None, None, None)
-        return tfops_kernels.Forward(*out, *saved)
+        *saved, mask = saved
+        return tfops_kernels.Forward(*out, *saved, mask if mask.size else None)
 
     @staticmethod
     def backward(

@@ -120,7 +120,7 @@ def test_command_is_a_target_of_make(where, command):
     ("target", "message"),
     [
         ("release-notes", "make release-notes needs TAG, such as TAG=v1.2.3"),
-        ("repair-wheel", "make repair-wheel needs TO, such as TO=build/dist"),
+        ("repair-wheel", "make repair-wheel needs WHEEL, such as WHEEL=build/wheel/tfops-*.whl"),
     ],
 )
 def test_target_names_the_variable_that_it_needs(target, message):

@@ -84,8 +84,8 @@ Status Backward(const Problem& problem, const BackwardArrays& arrays, void* work
   const Choice& choice = prepared->choice[aligned];
   if (choice.tier != Tier::kStreaming) {
     const cudaError_t launched = OnChipBackward(choice.plan, problem, arrays, workspace, stream);
-    Status status;
-    if (Settles(launched, problem, Pass::kBackward, aligned, device, choice, stream, &status)) return status;
+    const auto settled = Settle(launched, problem, Pass::kBackward, aligned, device, choice, stream);
+    if (settled) return *settled;
   }
   const StreamingTiling& tiling = prepared->tiling[aligned];
   CountCall(Tier::kStreaming);

@@ -76,8 +76,8 @@ Status Forward(const Problem& problem, const ForwardArrays& arrays, void* worksp
   const Choice& choice = prepared->choice[aligned];
   if (choice.tier != Tier::kStreaming) {
     const cudaError_t launched = OnChipForward(choice.plan, problem, arrays, workspace, stream);
-    Status status;
-    if (Settles(launched, problem, Pass::kForward, aligned, device, choice, stream, &status)) return status;
+    const auto settled = Settle(launched, problem, Pass::kForward, aligned, device, choice, stream);
+    if (settled) return *settled;
   }
   const StreamingTiling& tiling = prepared->tiling[aligned];
   CountCall(Tier::kStreaming);

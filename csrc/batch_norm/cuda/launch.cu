@@ -95,22 +95,24 @@ Status AskOccupancy(const Device& device, DataType dtype, Pass pass, bool vector
   return status;
 }
 
-bool Settles(cudaError_t launched, const Problem& problem, Pass pass, bool aligned, const Device& device,
-             const Choice& choice, void* stream, Status* status) {
-  *status = ToStatus(launched, "starting a CUDA kernel");
-  if (launched == cudaSuccess) CountCall(choice.tier);
-  if (launched == cudaSuccess || !IsRefusal(launched)) return true;
+std::optional<Status> Settle(cudaError_t launched, const Problem& problem, Pass pass, bool aligned,
+                             const Device& device, const Choice& choice, void* stream) {
+  if (launched == cudaSuccess) {
+    CountCall(choice.tier);
+    return Status();
+  }
+  const Status status = ToStatus(launched, "starting a CUDA kernel");
+  if (!IsRefusal(launched)) return status;
   const std::string error = cudaGetErrorString(launched);
   RememberRefusal(problem, pass, aligned, device, error);
-  if (choice.forced) return true;
-  // A graph that is being captured takes another kernel in place of the refused one, if it is still to be had.
+  if (choice.forced) return status;
+  // A graph that is being captured takes other kernels in place of the refused one, if it is still to be had.
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   const cudaError_t asked = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture);
-  if (asked == cudaSuccess && capture != cudaStreamCaptureStatusInvalidated) return false;
+  if (asked == cudaSuccess && capture != cudaStreamCaptureStatusInvalidated) return std::nullopt;
   cudaGetLastError();
-  *status = {StatusCode::kInternal, "CUDA refused a launch while its stream was captured, which ends the capture (" +
-                                        error + "); capture again, and the streaming tier will do this work"};
-  return true;
+  return Status{StatusCode::kInternal, "CUDA refused a launch while its stream was captured, which ends the capture (" +
+                                           error + "); capture again, and the streaming tier will do this work"};
 }
 
 }  // namespace tfops::cuda

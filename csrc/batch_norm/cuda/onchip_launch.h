@@ -3,6 +3,8 @@
 #ifndef TFOPS_BATCH_NORM_CUDA_ONCHIP_LAUNCH_H_
 #define TFOPS_BATCH_NORM_CUDA_ONCHIP_LAUNCH_H_
 
+#include <optional>
+
 #include "csrc/batch_norm/batch_norm.h"
 #include "csrc/batch_norm/cuda/launch.h"
 #include "csrc/batch_norm/cuda/onchip.h"
@@ -29,11 +31,11 @@ cudaError_t OnChipForward(const OnChip& plan, const Problem& problem, const Forw
 cudaError_t OnChipBackward(const OnChip& plan, const Problem& problem, const BackwardArrays& arrays, void* workspace,
                            void* stream);
 
-// Whether a launch on the chip settles the call, with that status: it was made, or went wrong so that nothing else can
-// be done. Else it was refused, nothing has run, and streaming has to do the work, now and for this problem from now
-// on.
-bool Settles(cudaError_t launched, const Problem& problem, Pass pass, bool aligned, const Device& device,
-             const Choice& choice, void* stream, Status* status);
+// The status of a call, if a launch on the chip settles it: it was made, or went wrong so that nothing else can be
+// done. None if it was refused: then nothing has run, and streaming has to do the work, now and for this problem from
+// now on.
+std::optional<Status> Settle(cudaError_t launched, const Problem& problem, Pass pass, bool aligned,
+                             const Device& device, const Choice& choice, void* stream);
 
 }  // namespace tfops::cuda
 

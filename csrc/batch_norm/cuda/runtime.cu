@@ -14,6 +14,10 @@
 #endif
 
 namespace tfops::cuda {
+
+// All code is compiled for the same architectures, so this stands for every kernel.
+__global__ void AnyKernel() {}
+
 namespace {
 
 std::string VersionText(int version) {
@@ -28,9 +32,6 @@ constexpr int kLeastDriver = CUDART_VERSION / 1000 * 1000;
 constexpr const char* kLeastRelease = kLeastDriver == 12000   ? " (release 525 or later)"
                                       : kLeastDriver == 13000 ? " (release 580 or later)"
                                                               : "";
-
-// All code is compiled for the same architectures, so this stands for every kernel.
-__global__ void AnyKernel() {}
 
 Status Look(int number, Device* device) {
   int major = 0, minor = 0, shared_per_block = 0, shared_per_multiprocessor = 0, l2 = 0, cooperative = 0, clusters = 0;

@@ -31,7 +31,12 @@ PACKAGES = {
 LEAST_CLANG = 16
 
 # What Clang lacks of CUDA's functions. As plain accesses, for they differ in nothing else but a hint to the cache.
+# Before the C++ library's <memory>, which has an attribute of the name of CUDA's macro.
 MISSING = """\
+#pragma push_macro("__noinline__")
+#undef __noinline__
+#include <memory>
+#pragma pop_macro("__noinline__")
 template <typename Word>
 __attribute__((device)) inline Word __ldcs(const Word* address) { return *address; }
 template <typename Word>
@@ -56,7 +61,7 @@ def toolkit(version: str) -> Path:
     with open(BUILD / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         complete = home / ".packages"
-        wanted = "\n".join(PACKAGES[version])
+        wanted = "\n".join([*PACKAGES[version], MISSING])
         if complete.exists() and complete.read_text() == wanted:
             return home
         for folder in (home, packages):
