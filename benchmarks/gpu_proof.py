@@ -164,6 +164,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return sanitized.main(arguments.dry_run, arguments.as_allocated)
     arguments.out = arguments.out.resolve()
+    if (arguments.resume or arguments.summary) and not arguments.out.is_dir():
+        print(f"gpu_proof.py: --out: there is no folder {arguments.out}", file=sys.stderr)
+        return 2
+    if arguments.out.exists() and not arguments.out.is_dir():
+        print(f"gpu_proof.py: --out must be a folder, but {arguments.out} is a file", file=sys.stderr)
+        return 2
+    if arguments.wheel and not zipfile.is_zipfile(arguments.wheel):
+        print(f"gpu_proof.py: --wheel must be a wheel, but it is {arguments.wheel}", file=sys.stderr)
+        return 2
     if arguments.step:
         from gpu import steps
 

@@ -6,6 +6,7 @@ python cmake/tensorflow_packages.py find [FOLDER]  # those there, or the install
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import platform
@@ -63,15 +64,20 @@ def fetch(release: str, folder: Path) -> None:
                 archive.extract(member, folder)
 
 
-def main(command: str, folder: str = "") -> None:
-    if command == "fetch":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("fetch").add_argument("folder", type=Path)
+    commands.add_parser("find").add_argument("folder", type=Path, nargs="?")
+    arguments = parser.parse_args()
+    if arguments.command == "fetch":
         for release in RELEASES:
-            fetch(release, Path(folder) / release)
-    if command == "find":
-        found = sorted(Path(folder).resolve().glob("*/tensorflow")) if folder else [installed()]
-        for package in filter(None, found):
-            print(package, version(package), sep="|")
+            fetch(release, arguments.folder / release)
+        return
+    found = sorted(arguments.folder.resolve().glob("*/tensorflow")) if arguments.folder else [installed()]
+    for package in filter(None, found):
+        print(package, version(package), sep="|")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

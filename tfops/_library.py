@@ -41,8 +41,8 @@ def load(built: str) -> Any:
         if error.name != "tensorflow":
             raise
         raise ImportError(
-            "tfops needs TensorFlow, and there is none in this environment: pip install 'tfops[cpu]', or 'tfops[gpu]' "
-            "for an NVIDIA GPU"
+            "tfops needs TensorFlow, and there is none in this environment: pip install tensorflow-cpu, or "
+            "'tensorflow[and-cuda]' for an NVIDIA GPU"
         ) from error
     check_release(tf.__version__, built)
     library = path("ops", tf.__version__)

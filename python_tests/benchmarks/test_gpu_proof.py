@@ -437,3 +437,20 @@ def test_predictions_say_so_and_count_bytes(gpu):
         assert row["moved_bytes"] >= row["least_bytes"]
         streams = row["tier"] == "streaming" and row["what"] != "inference"
         assert (row["moved_bytes"] > row["least_bytes"]) == streams
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume"], "--out: there is no folder "),
+        (["--summary"], "--out: there is no folder "),
+        (["--out", __file__], "--out must be a folder, but "),
+        (["--wheel", __file__], "--wheel must be a wheel, but it is "),
+    ],
+    ids=["nothing to resume", "nothing to sum up", "a file", "no wheel"],
+)
+def test_wrong_arguments_are_named_and_leave_nothing(arguments, message, tmp_path):
+    run = run_python(BENCHMARKS / "gpu_proof.py", "--out", tmp_path / "out", *arguments)
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert not list(tmp_path.iterdir())

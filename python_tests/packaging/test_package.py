@@ -158,7 +158,7 @@ def test_missing_tensorflow_is_explained():
     run = run_python("-c", "import sys; sys.modules['tensorflow'] = None; import tfops")
     message = run.stderr.splitlines()[-1]
     assert message.startswith("ImportError: tfops needs TensorFlow, and there is none")
-    assert "pip install 'tfops[cpu]', or 'tfops[gpu]'" in message
+    assert "pip install tensorflow-cpu, or 'tensorflow[and-cuda]'" in message
 
 
 def test_what_tensorflow_cannot_import_is_named():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,3 +169,12 @@ def test_what_is_fetched_is_found(tmp_path, monkeypatch):
     got = {str(file.relative_to(tmp_path / "2.20")) for file in (tmp_path / "2.20").rglob("*") if file.is_file()}
     information = {f"tensorflow_cpu-2.20.9.dist-info/{name}" for name in ("METADATA", "RECORD")}
     assert got == {VERSION_HEADER, FFI_HEADER, *XLA_INCLUDES, *LIBRARIES, *information}
+
+
+@pytest.mark.parametrize("arguments", [[], ["fetch"], ["search"]], ids=["nothing", "no folder", "another command"])
+def test_wrong_commands_are_refused(arguments):
+    """Without a folder, gigabytes would go to wherever one is."""
+    command = [sys.executable, ROOT / "cmake" / "tensorflow_packages.py", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "error: " in run.stderr

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -199,7 +199,7 @@ def batch_norm(
         The result and the statistics.
 
     Raises:
-        TypeError: An array is of a wrong dtype. The message names the argument and its value.
+        TypeError: An array or another argument is of a wrong type. The message names the argument and its value.
         ValueError: A shape or a number is wrong. Likewise.
 
     Examples:
@@ -212,6 +212,14 @@ def batch_norm(
         >>> print(out.mean, out.variance)
         [ 2. 20.] [  2. 200.]
     """
+    if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
+        raise TypeError(f"axis must be an integer, but it is {axis!r}")
+    for name, value in (("training", training), ("unbiased", unbiased)):
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name} must be a bool, but it is {value!r}")
+    if activation is not None and not isinstance(activation, str):
+        names = ", ".join(map(repr, get_args(Activation)))
+        raise TypeError(f"activation must be one of {names}, but it is {activation!r}")
     x = jax.numpy.asarray(x)
     settings = _Settings(axis, float(epsilon), float(exponential_avg_factor), training, activation, unbiased)
     channels = (settings.problem(x, residual is not None).channels,)
