@@ -108,16 +108,8 @@ def test_larger_than_the_cache_has_the_same_bits(row, axis, dtype, residual):
 
 
 def _problem(x, axis, dtype, activation, has_residual, training):
-    return _kernels.Problem(
-        shape=x.shape,
-        axis=axis,
-        dtype=getattr(_kernels.DataType, dtype),
-        activation=activation,
-        has_residual=has_residual,
-        training=training,
-        epsilon=1e-3,
-        exponential_avg_factor=1.0,
-        unbiased=True,
+    return kernel_cases.make_problem(
+        _kernels, kernel_cases.Case(x.shape, axis, dtype, training, activation, has_residual)
     )
 
 

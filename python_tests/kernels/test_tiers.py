@@ -11,6 +11,7 @@ import pytest
 import tfops_kernels
 from tfops_kernels import _kernels, _policy
 from tfops_testing.fresh_process import run_python
+from tfops_testing.kernel_cases import Case, make_problem
 from tfops_testing.requirements import needs_cuda_build
 
 pytestmark = needs_cuda_build
@@ -264,17 +265,7 @@ def test_wrong_settings_are_named(changed, message):
 
 def test_plans_are_listed_and_timed():
     """Those that fit, fastest first; the estimate of a plan by other constants is for that very plan."""
-    problem = _kernels.Problem(
-        shape=[4096, 64],
-        axis=-1,
-        dtype=_kernels.DataType.float32,
-        activation="relu",
-        has_residual=False,
-        training=True,
-        epsilon=1e-3,
-        exponential_avg_factor=1.0,
-        unbiased=True,
-    )
+    problem = make_problem(_kernels, Case((4096, 64), -1, "float32", activation="relu"))
     device = _kernels.CudaDevice()
     for name, value in H200.items():
         setattr(device, name, value)

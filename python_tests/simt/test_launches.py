@@ -223,17 +223,7 @@ def test_call_takes_less_than_two_microseconds_of_the_host(simt, force, tier):
     simt.configure("h200")
     force(simt, tier=tier)
     module = simt.machine
-    problem = module.Problem(
-        shape=[4096, 64],
-        axis=-1,
-        dtype=module.DataType.float32,
-        activation="relu",
-        has_residual=False,
-        training=True,
-        epsilon=1e-3,
-        exponential_avg_factor=1.0,
-        unbiased=True,
-    )
+    problem = kernel_cases.make_problem(module, Case((4096, 64), -1, "float32", activation="relu"))
     arrays = module.ForwardArrays()
     x = memory((64,), np.float32)
     for field in ("x", "y", "scale", "offset", "mean_out", "variance_out", "saved_mean", "saved_inv_std"):

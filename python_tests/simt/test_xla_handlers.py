@@ -140,10 +140,7 @@ def test_workspace_that_is_too_small_is_refused(simt, handlers):
 
 
 def test_a_compiler_asks_for_the_largest_workspace_of_any_gpu(simt):
-    problem = simt.Problem(
-        shape=[4096, 64], axis=-1, dtype=simt.DataType.float32, activation="", has_residual=False, training=True,
-        epsilon=1e-3, exponential_avg_factor=1.0, unbiased=True,
-    )  # fmt: skip
+    problem = kernel_cases.make_problem(simt, Case((4096, 64), -1, "float32"))
     for direction in ("forward", "backward"):
         ask = getattr(simt, f"cuda_{direction}_workspace_bytes")
         sizes = []
@@ -157,9 +154,6 @@ def test_a_compiler_asks_for_the_largest_workspace_of_any_gpu(simt):
 def test_wrong_operands_are_refused(simt, handlers):
     simt.configure("three")
     x = simt.place(np.ones((6, 4), np.float32))
-    problem = simt.Problem(
-        shape=[6, 4], axis=-1, dtype=simt.DataType.float32, activation="", has_residual=False, training=True,
-        epsilon=1e-3, exponential_avg_factor=1.0, unbiased=True,
-    )  # fmt: skip
+    problem = kernel_cases.make_problem(simt, Case((6, 4), -1, "float32"))
     with pytest.raises(HandlerError, match="tfops custom call with 2 operands and 1 results, not 3 and 7"):
         handlers.call("Tfops_BatchNormTraining_cuda", [x, x], [x], xla_attributes(problem))

@@ -96,6 +96,21 @@ def combinations(shape: tuple[int, ...], axis: int) -> list[Case]:
     ]
 
 
+def make_problem(kernels: Any, case: Case) -> Any:
+    """The case as the module `_kernels`, or csrc/simt's, has it."""
+    return kernels.Problem(
+        shape=list(case.shape),
+        axis=case.axis,
+        dtype=getattr(kernels.DataType, case.dtype),
+        activation=case.activation or "",
+        has_residual=case.residual,
+        training=case.training,
+        epsilon=1e-3,
+        exponential_avg_factor=case.exponential_avg_factor,
+        unbiased=case.unbiased,
+    )
+
+
 def numpy_dtype(name: str) -> Any:
     return ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name)
 

@@ -24,17 +24,7 @@ def name_of(plan: Any) -> str:
 
 def plans(module: Any, case: Case, aligned: bool) -> tuple[list[Any], list[Any]]:
     """The best of each name that fits the current GPU, for forward and backward."""
-    problem = module.Problem(
-        shape=list(case.shape),
-        axis=case.axis,
-        dtype=getattr(module.DataType, case.dtype),
-        activation=case.activation or "",
-        has_residual=case.residual,
-        training=case.training,
-        epsilon=1e-3,
-        exponential_avg_factor=1.0,
-        unbiased=True,
-    )
+    problem = kernel_cases.make_problem(module, case)
     forward, backward = (module.cuda_plans(problem, b, aligned, module.CudaDevice()) for b in (False, True))
     return forward, backward
 
