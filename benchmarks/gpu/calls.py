@@ -53,8 +53,8 @@ def make_call(backend: Any, cell: Cell, t: Tensors) -> tuple[Callable[[], None],
     out: dict[str, Any] = {"y": backend.empty(t.x.shape, cell.dtype)}
     for name in ("mean_out", "variance_out", "saved_mean", "saved_inv_std"):
         out[name] = backend.empty(channels, "float32")
-    if problem.needs_mask:
-        out["mask"] = backend.empty((problem.mask_bytes,), "uint8")
+    if problem.needs_activation_bits:
+        out["activation_bits"] = backend.empty((problem.activation_bits_bytes,), "uint8")
     forward = raw.ForwardArrays()
     for name in ("x", "scale", "offset", "mean", "variance"):
         setattr(forward, name, backend.address(getattr(t, name)))
@@ -79,7 +79,7 @@ def make_call(backend: Any, cell: Cell, t: Tensors) -> tuple[Callable[[], None],
     for name in ("dy", "x", "scale", "offset"):
         setattr(backward, name, backend.address(getattr(t, name)))
     backward.mean, backward.spread = backend.address(out["saved_mean"]), backend.address(out["saved_inv_std"])
-    for name in ("mask", "dx", "dscale", "doffset", "dresidual"):
+    for name in ("activation_bits", "dx", "dscale", "doffset", "dresidual"):
         if name in out:
             setattr(backward, name, backend.address(out[name]))
     workspace = backend.empty((raw.cuda_backward_workspace_bytes(problem) + 16,), "uint8")

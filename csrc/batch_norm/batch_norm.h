@@ -76,23 +76,23 @@ TFOPS_EXPORT Status Validate(const Problem& problem);
 TFOPS_EXPORT Status ParseActivation(const std::string& name, Activation* activation);
 
 // What the gradient needs, beside x, to know act' at an element.
-//   training with residual and a piecewise linear activation: one bit an element, written by the forward
-//   pass, set where the activation has slope 1; x alone would not do, for residual is not kept;
+//   training with residual and a piecewise linear activation: activation bits, one for each element, written by the
+//   forward pass, set where the activation has slope 1; x alone would not do, for residual is not kept;
 //   every other problem: nothing (residual itself for silu, and in inference where no bits are kept).
 //
 // Bits lie in rows, each of a whole number of bytes: a row is the contiguous run of `channels` elements if
 // inner == 1, else of `inner`; one run of everything if channels == 1. Bit i % 8 of byte i / 8 belongs to
 // element i of the row; bits past its end are zero.
-struct MaskLayout {
+struct ActivationBitsLayout {
   int64_t rows = 0;
   int64_t row_elements = 0;
   int64_t row_bytes = 0;
 
   int64_t Bytes() const { return rows * row_bytes; }
 };
-TFOPS_EXPORT bool NeedsMask(const Problem& problem);      // the forward pass writes bits, the gradient reads them
-TFOPS_EXPORT bool NeedsResidual(const Problem& problem);  // the gradient reads residual
-TFOPS_EXPORT MaskLayout LayoutOfMask(const Problem& problem);
+TFOPS_EXPORT bool NeedsActivationBits(const Problem& problem);  // the forward pass writes bits, the gradient reads them
+TFOPS_EXPORT bool NeedsResidual(const Problem& problem);        // the gradient reads residual
+TFOPS_EXPORT ActivationBitsLayout LayoutOfActivationBits(const Problem& problem);
 
 // Whether the gradient of residual is another array than dy.
 inline bool HasResidualGradient(const Problem& problem) {
@@ -113,12 +113,12 @@ struct ForwardArrays {
   const void* mean = nullptr;
   const void* variance = nullptr;
 
-  void* y = nullptr;              // [N]
-  void* mean_out = nullptr;       // [C]; training only, as the four that follow
-  void* variance_out = nullptr;   // [C]
-  void* saved_mean = nullptr;     // [C]; of the batch, for the gradient
-  void* saved_inv_std = nullptr;  // [C]; 1 / sqrt(m2 / n + epsilon)
-  uint8_t* mask = nullptr;        // LayoutOfMask(problem).Bytes(); iff NeedsMask(problem)
+  void* y = nullptr;                   // [N]
+  void* mean_out = nullptr;            // [C]; training only, as the four that follow
+  void* variance_out = nullptr;        // [C]
+  void* saved_mean = nullptr;          // [C]; of the batch, for the gradient
+  void* saved_inv_std = nullptr;       // [C]; 1 / sqrt(m2 / n + epsilon)
+  uint8_t* activation_bits = nullptr;  // LayoutOfActivationBits(problem).Bytes(); iff NeedsActivationBits(problem)
 };
 
 // With dz = dy * act'(z), xc = x - mean, n = Count() and sums over a channel:
@@ -129,16 +129,16 @@ struct ForwardArrays {
 //              dmean_in = -scale * inv_std * sum(dz)
 //              dvariance_in = -scale * inv_std^3 * sum(dz * xc) / 2
 struct BackwardArrays {
-  const void* dy = nullptr;         // [N]
-  const void* x = nullptr;          // [N]
-  const void* scale = nullptr;      // [C]
-  const void* offset = nullptr;     // [C]
-  const void* mean = nullptr;       // [C]; training: saved_mean
-  const void* spread = nullptr;     // [C]; training: saved_inv_std; inference: variance
-  const void* dmean = nullptr;      // [C]; training: gradient of mean_out, or null for none
-  const void* dvariance = nullptr;  // [C]; training: gradient of variance_out, or null for none
-  const void* residual = nullptr;   // [N]; iff NeedsResidual(problem)
-  const uint8_t* mask = nullptr;    // iff NeedsMask(problem)
+  const void* dy = nullptr;                  // [N]
+  const void* x = nullptr;                   // [N]
+  const void* scale = nullptr;               // [C]
+  const void* offset = nullptr;              // [C]
+  const void* mean = nullptr;                // [C]; training: saved_mean
+  const void* spread = nullptr;              // [C]; training: saved_inv_std; inference: variance
+  const void* dmean = nullptr;               // [C]; training: gradient of mean_out, or null for none
+  const void* dvariance = nullptr;           // [C]; training: gradient of variance_out, or null for none
+  const void* residual = nullptr;            // [N]; iff NeedsResidual(problem)
+  const uint8_t* activation_bits = nullptr;  // iff NeedsActivationBits(problem)
 
   void* dx = nullptr;            // [N]
   void* dscale = nullptr;        // [C]

@@ -80,16 +80,16 @@ Status ParseActivation(const std::string& name, Activation* activation) {
   return {};
 }
 
-bool NeedsMask(const Problem& problem) {
+bool NeedsActivationBits(const Problem& problem) {
   return problem.training && problem.has_residual && IsPiecewiseLinear(problem.activation);
 }
 
 bool NeedsResidual(const Problem& problem) {
-  return problem.has_residual && problem.activation != Activation::kNone && !NeedsMask(problem);
+  return problem.has_residual && problem.activation != Activation::kNone && !NeedsActivationBits(problem);
 }
 
-MaskLayout LayoutOfMask(const Problem& problem) {
-  MaskLayout layout;
+ActivationBitsLayout LayoutOfActivationBits(const Problem& problem) {
+  ActivationBitsLayout layout;
   if (problem.Elements() == 0) return layout;
   layout.row_elements = problem.channels == 1 ? problem.Elements()
                         : problem.inner == 1  ? problem.channels

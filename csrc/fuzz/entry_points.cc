@@ -312,8 +312,8 @@ class Run {
         *vector = VectorOutput();
       }
     }
-    if (NeedsMask(problem_)) {
-      arrays.mask = Output(New(LayoutOfMask(problem_).Bytes(), DataType::kFloat16));
+    if (NeedsActivationBits(problem_)) {
+      arrays.activation_bits = Output(New(LayoutOfActivationBits(problem_).Bytes(), DataType::kFloat16));
     }
     return cpu::Forward(problem_, arrays, Workspace(cpu::ForwardWorkspaceBytes(problem_)), threads);
   }
@@ -328,11 +328,11 @@ class Run {
       arrays.dvariance = Vector();
     }
     if (NeedsResidual(problem_)) arrays.residual = Data();
-    if (NeedsMask(problem_)) {
-      Array* mask = New(LayoutOfMask(problem_).Bytes(), DataType::kFloat16);
-      mask->Fill(seed_, /*kind=*/0, DataType::kFloat16);
-      if (mask->bytes() % 2) mask->data()[mask->bytes() - 1] = 0x5a;
-      arrays.mask = mask->data();
+    if (NeedsActivationBits(problem_)) {
+      Array* bits = New(LayoutOfActivationBits(problem_).Bytes(), DataType::kFloat16);
+      bits->Fill(seed_, /*kind=*/0, DataType::kFloat16);
+      if (bits->bytes() % 2) bits->data()[bits->bytes() - 1] = 0x5a;
+      arrays.activation_bits = bits->data();
     }
     return arrays;
   }

@@ -272,8 +272,10 @@ PYBIND11_MODULE(_kernels, m) {
       .def_readonly("exponential_avg_factor", &Problem::exponential_avg_factor)
       .def_readonly("unbiased", &Problem::unbiased)
       .def_property_readonly("elements", &Problem::Elements)
-      .def_property_readonly("mask_bytes", [](const Problem& p) { return NeedsMask(p) ? LayoutOfMask(p).Bytes() : 0; })
-      .def_property_readonly("needs_mask", &NeedsMask)
+      .def_property_readonly(
+          "activation_bits_bytes",
+          [](const Problem& p) { return NeedsActivationBits(p) ? LayoutOfActivationBits(p).Bytes() : 0; })
+      .def_property_readonly("needs_activation_bits", &NeedsActivationBits)
       .def_property_readonly("needs_residual", &NeedsResidual);
 
   py::class_<ForwardArrays> forward(m, "ForwardArrays", local);
@@ -289,7 +291,7 @@ PYBIND11_MODULE(_kernels, m) {
   DefinePointer(forward, "variance_out", &ForwardArrays::variance_out);
   DefinePointer(forward, "saved_mean", &ForwardArrays::saved_mean);
   DefinePointer(forward, "saved_inv_std", &ForwardArrays::saved_inv_std);
-  DefinePointer(forward, "mask", &ForwardArrays::mask);
+  DefinePointer(forward, "activation_bits", &ForwardArrays::activation_bits);
 
   py::class_<BackwardArrays> backward(m, "BackwardArrays", local);
   backward.def(py::init<>());
@@ -302,7 +304,7 @@ PYBIND11_MODULE(_kernels, m) {
   DefinePointer(backward, "dmean", &BackwardArrays::dmean);
   DefinePointer(backward, "dvariance", &BackwardArrays::dvariance);
   DefinePointer(backward, "residual", &BackwardArrays::residual);
-  DefinePointer(backward, "mask", &BackwardArrays::mask);
+  DefinePointer(backward, "activation_bits", &BackwardArrays::activation_bits);
   DefinePointer(backward, "dx", &BackwardArrays::dx);
   DefinePointer(backward, "dscale", &BackwardArrays::dscale);
   DefinePointer(backward, "doffset", &BackwardArrays::doffset);

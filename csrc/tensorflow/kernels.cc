@@ -148,10 +148,10 @@ class Inputs {
 
   absl::Status Data(const char* name, const void** data) { return Take(name, data_shape_, data); }
   absl::Status Vector(const char* name, const void** data) { return Take(name, vector_shape_, data); }
-  absl::Status Mask(const char* name, int64_t bytes, const uint8_t** mask) {
+  absl::Status ActivationBits(const char* name, int64_t bytes, const uint8_t** bits) {
     const void* data = nullptr;
     TF_RETURN_IF_ERROR(Take(name, TensorShape({bytes}), &data));
-    *mask = static_cast<const uint8_t*>(data);
+    *bits = static_cast<const uint8_t*>(data);
     return absl::OkStatus();
   }
 
@@ -280,10 +280,11 @@ class TrainingOp final : public BatchNormOp {
     for (void** vector : {&arrays.mean_out, &arrays.variance_out, &arrays.saved_mean, &arrays.saved_inv_std}) {
       TF_RETURN_IF_ERROR(outputs.Allocate(inputs.vector_shape(), vector));
     }
-    const bool needs_mask = NeedsMask(problem);
-    void* mask = nullptr;
-    TF_RETURN_IF_ERROR(outputs.Allocate(TensorShape({needs_mask ? LayoutOfMask(problem).Bytes() : 0}), &mask));
-    arrays.mask = needs_mask ? static_cast<uint8_t*>(mask) : nullptr;
+    const bool needs_bits = NeedsActivationBits(problem);
+    void* bits = nullptr;
+    TF_RETURN_IF_ERROR(
+        outputs.Allocate(TensorShape({needs_bits ? LayoutOfActivationBits(problem).Bytes() : 0}), &bits));
+    arrays.activation_bits = needs_bits ? static_cast<uint8_t*>(bits) : nullptr;
     return Device::Run(context, problem, arrays);
   }
 };
@@ -343,9 +344,10 @@ class TrainingGradOp final : public BatchNormOp {
     TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
     TF_RETURN_IF_ERROR(inputs.Vector("saved_mean", &arrays.mean));
     TF_RETURN_IF_ERROR(inputs.Vector("saved_inv_std", &arrays.spread));
-    const bool needs_mask = NeedsMask(problem);
-    TF_RETURN_IF_ERROR(inputs.Mask("mask", needs_mask ? LayoutOfMask(problem).Bytes() : 0, &arrays.mask));
-    if (!needs_mask) arrays.mask = nullptr;
+    const bool needs_bits = NeedsActivationBits(problem);
+    TF_RETURN_IF_ERROR(inputs.ActivationBits("mask", needs_bits ? LayoutOfActivationBits(problem).Bytes() : 0,
+                                             &arrays.activation_bits));
+    if (!needs_bits) arrays.activation_bits = nullptr;
     TF_RETURN_IF_ERROR(
         inputs.OptionalVectors("drunning", {{"dmean", &arrays.dmean}, {"dvariance", &arrays.dvariance}}));
     TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));

@@ -90,15 +90,16 @@ class Shapes {
 
   ShapeHandle VectorShape() { return context_->Vector(channels_); }
 
-  ShapeHandle MaskShape() {
-    if (!NeedsMask(attributes_.problem)) return context_->Vector(0);
+  ShapeHandle ActivationBitsShape() {
+    if (!NeedsActivationBits(attributes_.problem)) return context_->Vector(0);
     const ShapeHandle shape = DataShape();
     if (!context_->FullyDefined(shape)) return context_->Vector(context_->UnknownDim());
     Problem problem = attributes_.problem;
     std::vector<int64_t> dims;
     for (int i = 0; i < context_->Rank(shape); ++i) dims.push_back(context_->Value(context_->Dim(shape, i)));
     const Status status = Fold(dims.data(), static_cast<int>(dims.size()), attributes_.axis, &problem);
-    return context_->Vector(status.ok() ? context_->MakeDim(LayoutOfMask(problem).Bytes()) : context_->UnknownDim());
+    return context_->Vector(status.ok() ? context_->MakeDim(LayoutOfActivationBits(problem).Bytes())
+                                        : context_->UnknownDim());
   }
 
   const Attributes& attributes() const { return attributes_; }
@@ -175,7 +176,7 @@ absl::Status TrainingShapes(InferenceContext* context) {
   TF_RETURN_IF_ERROR(shapes.OptionalData("residual"));
   context->set_output(0, shapes.DataShape());
   for (int i = 1; i <= 4; ++i) context->set_output(i, shapes.VectorShape());
-  context->set_output(5, shapes.MaskShape());
+  context->set_output(5, shapes.ActivationBitsShape());
   return absl::OkStatus();
 }
 
@@ -260,7 +261,8 @@ absl::Status GradientNormalizeShapes(InferenceContext* context) {
       .Attr("activation: {'', 'relu', 'relu6', 'leaky_relu', 'silu'} = ''") \
       .Attr("num_residuals: int >= 0 = 0")
 
-// running: nothing, or the running mean and variance. saved_mean, saved_inv_std and mask are for the gradient alone.
+// running: nothing, or the running mean and variance. saved_mean, saved_inv_std and mask, the activation bits of
+// batch_norm.h, are for the gradient alone.
 REGISTER_OP("Tfops>BatchNormTraining")
     .Input("x: T")
     .Input("scale: U")

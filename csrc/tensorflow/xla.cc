@@ -54,8 +54,8 @@ TensorShape ShapeOf(Extent extent, const TensorShape& x, const Problem& problem)
       return x;
     case Extent::kVector:
       return TensorShape({problem.channels});
-    case Extent::kMask:
-      return TensorShape({LayoutOfMask(problem).Bytes()});
+    case Extent::kActivationBits:
+      return TensorShape({LayoutOfActivationBits(problem).Bytes()});
     case Extent::kRows: {
       TensorShape rows = x;
       rows.RemoveLastDims(1);

@@ -161,7 +161,7 @@ void ExpectLimits(const Problem& problem, bool backward) {
     EXPECT_LE(rows, plan.RowEnd(0) + row_unit - 1);
     EXPECT_LE(plan.RowEnd(0), rows + row_unit);
   }
-  // Items, and runs of them, begin at whole bytes of the mask.
+  // Items, and runs of them, begin at whole bytes of activation bits.
   const int64_t unit = plan.channels_last ? plan.column_block : plan.segment;
   EXPECT_TRUE(unit % 8 == 0 || unit == (plan.channels_last ? plan.columns : problem.inner));
 }

@@ -208,7 +208,7 @@ TEST(SharedMemoryHoldsWhatABlockKeeps) {
     const int64_t size = SizeOf(drawn.problem.dtype), arithmetic = std::max<int64_t>(size, 4);
     const int64_t channels = plan.slab_channels, vectors = int64_t{plan.held_steps} * plan.threads;
     const bool backward = drawn.pass == Pass::kBackward;
-    const bool bits = NeedsMask(drawn.problem) && (backward || plan.Folded());
+    const bool bits = NeedsActivationBits(drawn.problem) && (backward || plan.Folded());
     const int arrays = (backward ? 2 : 1) + (plan.holds_residual ? 1 : 0);
     const int64_t scratch = plan.entries * plan.slots * arithmetic, parts = int64_t{8} * plan.parts * plan.slots;
     const int64_t sums = plan.parts_at + parts - plan.scratch_at;
@@ -234,16 +234,16 @@ TEST(SharedMemoryHoldsWhatABlockKeeps) {
   });
 }
 
-// Slabs have whole channels, and whole rows of the mask or threads that share a byte of it side by side.
+// Slabs have whole channels, and whole rows of activation bits or threads that share a byte of them side by side.
 TEST(SlabsHaveWholeChannels) {
   ForPlans([](const Case& drawn, const OnChip& plan) {
     EXPECT_LE((plan.slabs - 1) * plan.slab_channels, drawn.problem.channels - 1);
     EXPECT_LE(drawn.problem.channels, plan.slabs * plan.slab_channels);
     EXPECT_EQ(plan.slots, plan.planes ? plan.slab_channels : plan.slab_channels * plan.UnitsPerChannel());
     if (plan.repeat > 1) EXPECT_EQ(plan.slabs, 1);
-    if (!NeedsMask(drawn.problem)) return;
+    if (!NeedsActivationBits(drawn.problem)) return;
     if (plan.Folded()) {
-      EXPECT_EQ(plan.slots % plan.mask_row_elements, 0);
+      EXPECT_EQ(plan.slots % plan.bits_row_elements, 0);
     } else {
       EXPECT_EQ(plan.block.x * plan.lanes % 8, 0);
     }

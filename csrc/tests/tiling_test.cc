@@ -48,7 +48,7 @@ TEST(StreamingWalksEveryElementOnce) {
 TEST(AnyBlockWalksEveryElementOnce) {
   ForSmallProblems(kProblems, kMostElements, [](const Problem& problem, Random* random) {
     const View view = MakeView(problem, random->Flag(), 1 << 30, random->Flag());
-    const Tiling tiling = MakeTiling(view, RandomBlock(view, /*masked=*/false, random));
+    const Tiling tiling = MakeTiling(view, RandomBlock(view, /*has_bits=*/false, random));
     ExpectEveryElementOnce<Direction::kForward>(problem, tiling, random->Below(tiling.steps) + 1);
   });
 }
@@ -126,9 +126,9 @@ bool MayRepeat(const Problem& problem, int64_t repeat, int lanes, int64_t most_u
 
 TEST(VectorsAreTakenWhereTheyCanBe) {
   const auto expect = [](const Problem& problem, Random* random) {
-    const bool aligned = random->Below(4) > 0, fold_masks = random->Flag();
+    const bool aligned = random->Below(4) > 0, fold_bits = random->Flag();
     const int64_t most_units = random->Flag() ? 1 << 30 : 1 << random->Below(20);
-    const View view = MakeView(problem, aligned, most_units, fold_masks);
+    const View view = MakeView(problem, aligned, most_units, fold_bits);
     const int lanes = 16 / SizeOf(problem.dtype);
     EXPECT_EQ(view.RowElements() * view.outer, problem.Elements());
     EXPECT_EQ(view.channels, problem.channels);
@@ -138,13 +138,13 @@ TEST(VectorsAreTakenWhereTheyCanBe) {
     if (view.Folded()) {
       EXPECT_TRUE(!view.planes);
       EXPECT_LE(view.units, most_units);
-      EXPECT_TRUE(fold_masks || !NeedsMask(problem));
+      EXPECT_TRUE(fold_bits || !NeedsActivationBits(problem));
     }
     // The least repetition is taken, and none where it is not needed, or is of no use.
     const int64_t run = problem.channels == 1 ? problem.Elements()
                         : problem.inner > 1   ? problem.inner
                                               : problem.channels;
-    const bool may_fold = problem.channels > 1 && (fold_masks || !NeedsMask(problem));
+    const bool may_fold = problem.channels > 1 && (fold_bits || !NeedsActivationBits(problem));
     int64_t least = 0;
     for (int64_t repeat = lanes; repeat > 0; --repeat) {
       if (may_fold && MayRepeat(problem, repeat, lanes, most_units)) least = repeat;
@@ -171,7 +171,8 @@ TEST(StreamingKeepsItsLimits) {
     EXPECT_LE(tiling.steps, tiling.Splits() * tiling.split_steps);
     EXPECT_LT((tiling.Splits() - 1) * tiling.split_steps, tiling.steps);
     EXPECT_EQ(SplitItems(problem, aligned, multiprocessors), tiling.Splits() * tiling.units);
-    if (NeedsMask(problem)) EXPECT_EQ(tiling.block.x * tiling.lanes % 8, 0);  // threads that share a byte of it
+    if (NeedsActivationBits(problem))
+      EXPECT_EQ(tiling.block.x * tiling.lanes % 8, 0);  // threads that share a byte of bits
     // Units whose results pass through memory have elements enough beside them.
     if (tiling.Folded()) EXPECT_LE(tiling.units * StreamingTuning::kMinFoldedRows, problem.Elements());
   };

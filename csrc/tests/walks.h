@@ -58,11 +58,11 @@ void ForVectors(const cuda::Tiling& tiling, int64_t share_steps, Body body) {
   }
 }
 
-// Threads of a block, for a view. With a mask, those that share a byte of it are neighbours, and where rows were put
-// together a block has whole ones.
-inline cuda::Extent RandomBlock(const cuda::View& view, bool masked, Random* random) {
+// Threads of a block, for a view. With activation bits, those that share a byte of them are neighbours, and where rows
+// were put together a block has whole ones.
+inline cuda::Extent RandomBlock(const cuda::View& view, bool has_bits, Random* random) {
   const int64_t vectors = cuda::DivideUp(view.planes ? view.inner : view.units, view.lanes);
-  const int unit = masked ? std::max(8 / view.lanes, 1) : 1;
+  const int unit = has_bits ? std::max(8 / view.lanes, 1) : 1;
   cuda::Extent block;
   block.x = static_cast<int>(random->Below(std::min<int64_t>(vectors, 256)) / unit + 1) * unit;
   block.y = view.planes ? static_cast<int>(random->Below(std::min<int64_t>(view.units, 8)) + 1) : 1;

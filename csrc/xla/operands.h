@@ -12,7 +12,7 @@
 
 namespace tfops {
 
-enum class Extent { kNothing, kData, kVector, kMask, kRows };  // kRows: x without its last dimension
+enum class Extent { kNothing, kData, kVector, kActivationBits, kRows };  // kRows: x without its last dimension
 
 template <typename Arrays>
 struct Operand {
@@ -31,7 +31,9 @@ template <typename Arrays>
 using Operands = std::vector<Operand<Arrays>>;
 
 inline Extent DataIf(bool condition) { return condition ? Extent::kData : Extent::kNothing; }
-inline Extent MaskOf(const Problem& problem) { return NeedsMask(problem) ? Extent::kMask : Extent::kNothing; }
+inline Extent ActivationBitsOf(const Problem& problem) {
+  return NeedsActivationBits(problem) ? Extent::kActivationBits : Extent::kNothing;
+}
 
 // What ops on the same arrays share: the kernels.
 
@@ -118,7 +120,7 @@ struct Training : ForwardOp {
             {"variance", Extent::kVector, Set<&Arrays::variance_out>},
             {"saved_mean", Extent::kVector, Set<&Arrays::saved_mean>},
             {"saved_inv_std", Extent::kVector, Set<&Arrays::saved_inv_std>},
-            {"mask", MaskOf(problem), Set<&Arrays::mask>}};
+            {"mask", ActivationBitsOf(problem), Set<&Arrays::activation_bits>}};
   }
 };
 
@@ -132,7 +134,7 @@ struct TrainingGrad : BackwardOp {
                                {"offset", Extent::kVector, Set<&Arrays::offset>},
                                {"saved_mean", Extent::kVector, Set<&Arrays::mean>},
                                {"saved_inv_std", Extent::kVector, Set<&Arrays::spread>},
-                               {"mask", MaskOf(problem), Set<&Arrays::mask>}};
+                               {"mask", ActivationBitsOf(problem), Set<&Arrays::activation_bits>}};
     if (count >= inputs.size() + 2) {
       inputs.push_back({"dmean", Extent::kVector, Set<&Arrays::dmean>});
       inputs.push_back({"dvariance", Extent::kVector, Set<&Arrays::dvariance>});

@@ -195,7 +195,8 @@ def test_training_gradients_of_planes_in_place_have_the_same_bits(plane, dtype, 
 
     outputs = {name: np.empty_like(scale) for name in ("dscale", "doffset")}
     dx, dresidual = (dy, np.empty_like(dy)) if taker == "dx" else (np.empty_like(dy), dy)
-    inputs = {"dy": dy, "x": x, "scale": scale, "offset": offset, **statistics, **given}
+    inputs = {"dy": dy, "x": x, "scale": scale, "offset": offset, **statistics}
+    inputs |= {"activation_bits": forward.mask} if activation == "relu" else {"residual": residual}
     arrays = _place(_kernels.BackwardArrays(), **inputs, **outputs, dx=dx, dresidual=dresidual)
     _kernels.cpu_backward(_problem(x, 1, dtype, activation, has_residual=True, training=True), arrays, 2)
     _assert_same_bits(dx, want.x)
@@ -224,7 +225,7 @@ def test_dresidual_is_written_if_it_is_wanted(shape, axis, dtype, wanted, activa
     vectors = {name: np.empty_like(scale) for name in ("dscale", "doffset")}
     places = {"dy": dy, "x": x, "scale": scale, "offset": offset, **statistics, **vectors, "dx": dx}
     if activation:
-        places["mask"] = forward.mask
+        places["activation_bits"] = forward.mask
     if wanted:
         places["dresidual"] = dresidual
     arrays = _place(_kernels.BackwardArrays(), **places)

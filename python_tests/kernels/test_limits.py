@@ -96,9 +96,10 @@ def test_more_elements_than_32_bits_count(case):
     y = np.empty(shape, np.float16)
     vectors = {name: np.empty(channels, np.float32) for name in ("mean", "variance", "saved_mean", "saved_inv_std")}
     problem = _problem(shape, axis, training=True, has_residual=True)
-    mask = np.zeros(problem.mask_bytes, np.uint8)
+    activation_bits = np.zeros(problem.activation_bits_bytes, np.uint8)
     arrays = _kernels.ForwardArrays()
-    for field, array in {"x": x, "residual": x, "y": y, "mask": mask, "scale": scale, "offset": offset}.items():
+    given = {"x": x, "residual": x, "activation_bits": activation_bits, "scale": scale, "offset": offset}
+    for field, array in {**given, "y": y}.items():
         setattr(arrays, field, array.ctypes.data)
     for field, name in {"mean_out": "mean", "variance_out": "variance"}.items():
         setattr(arrays, field, vectors[name].ctypes.data)
@@ -118,7 +119,7 @@ def test_more_elements_than_32_bits_count(case):
     view[...] = gradient if _last(shape, axis) else gradient[:, None]
     back = oracle.backward(gradient, pattern, scale, offset, residual=pattern, **settings)
     arrays = _kernels.BackwardArrays()
-    given = {"dy": dy, "x": x, "mask": mask, "scale": scale, "offset": offset, "dx": dy}
+    given = {"dy": dy, "x": x, "activation_bits": activation_bits, "scale": scale, "offset": offset, "dx": dy}
     outputs = {name: np.empty(channels, np.float32) for name in ("dscale", "doffset")}
     for field, array in {**given, **outputs}.items():
         setattr(arrays, field, array.ctypes.data)

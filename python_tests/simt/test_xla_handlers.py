@@ -61,7 +61,7 @@ class _Calls:
     def forward(self, x, scale, offset, *running, residual=None, spare=0, **settings):
         problem = self.problem(x, residual is not None, **settings)
         vectors = [simt_helper.memory(scale.shape, scale.dtype) for _ in range(4)] if problem.training else []
-        mask = [simt_helper.memory((problem.mask_bytes,), "uint8")] if problem.training else []
+        mask = [simt_helper.memory((problem.activation_bits_bytes,), "uint8")] if problem.training else []
         results = [simt_helper.memory(x.shape, x.dtype), *vectors, *mask]
         arguments = [x, scale, offset, *running, *([] if residual is None else [residual])]
         name = "Training" if problem.training else "Inference"

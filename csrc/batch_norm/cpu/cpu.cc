@@ -180,11 +180,11 @@ bool OutgrowsCache(const Problem& problem, int tensors) {
 }
 
 // How to go through the rows of so many arrays, some of which are written past the cache. For tiles, rows, and those of
-// the mask if there is one, have to follow one another. Four streams of a single array in place are as good for memory
-// as for the cache; of more arrays, not everywhere.
-Tiling ChooseTiling(const Problem& problem, const Plan& plan, const uint8_t* mask, int arrays,
+// the activation bits if there are any, have to follow one another. Four streams of a single array in place are as good
+// for memory as for the cache; of more arrays, not everywhere.
+Tiling ChooseTiling(const Problem& problem, const Plan& plan, const uint8_t* activation_bits, int arrays,
                     const std::vector<const void*>& streamed) {
-  if (!plan.channels_last || (mask && problem.channels % 8 != 0)) return Tiling::kNone;
+  if (!plan.channels_last || (activation_bits && problem.channels % 8 != 0)) return Tiling::kNone;
   if (arrays == 1) return Tiling::kApart;
   if (!streamed.empty() || OutgrowsCache(problem, arrays)) {
     const auto begins_line = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kLineBytes == 0; };
@@ -237,7 +237,7 @@ ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, A
   std::vector<const void*> streamed;
   if (job.stream_y) streamed.push_back(arrays.y);
   const int count = (in_place ? 1 : 2) + (problem.has_residual ? 1 : 0);
-  job.tiling = ChooseTiling(problem, job.plan, arrays.mask, count, streamed);
+  job.tiling = ChooseTiling(problem, job.plan, arrays.activation_bits, count, streamed);
   if (OutgrowsCache(problem, count)) SetFetchDistances(&job);
   if (problem.training) job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset}) {
@@ -260,7 +260,7 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
   if (job.stream_dx) streamed.push_back(arrays.dx);
   if (job.stream_dresidual) streamed.push_back(arrays.dresidual);
   if (!is_converted || problem.activation == Activation::kNone) {
-    job.tiling = ChooseTiling(problem, job.plan, arrays.mask, count, streamed);
+    job.tiling = ChooseTiling(problem, job.plan, arrays.activation_bits, count, streamed);
   }
   if (OutgrowsCache(problem, count)) SetFetchDistances(&job);
   job.partials = TakePartials(job, arena);

@@ -45,14 +45,14 @@ struct AnyArrays {
   static constexpr bool kAreKnown = false;
   static constexpr bool kAreCached = false;
   static constexpr bool kHasResidual = false;
-  static constexpr bool kHasMask = false;
+  static constexpr bool kHasBits = false;
 };
-template <bool kCached, bool kResidual, bool kMask>
+template <bool kCached, bool kResidual, bool kBits>
 struct KnownArrays {
   static constexpr bool kAreKnown = true;
   static constexpr bool kAreCached = kCached;
   static constexpr bool kHasResidual = kResidual;
-  static constexpr bool kHasMask = kMask;
+  static constexpr bool kHasBits = kBits;
 };
 
 // x86 without AVX2, and machines that the kernels do not know, have no loops of their own for what is cached: they ask.

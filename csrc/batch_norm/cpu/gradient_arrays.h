@@ -26,8 +26,8 @@ struct GradientArrays {
   int64_t ahead;
 
   TFOPS_INLINE bool HasResidual() const { return !A::kAreKnown && residual != nullptr; }
-  TFOPS_INLINE bool HasBits() const { return A::kAreKnown ? A::kHasMask : bits != nullptr; }
-  TFOPS_INLINE bool HasDresidual() const { return A::kAreKnown ? A::kHasMask : dresidual != nullptr; }
+  TFOPS_INLINE bool HasBits() const { return A::kAreKnown ? A::kHasBits : bits != nullptr; }
+  TFOPS_INLINE bool HasDresidual() const { return A::kAreKnown ? A::kHasBits : dresidual != nullptr; }
   TFOPS_INLINE bool IsDxStreamed() const { return !A::kAreCached && stream_dx; }
   TFOPS_INLINE bool IsDresidualStreamed() const { return !A::kAreCached && stream_dresidual; }
 
@@ -67,13 +67,13 @@ TFOPS_INLINE GradientArrays<T, A> ArraysOfRun(const BackwardJob& job, const Run&
           ahead};
 }
 
-// Calls body with whether there is a mask, and whether the arrays are cached, as constants.
+// Calls body with whether there are activation bits, and whether the arrays are cached, as constants.
 template <Activation kActivation, Tiling kTiling, typename Body>
-TFOPS_INLINE void WithMaskOf(const BackwardJob& job, bool cached, Body body) {
+TFOPS_INLINE void WithBitsOf(const BackwardJob& job, bool cached, Body body) {
   WithCached<kTiling>(cached, [&](auto is_cached) {
     constexpr bool kCached = decltype(is_cached)::value;
     if constexpr (kIsPiecewiseLinear<kActivation>) {
-      if (job.arrays.mask) return body(KnownArrays<kCached, false, true>());
+      if (job.arrays.activation_bits) return body(KnownArrays<kCached, false, true>());
     }
     body(KnownArrays<kCached, false, false>());
   });
@@ -83,7 +83,7 @@ TFOPS_INLINE void WithMaskOf(const BackwardJob& job, bool cached, Body body) {
 template <Activation kActivation, typename Body>
 TFOPS_INLINE void WithArraysOfSums(const BackwardJob& job, Body body) {
   if (job.arrays.residual) return body(AnyArrays());
-  WithMaskOf<kActivation, Tiling::kNone>(job, job.sums_ahead == 0, body);
+  WithBitsOf<kActivation, Tiling::kNone>(job, job.sums_ahead == 0, body);
 }
 
 // Likewise of those that dx and dresidual are computed from and written to; as WithArraysOf in normalize_pass.h. They
@@ -93,12 +93,12 @@ TFOPS_INLINE void WithArraysOfDx(const BackwardJob& job, Body body) {
   if constexpr (kTiling == Tiling::kStreamed) {
     body(AnyArrays());
   } else {
-    const bool has_mask = kIsPiecewiseLinear<kActivation> && job.arrays.mask;
-    if (!job.problem.training || job.arrays.residual || has_mask != (job.arrays.dresidual != nullptr)) {
+    const bool has_bits = kIsPiecewiseLinear<kActivation> && job.arrays.activation_bits;
+    if (!job.problem.training || job.arrays.residual || has_bits != (job.arrays.dresidual != nullptr)) {
       return body(AnyArrays());
     }
     const bool cached = job.dx_ahead == 0 && !job.stream_dx && !job.stream_dresidual;
-    WithMaskOf<kActivation, kTiling>(job, cached, body);
+    WithBitsOf<kActivation, kTiling>(job, cached, body);
   }
 }
 
@@ -144,13 +144,13 @@ TFOPS_INLINE Gradient<Param<T>> GradientOfBits(const GradientArrays<T, A>& array
   return {ActivationGradient<kActivation>(dy, z), xc};
 }
 
-// Likewise, of the bits that lie there. kInPlace: see LoadMaskBits.
+// Likewise, of the bits that lie there. kInPlace: see LoadActivationBits.
 template <bool kPartial, Activation kActivation, bool kInPlace = !kPartial, typename T, typename A, typename C>
 TFOPS_INLINE Gradient<Param<T>> GradientOfVector(const GradientArrays<T, A>& arrays, const C& coefficients, int64_t i,
                                                  int64_t n) {
   uint32_t bits = 0;
   if constexpr (kIsPiecewiseLinear<kActivation>) {
-    if (arrays.HasBits()) bits = LoadMaskBits<Param<T>, kInPlace>(arrays.bits, i, n);
+    if (arrays.HasBits()) bits = LoadActivationBits<Param<T>, kInPlace>(arrays.bits, i, n);
   }
   return GradientOfBits<kPartial, kActivation>(arrays, coefficients, i, n, bits);
 }

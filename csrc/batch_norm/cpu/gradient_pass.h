@@ -43,14 +43,14 @@ TFOPS_INLINE void AddColumnChain(const BackwardJob& job, int64_t row, int64_t st
   using P = Param<T>;
   alignas(64) P sums[kMaxColumns];
   alignas(64) P products[kMaxColumns];
-  uint8_t buffers[kRows][kRunMaskBytes];
+  uint8_t buffers[kRows][kRunBitsBytes];
   const ColumnCoefficients<P> coefficients(job.coefficients, begin);
   for (int64_t j = 0; j < end - begin; ++j) sums[j] = products[j] = P(0);
   for (int64_t i = 0; i < steps; ++i) {
     GradientArrays<T, A> rows[kRows];
     for (int k = 0; k < kRows; ++k) {
       const Run run = RowRun(job.plan, row + i + k * apart, begin, end);
-      const uint8_t* bits = MaskOfRun(job.problem, job.plan, run, job.arrays.mask, buffers[k]);
+      const uint8_t* bits = BitsOfRun(job.problem, job.plan, run, job.arrays.activation_bits, buffers[k]);
       rows[k] = ArraysOfRun<T, A>(job, run, bits, job.sums_ahead);
     }
     AddRows<kActivation, kRows>(rows, coefficients, end - begin, sums, products);
@@ -164,7 +164,7 @@ void PlaneGradientMoments(const BackwardJob& job, int64_t item) {
           constexpr int kRuns = std::extent_v<std::remove_reference_t<decltype(runs)>>;
           GradientArrays<T, A> arrays[kRuns];
           for (int k = 0; k < kRuns; ++k) {
-            const uint8_t* bits = MaskInPlace(job.problem, plan, runs[k], job.arrays.mask);
+            const uint8_t* bits = BitsInPlace(job.problem, plan, runs[k], job.arrays.activation_bits);
             arrays[k] = ArraysOfRun<T, A>(job, runs[k], bits, job.sums_ahead);
           }
           chains[c - begin].Add(arrays, ChannelCoefficients<Param<T>>(job.coefficients, c));
@@ -311,7 +311,7 @@ TFOPS_INLINE int64_t GradientNormalizeLines(const GradientArrays<T, A> arrays, c
     Gradient<Param<T>> g[kVectors];
     uint32_t bits = 0;
     if constexpr (kIsPiecewiseLinear<kActivation>) {
-      if (arrays.HasBits()) bits = LoadMaskBits<kVectors * kL>(arrays.bits, i);
+      if (arrays.HasBits()) bits = LoadActivationBits<kVectors * kL>(arrays.bits, i);
     }
     for (int v = 0; v < kVectors; ++v) {
       g[v] = GradientOfBits<false, kActivation>(arrays, coefficients, i + v * kL, kL, bits, v * kL);
@@ -422,7 +422,7 @@ TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T, A> arrays,
 template <Tiling kTiling, typename T>
 void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
   const TileRows rows = TileRowsOfItem<T>(job.plan, item);
-  const uint8_t* bits = MaskInPlace(job.problem, job.plan, rows.first, job.arrays.mask);
+  const uint8_t* bits = BitsInPlace(job.problem, job.plan, rows.first, job.arrays.activation_bits);
   const ColumnCoefficients<Param<T>> coefficients(job.coefficients, rows.first.column);
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
@@ -461,14 +461,14 @@ void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
       };
       if (!job.plan.channels_last) {
         return ForEachSegment(job.problem, job.plan, item, [&](const Run& run) {
-          const uint8_t* bits = MaskInPlace(job.problem, job.plan, run, job.arrays.mask);
+          const uint8_t* bits = BitsInPlace(job.problem, job.plan, run, job.arrays.activation_bits);
           normalize(ArraysOfRun<T, A>(job, run, bits, job.dx_ahead),
                     ChannelCoefficients<P>(job.coefficients, run.column));
         });
       }
       ForEachRow(job.plan, item, [&](const Run& run) {
-        uint8_t buffer[kRunMaskBytes];
-        const uint8_t* bits = MaskOfRun(job.problem, job.plan, run, job.arrays.mask, buffer);
+        uint8_t buffer[kRunBitsBytes];
+        const uint8_t* bits = BitsOfRun(job.problem, job.plan, run, job.arrays.activation_bits, buffer);
         normalize(ArraysOfRun<T, A>(job, run, bits, job.dx_ahead), ColumnCoefficients<P>(job.coefficients, run.column));
       });
     });

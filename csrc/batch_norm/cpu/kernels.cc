@@ -3,7 +3,7 @@
 //
 //   moments             x -> partial mean, m2 of each column           rows, a few at a time, through sums of a chain;
 //   gradient moments    dy, x -> partial sums of dz, dz * (x - mean)   chains join in double
-//   normalize           x -> y, mask                                   runs of contiguous elements
+//   normalize           x -> y, activation bits                        runs of contiguous elements
 //   gradient normalize  dy, x -> dx, dresidual
 //
 // Chains are short (kChainRows additions), so rounding in float stays small; everything longer is in double. See plan.h

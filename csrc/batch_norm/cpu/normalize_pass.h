@@ -1,4 +1,4 @@
-// y = act((x - mean) * slope + offset + residual), and the mask: run by run.
+// y = act((x - mean) * slope + offset + residual), and the activation bits: run by run.
 
 #ifndef TFOPS_BATCH_NORM_CPU_NORMALIZE_PASS_H_
 #define TFOPS_BATCH_NORM_CPU_NORMALIZE_PASS_H_
@@ -21,7 +21,7 @@ struct NormalizeArrays {
   int64_t residual_ahead;
 
   TFOPS_INLINE bool HasResidual() const { return A::kAreKnown ? A::kHasResidual : residual != nullptr; }
-  TFOPS_INLINE bool HasBits() const { return A::kAreKnown ? A::kHasMask : bits != nullptr; }
+  TFOPS_INLINE bool HasBits() const { return A::kAreKnown ? A::kHasBits : bits != nullptr; }
   TFOPS_INLINE bool IsStreamed() const { return !A::kAreCached && stream; }
 
   // Those of elements i and on. With bits, i is a multiple of 8.
@@ -48,7 +48,7 @@ TFOPS_INLINE NormalizeArrays<T, A> ArraysOfRun(const ForwardJob& job, const Run&
 }
 
 // Calls body with what is known of the job's arrays. Tiles that are streamed know nothing of them.
-// A mask is there for a residual alone.
+// There are activation bits only with a residual.
 template <Activation kActivation, Tiling kTiling = Tiling::kNone, typename Body>
 TFOPS_INLINE void WithArraysOf(const ForwardJob& job, Body body) {
   if constexpr (kTiling == Tiling::kStreamed) {
@@ -59,7 +59,7 @@ TFOPS_INLINE void WithArraysOf(const ForwardJob& job, Body body) {
       constexpr bool kCached = decltype(is_cached)::value;
       if (!job.arrays.residual) return body(KnownArrays<kCached, false, false>());
       if constexpr (kIsPiecewiseLinear<kActivation>) {
-        if (job.arrays.mask) return body(KnownArrays<kCached, true, true>());
+        if (job.arrays.activation_bits) return body(KnownArrays<kCached, true, true>());
       }
       body(KnownArrays<kCached, true, false>());
     });
@@ -97,7 +97,7 @@ TFOPS_INLINE Vec<Param<T>> BeforeActivation(const NormalizeArrays<T, A>& arrays,
   return arrays.HasResidual() ? z + inputs.residual : z;
 }
 
-// The bits of a vector's mask, if there is one.
+// The activation bits of a vector, if there are any.
 template <Activation kActivation, typename T, typename A>
 TFOPS_INLINE uint32_t BitsOf(const NormalizeArrays<T, A>& arrays, Vec<Param<T>> z) {
   if constexpr (kIsPiecewiseLinear<kActivation>) {
@@ -124,9 +124,9 @@ TFOPS_INLINE uint32_t NormalizeVector(const NormalizeArrays<T, A>& arrays, const
 
 // Writes the bits of a run as they come: some, whole blocks of them, and some again. Without an array for them there
 // are no blocks, and nothing is written.
-class MaskWriter {
+class BitWriter {
  public:
-  explicit MaskWriter(uint8_t* bits) : next_(bits) {}
+  explicit BitWriter(uint8_t* bits) : next_(bits) {}
 
   // The first n <= kBlock of these, not more than 63 before the end or the next block.
   TFOPS_INLINE void PutFirst(uint32_t bits, int64_t n) {
@@ -157,27 +157,27 @@ class MaskWriter {
 // A part of a run, in vectors of which some may be written in part.
 template <Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE void NormalizeSome(const NormalizeArrays<T, A>& arrays, const C& coefficients, int64_t begin, int64_t end,
-                                MaskWriter* mask) {
+                                BitWriter* bit_writer) {
   for (int64_t i = begin, n; i < end; i += n) {
     n = Min(kLanes<Param<T>>, end - i);
-    mask->PutFirst(NormalizeVector<true, kActivation>(arrays, coefficients, i, n, false), n);
+    bit_writer->PutFirst(NormalizeVector<true, kActivation>(arrays, coefficients, i, n, false), n);
   }
 }
 
 // What is no whole cache line, at either end of what is streamed. Out of line and of any arrays, for there is little.
 template <Activation kActivation, typename T, typename C>
 __attribute__((noinline)) void NormalizeOutsideLines(const NormalizeArrays<T, AnyArrays> arrays, const C coefficients,
-                                                     int64_t begin, int64_t end, MaskWriter* mask) {
-  NormalizeSome<kActivation>(arrays, coefficients, begin, end, mask);
+                                                     int64_t begin, int64_t end, BitWriter* bit_writer) {
+  NormalizeSome<kActivation>(arrays, coefficients, begin, end, bit_writer);
 }
 
 // Whole blocks, whose variables are locals of their own, which so stay in registers.
 // Returns where they end.
 template <Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE int64_t NormalizeBlocks(const NormalizeArrays<T, A> arrays, const C coefficients, int64_t begin,
-                                     int64_t end, MaskWriter* mask) {
+                                     int64_t end, BitWriter* bit_writer) {
   constexpr int kL = kLanes<Param<T>>;
-  MaskWriter writer = *mask;
+  BitWriter writer = *bit_writer;
   int64_t i = begin;
   for (; i + kBlock <= end; i += kBlock) {
     uint32_t bits = 0;
@@ -187,7 +187,7 @@ TFOPS_INLINE int64_t NormalizeBlocks(const NormalizeArrays<T, A> arrays, const C
     }
     if (kIsPiecewiseLinear<kActivation> && arrays.HasBits()) writer.template PutBlocks<true, kBlock>(bits);
   }
-  *mask = writer;
+  *bit_writer = writer;
   return i;
 }
 
@@ -195,12 +195,12 @@ TFOPS_INLINE int64_t NormalizeBlocks(const NormalizeArrays<T, A> arrays, const C
 // parts are to follow one another.
 template <Activation kActivation, int64_t kCount, typename T, typename A, typename C>
 TFOPS_INLINE int64_t StreamBlocks(const NormalizeArrays<T, A> arrays, const C coefficients, int64_t begin, int64_t end,
-                                  MaskWriter* mask) {
+                                  BitWriter* bit_writer) {
   using P = Param<T>;
   constexpr int kL = kLanes<P>;
   constexpr int kVectors = static_cast<int>(kCount / kL);
-  constexpr bool kMayHaveBits = kIsPiecewiseLinear<kActivation> && (!A::kAreKnown || A::kHasMask);
-  MaskWriter writer = *mask;
+  constexpr bool kMayHaveBits = kIsPiecewiseLinear<kActivation> && (!A::kAreKnown || A::kHasBits);
+  BitWriter writer = *bit_writer;
   int64_t i = begin;
   for (; i + kCount <= end; i += kCount) {
     Vec<P> z[kVectors];
@@ -216,7 +216,7 @@ TFOPS_INLINE int64_t StreamBlocks(const NormalizeArrays<T, A> arrays, const C co
       if (arrays.HasBits()) writer.template PutBlocks<false, kCount>(bits);
     }
   }
-  *mask = writer;
+  *bit_writer = writer;
   return i;
 }
 
@@ -233,19 +233,19 @@ constexpr int64_t ElementsToStream() {
 template <Activation kActivation, typename T, typename A, typename C>
 TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T, A>& arrays, const C& coefficients, int64_t length) {
   constexpr int kL = kLanes<Param<T>>;
-  MaskWriter mask(kIsPiecewiseLinear<kActivation> && arrays.HasBits() ? arrays.bits : nullptr);
+  BitWriter bit_writer(kIsPiecewiseLinear<kActivation> && arrays.HasBits() ? arrays.bits : nullptr);
   const StreamedLines lines = arrays.IsStreamed() ? LinesToStream(arrays.y, length) : StreamedLines{};
   if (!lines.IsEmpty()) {
     const auto normalize_outside = [&](int64_t begin, int64_t end) {
-      if (begin < end) NormalizeOutsideLines<kActivation, T>(arrays.Forgotten(), coefficients, begin, end, &mask);
+      if (begin < end) NormalizeOutsideLines<kActivation, T>(arrays.Forgotten(), coefficients, begin, end, &bit_writer);
     };
     normalize_outside(0, lines.begin);
     int64_t i = lines.begin;
     constexpr int64_t kMost = ElementsToStream<T, A, C>();
-    if constexpr (kMost > kBlock) i = StreamBlocks<kActivation, kMost>(arrays, coefficients, i, lines.end, &mask);
-    StreamBlocks<kActivation, kBlock>(arrays, coefficients, i, lines.end, &mask);
+    if constexpr (kMost > kBlock) i = StreamBlocks<kActivation, kMost>(arrays, coefficients, i, lines.end, &bit_writer);
+    StreamBlocks<kActivation, kBlock>(arrays, coefficients, i, lines.end, &bit_writer);
     normalize_outside(lines.end, length);
-    return mask.Finish();
+    return bit_writer.Finish();
   }
   // The last vector may overlap the one before. So it is loaded before that is written, perhaps to the same place: of
   // short runs first of all, of others when all but what it overlaps is written.
@@ -253,18 +253,18 @@ TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T, A>& arrays, const C& coe
   const int64_t last = length - kL;
   NormalizeInputs<Param<T>> inputs{};
   if (overlaps && at_once) inputs = LoadInputs<false>(arrays, last, kL);
-  int64_t i = NormalizeBlocks<kActivation>(arrays, coefficients, 0, overlaps && !at_once ? last : length, &mask);
+  int64_t i = NormalizeBlocks<kActivation>(arrays, coefficients, 0, overlaps && !at_once ? last : length, &bit_writer);
   if (overlaps) {
     if (!at_once) inputs = LoadInputs<false>(arrays, last, kL);
     for (; i < last; i += kL) {
-      mask.PutFirst(NormalizeVector<false, kActivation>(arrays, coefficients, i, kL, false), kL);
+      bit_writer.PutFirst(NormalizeVector<false, kActivation>(arrays, coefficients, i, kL, false), kL);
     }
     const uint32_t bits = NormalizeLoaded<false, kActivation>(arrays, inputs, coefficients, last, kL, false);
-    mask.PutFirst(bits >> (i - last), length - i);
+    bit_writer.PutFirst(bits >> (i - last), length - i);
   } else {
-    NormalizeSome<kActivation>(arrays, coefficients, i, length, &mask);
+    NormalizeSome<kActivation>(arrays, coefficients, i, length, &bit_writer);
   }
-  mask.Finish();
+  bit_writer.Finish();
 }
 
 // What tiles leave over: `length` elements of each of so many rows. Out of line and of any arrays, for all tilings have
@@ -306,7 +306,7 @@ TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T, A> arrays, const Colum
 template <Tiling kTiling, typename T>
 void NormalizeTiledItem(const ForwardJob& job, int64_t item) {
   const TileRows rows = TileRowsOfItem<T>(job.plan, item);
-  uint8_t* bits = MaskInPlace(job.problem, job.plan, rows.first, job.arrays.mask);
+  uint8_t* bits = BitsInPlace(job.problem, job.plan, rows.first, job.arrays.activation_bits);
   const ColumnCoefficients<Param<T>> coefficients(job.coefficients, rows.first.column);
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
@@ -330,24 +330,24 @@ void NormalizeItem(const ForwardJob& job, int64_t item) {
   const Plan& plan = job.plan;
   const auto normalize_tiled = [&](auto tiling) { NormalizeTiledItem<decltype(tiling)::value, T>(job, item); };
   if (WithTiling<T>(job.tiling, plan, normalize_tiled)) return;
-  uint8_t* mask = job.arrays.mask;
-  const bool buffered = mask && IsMaskBuffered(problem, plan);
+  uint8_t* activation_bits = job.arrays.activation_bits;
+  const bool buffered = activation_bits && AreBitsBuffered(problem, plan);
   WithActivation(problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
     WithArraysOf<kActivation>(job, [&](auto known) {
       using A = decltype(known);
       if (!plan.channels_last) {
         return ForEachSegment(problem, plan, item, [&](const Run& run) {
-          const auto arrays = ArraysOfRun<T, A>(job, run, MaskInPlace(problem, plan, run, mask));
+          const auto arrays = ArraysOfRun<T, A>(job, run, BitsInPlace(problem, plan, run, activation_bits));
           NormalizeRun<kActivation>(arrays, ChannelCoefficients<P>(job.coefficients, run.column), run.length);
         });
       }
       ForEachRow(plan, item, [&](const Run& run) {
-        uint8_t buffer[kRunMaskBytes];
-        uint8_t* rows = MaskInPlace(problem, plan, run, mask);
+        uint8_t buffer[kRunBitsBytes];
+        uint8_t* rows = BitsInPlace(problem, plan, run, activation_bits);
         const auto arrays = ArraysOfRun<T, A>(job, run, buffered ? buffer : rows);
         NormalizeRun<kActivation>(arrays, ColumnCoefficients<P>(job.coefficients, run.column), run.length);
-        if (buffered) ScatterMask(problem, run, buffer, rows);
+        if (buffered) ScatterBits(problem, run, buffer, rows);
       });
     });
   });

@@ -19,7 +19,7 @@ constexpr int64_t kColumnBlock = 2048;  // whose coefficients stay in the first 
 constexpr int64_t kMinColumns = 512;   // channels-last: fold until a row is as long
 constexpr int64_t kMinFoldedRows = 8;  // fold only if that many rows remain
 
-constexpr int64_t kSegment = 16 * 1024;   // channels-first; a multiple of 8, for whole bytes of mask
+constexpr int64_t kSegment = 16 * 1024;   // channels-first; a multiple of 8, for whole bytes of activation bits
 constexpr int64_t kMinStraightRows = 16;  // fewer are not enough items; channels are shared out then
 
 // Channels-first: what an item of whole channels may read and find in its core's second-level cache when it reads it

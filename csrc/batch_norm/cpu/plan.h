@@ -9,7 +9,7 @@
 
 namespace tfops::cpu {
 
-// Vector code works on blocks of 16 elements: one AVX-512 register of float32, two bytes of mask.
+// Vector code works on blocks of 16 elements: one AVX-512 register of float32, two bytes of activation bits.
 inline constexpr int64_t kBlock = 16;
 inline constexpr int64_t kLineBytes = 64;     // of a cache line
 inline constexpr int64_t kMaxColumns = 4096;  // of an item, channels-last

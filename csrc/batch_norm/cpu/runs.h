@@ -1,4 +1,4 @@
-// Runs: stretches of contiguous elements that a kernel walks through, and where the bits of their mask are.
+// Runs: stretches of contiguous elements that a kernel walks through, and where their activation bits are.
 
 #ifndef TFOPS_BATCH_NORM_CPU_RUNS_H_
 #define TFOPS_BATCH_NORM_CPU_RUNS_H_
@@ -33,7 +33,7 @@ TFOPS_INLINE void ForEachVector(int64_t length, Body body) {
 
 // Chains along lanes take one run at a time, or kUnroll together that lie far apart: memory is then read in as many
 // streams, each of them straight ahead. The elements of a chain of so many runs, of each of them. Pieces of a run that
-// begin at multiples of it begin at whole bytes of its mask.
+// begin at multiples of it begin at whole bytes of its activation bits.
 template <int kRuns, int64_t kAdditions, typename P>
 constexpr int64_t kChainElements = kAdditions * (kUnroll / kRuns) * kLanes<P>;
 
@@ -284,27 +284,27 @@ TFOPS_INLINE bool IsReadAtOnce(int64_t length) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Masks. Rows of bits begin at whole bytes, and so do runs, but for one case: folded rows of C % 8 != 0 channels. Their
-// bits pass through a buffer, where they lie side by side as the elements do.
+// Activation bits. Their rows begin at whole bytes, and so do runs, but for one case: folded rows of C % 8 != 0
+// channels. Their bits pass through a buffer, where they lie side by side as the elements do.
 
-constexpr int64_t kRunMaskBytes = kMaxColumns / 8 + 8;  // words reach beyond the end
+constexpr int64_t kRunBitsBytes = kMaxColumns / 8 + 8;  // words reach beyond the end
 
-TFOPS_INLINE bool IsMaskBuffered(const Problem& problem, const Plan& plan) {
+TFOPS_INLINE bool AreBitsBuffered(const Problem& problem, const Plan& plan) {
   return plan.fold > 1 && problem.channels % 8 != 0;
 }
 
 // Of one row of channels, not folded.
-TFOPS_INLINE int64_t MaskRowBytes(const Problem& problem) { return (problem.channels + 7) / 8; }
+TFOPS_INLINE int64_t BitsRowBytes(const Problem& problem) { return (problem.channels + 7) / 8; }
 
-TFOPS_INLINE int64_t MaskOffset(const Problem& problem, const Plan& plan, const Run& run) {
-  if (plan.channels_last) return run.row * plan.fold * MaskRowBytes(problem) + run.column / 8;
+TFOPS_INLINE int64_t BitsOffset(const Problem& problem, const Plan& plan, const Run& run) {
+  if (plan.channels_last) return run.row * plan.fold * BitsRowBytes(problem) + run.column / 8;
   return run.offset / problem.inner * ((problem.inner + 7) / 8) + run.offset % problem.inner / 8;
 }
 
-// Where the bits of a run begin in the mask. Null without a mask. Byte: uint8_t or const uint8_t.
+// Where the activation bits of a run begin. Null without any. Byte: uint8_t or const uint8_t.
 template <typename Byte>
-TFOPS_INLINE Byte* MaskInPlace(const Problem& problem, const Plan& plan, const Run& run, Byte* mask) {
-  return mask ? mask + MaskOffset(problem, plan, run) : nullptr;
+TFOPS_INLINE Byte* BitsInPlace(const Problem& problem, const Plan& plan, const Run& run, Byte* activation_bits) {
+  return activation_bits ? activation_bits + BitsOffset(problem, plan, run) : nullptr;
 }
 
 // So many bits pass at a time: a word less what they may be shifted by.
@@ -314,7 +314,7 @@ constexpr int64_t kBitsAtOnce = 56;
 // buffer's from `bit` on, and begin at byte i of the rows.
 template <typename Body>
 TFOPS_INLINE void ForEachBits(const Problem& problem, const Run& run, Body body) {
-  const int64_t row_bytes = MaskRowBytes(problem);
+  const int64_t row_bytes = BitsRowBytes(problem);
   for (int64_t begin = 0, row = 0; begin < run.length; begin += problem.channels, row += row_bytes) {
     for (int64_t c = 0; c < problem.channels; c += kBitsAtOnce) {
       body(begin + c, row + c / 8, Min(kBitsAtOnce, problem.channels - c));
@@ -323,8 +323,8 @@ TFOPS_INLINE void ForEachBits(const Problem& problem, const Run& run, Body body)
 }
 
 // Of all rows of a run.
-TFOPS_INLINE int64_t MaskRunBytes(const Problem& problem, const Run& run) {
-  return run.length / problem.channels * MaskRowBytes(problem);
+TFOPS_INLINE int64_t BitsRunBytes(const Problem& problem, const Run& run) {
+  return run.length / problem.channels * BitsRowBytes(problem);
 }
 
 // The bytes from i on, as many as a word has and there are.
@@ -347,8 +347,8 @@ TFOPS_INLINE void StoreWord(uint64_t word, uint8_t* bytes, int64_t i, int64_t co
 }
 
 // From the buffer to the rows of `run`. What a word writes beyond its bits, the next ones write again.
-TFOPS_INLINE void ScatterMask(const Problem& problem, const Run& run, const uint8_t* buffer, uint8_t* rows) {
-  const int64_t bytes = MaskRunBytes(problem, run);
+TFOPS_INLINE void ScatterBits(const Problem& problem, const Run& run, const uint8_t* buffer, uint8_t* rows) {
+  const int64_t bytes = BitsRunBytes(problem, run);
   ForEachBits(problem, run, [&](int64_t bit, int64_t i, int64_t n) {
     uint64_t word;
     std::memcpy(&word, buffer + bit / 8, sizeof(word));
@@ -357,8 +357,8 @@ TFOPS_INLINE void ScatterMask(const Problem& problem, const Run& run, const uint
 }
 
 // The reverse. Bits past a row's end, which should be zero, would else be those of the next.
-TFOPS_INLINE void GatherMask(const Problem& problem, const Run& run, const uint8_t* rows, uint8_t* buffer) {
-  const int64_t bytes = MaskRunBytes(problem, run);
+TFOPS_INLINE void GatherBits(const Problem& problem, const Run& run, const uint8_t* rows, uint8_t* buffer) {
+  const int64_t bytes = BitsRunBytes(problem, run);
   uint64_t pending = 0;  // so many bits, for the buffer from `buffer` on
   int64_t count = 0;
   ForEachBits(problem, run, [&](int64_t, int64_t i, int64_t n) {
@@ -374,12 +374,12 @@ TFOPS_INLINE void GatherMask(const Problem& problem, const Run& run, const uint8
   std::memcpy(buffer, &pending, sizeof(pending));
 }
 
-// The bits of a run as the gradient reads them: in place, or gathered into the buffer. Null without a mask.
-TFOPS_INLINE const uint8_t* MaskOfRun(const Problem& problem, const Plan& plan, const Run& run, const uint8_t* mask,
-                                      uint8_t* buffer) {
-  const uint8_t* rows = MaskInPlace(problem, plan, run, mask);
-  if (!rows || !IsMaskBuffered(problem, plan)) return rows;
-  GatherMask(problem, run, rows, buffer);
+// The bits of a run as the gradient reads them: in place, or gathered into the buffer. Null without any.
+TFOPS_INLINE const uint8_t* BitsOfRun(const Problem& problem, const Plan& plan, const Run& run,
+                                      const uint8_t* activation_bits, uint8_t* buffer) {
+  const uint8_t* rows = BitsInPlace(problem, plan, run, activation_bits);
+  if (!rows || !AreBitsBuffered(problem, plan)) return rows;
+  GatherBits(problem, run, rows, buffer);
   return buffer;
 }
 

@@ -224,7 +224,7 @@ TFOPS_INLINE uint32_t BitsFromMask(IntVec<P> mask) {
 // Bits i to i + n - 1 of a row of bits, n <= lanes. What follows them is undefined. kInPlace: n is all lanes, and i a
 // multiple of that or of 8.
 template <typename P, bool kInPlace>
-TFOPS_INLINE uint32_t LoadMaskBits(const uint8_t* row, int64_t i, int64_t n) {
+TFOPS_INLINE uint32_t LoadActivationBits(const uint8_t* row, int64_t i, int64_t n) {
   if constexpr (kInPlace) return kLanes<P> > 8 ? LoadBits<uint16_t>(row + i / 8) : uint32_t{row[i / 8]} >> (i % 8);
   const int64_t first = i / 8, last = (i + n - 1) / 8;
   uint32_t bits = row[first];
@@ -235,7 +235,7 @@ TFOPS_INLINE uint32_t LoadMaskBits(const uint8_t* row, int64_t i, int64_t n) {
 
 // Bits i to i + kCount - 1, kCount being 8, 16 or 32.
 template <int64_t kCount>
-TFOPS_INLINE uint32_t LoadMaskBits(const uint8_t* row, int64_t i) {
+TFOPS_INLINE uint32_t LoadActivationBits(const uint8_t* row, int64_t i) {
   using Bits = std::conditional_t<kCount == 8, uint8_t, std::conditional_t<kCount == 16, uint16_t, uint32_t>>;
   uint64_t bits = LoadBits<Bits>(row + i / 8);
   if (i % 8 != 0) bits |= static_cast<uint64_t>(row[(i + kCount) / 8]) << kCount;

@@ -1,5 +1,5 @@
 // What happens to each element: z = (x - mean) * (inv_std * scale) + offset + residual, the activation, its gradient,
-// and the mask's bits. Forward and backward share the code of z, and so agree on it to the last bit.
+// and the activation bits. Forward and backward share the code of z, and so agree on it to the last bit.
 
 #ifndef TFOPS_BATCH_NORM_CUDA_ELEMENTWISE_CUH_
 #define TFOPS_BATCH_NORM_CUDA_ELEMENTWISE_CUH_
@@ -82,9 +82,10 @@ __device__ __forceinline__ void ActivationGradientVector(Activation activation, 
   });
 }
 
-// The same where the mask's bits are known instead.
+// dz = dy * act'(z), in place, where the activation bits are known instead of z.
 template <typename F, int kLanes>
-__device__ __forceinline__ void MaskedGradientVector(Activation activation, unsigned bits, F (&gradient)[kLanes]) {
+__device__ __forceinline__ void ActivationGradientFromBits(Activation activation, unsigned bits,
+                                                           F (&gradient)[kLanes]) {
   WithActivation(activation, [&](auto tag) {
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -93,8 +94,8 @@ __device__ __forceinline__ void MaskedGradientVector(Activation activation, unsi
   });
 }
 
-// The mask's byte from the bits of 8 / kLanes neighbours in a warp. All threads of the warp take part; the result is
-// the first neighbour's.
+// A byte of activation bits from those of 8 / kLanes neighbours in a warp. All threads of the warp take part; the
+// result is the first neighbour's.
 template <int kLanes>
 __device__ __forceinline__ unsigned GatherByte(unsigned bits) {
 #pragma unroll

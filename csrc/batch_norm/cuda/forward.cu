@@ -38,7 +38,7 @@ Status StreamingForward(const Problem& problem, const ForwardArrays& arrays, con
     affine.spread_is_variance = false;
   }
   const NormalizeArrays normalize{arrays.x, problem.has_residual ? arrays.residual : nullptr, arrays.y,
-                                  NeedsMask(problem) ? arrays.mask : nullptr};
+                                  NeedsActivationBits(problem) ? arrays.activation_bits : nullptr};
   return Launch(NormalizeKernel<T, kLanes>, tiling.grid, tiling.block, stream, tiling, affine, normalize,
                 problem.activation);
 }

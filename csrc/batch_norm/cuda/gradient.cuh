@@ -12,13 +12,13 @@ namespace tfops::cuda {
 struct GradientArrays {
   const void* dy = nullptr;
   const void* x = nullptr;
-  const void* residual = nullptr;  // or null
-  const uint8_t* mask = nullptr;   // or null
+  const void* residual = nullptr;            // or null
+  const uint8_t* activation_bits = nullptr;  // or null
 };
 
 inline GradientArrays GradientOf(const Problem& problem, const BackwardArrays& arrays) {
   return {arrays.dy, arrays.x, NeedsResidual(problem) ? arrays.residual : nullptr,
-          NeedsMask(problem) ? arrays.mask : nullptr};
+          NeedsActivationBits(problem) ? arrays.activation_bits : nullptr};
 }
 
 inline AffineArrays AffineOf(const Problem& problem, const BackwardArrays& arrays) {
@@ -41,18 +41,18 @@ struct GradientStep {
   unsigned bits;
   bool inside;
 
-  template <bool kLast, bool kFoldsMask, typename Walk>
+  template <bool kLast, bool kFoldsBits, typename Walk>
   __device__ __forceinline__ void Load(const GradientArrays& arrays, const Tiling& tiling, const Walk& walk) {
     inside = walk.Inside();
     if (!inside) return;
     LoadVector<kLast>(&dy, arrays.dy, walk.Offset());
     LoadVector<kLast>(&x, arrays.x, walk.Offset());
     if (arrays.residual) LoadVector<kLast>(&residual, arrays.residual, walk.Offset());
-    if (kFoldsMask && arrays.mask && tiling.Folded()) {
-      bits = walk.LoadFoldedBits(tiling, arrays.mask);
+    if (kFoldsBits && arrays.activation_bits && tiling.Folded()) {
+      bits = walk.LoadFoldedBits(tiling, arrays.activation_bits);
       return;
     }
-    if (arrays.mask) bits = LoadGlobal(arrays.mask + walk.MaskOffset(tiling)) >> walk.MaskBit();
+    if (arrays.activation_bits) bits = LoadGlobal(arrays.activation_bits + walk.BitsOffset(tiling)) >> walk.BitInByte();
   }
 
   __device__ __forceinline__ bool Inside() const { return inside; }
@@ -65,7 +65,7 @@ struct GradientStep {
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) xc[lane] -= affine.mean[lane];
     if (activation == Activation::kNone) return;
-    if (arrays.mask) return MaskedGradientVector(activation, bits, dz);
+    if (arrays.activation_bits) return ActivationGradientFromBits(activation, bits, dz);
     F z[kLanes];
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) z[lane] = affine.Apply(xc[lane], lane);

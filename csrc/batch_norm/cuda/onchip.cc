@@ -39,7 +39,7 @@ void LayOut(const Problem& problem, Pass pass, int64_t shared_limit, OnChip* pla
   at = std::max(at, plan->scratch_at + kItemBytes * plan->group * plan->slab_channels);
   at = (at + 15) / 16 * 16;
   const int64_t slots = int64_t{plan->held_steps} * plan->threads;
-  plan->bits_at = take(NeedsMask(problem) && (pass == Pass::kBackward || plan->Folded()) ? slots : 0);
+  plan->bits_at = take(NeedsActivationBits(problem) && (pass == Pass::kBackward || plan->Folded()) ? slots : 0);
   const int64_t array = slots * plan->lanes * size;
   const int arrays = pass == Pass::kForward ? 1 : 2 + NeedsResidual(problem);
   plan->held_at = take(array * arrays);

@@ -68,23 +68,23 @@ struct Held {
   }
 };
 
-// Writes the mask of the block's share from what Held::Bits() has, where the mask's rows are not the view's. A slab has
-// whole ones.
+// Writes the activation bits of the block's share from what Held::Bits() has, where their rows are not the view's. A
+// slab has whole rows of them.
 template <int kLanes>
-__device__ __forceinline__ void WriteFoldedMask(const OnChip& plan, const Share& share, uint8_t* mask) {
+__device__ __forceinline__ void WriteFoldedBits(const OnChip& plan, const Share& share, uint8_t* activation_bits) {
   const uint8_t* const held = SharedAt<uint8_t>(plan.bits_at);
-  const int length = static_cast<int>(plan.mask_row_elements);
-  const int row_bytes = static_cast<int>(plan.mask_row_bytes);
+  const int length = static_cast<int>(plan.bits_row_elements);
+  const int row_bytes = static_cast<int>(plan.bits_row_bytes);
   const int64_t first_unit = static_cast<int64_t>(share.slab) * plan.slots;
-  const int mask_rows = static_cast<int>(min(static_cast<int64_t>(plan.slots), plan.units - first_unit)) / length;
+  const int bits_rows = static_cast<int>(min(static_cast<int64_t>(plan.slots), plan.units - first_unit)) / length;
   const int64_t first_row = plan.FirstStep(share.rank) * plan.block.z;
   const int64_t end_row = min(plan.FirstStep(share.rank + 1) * plan.block.z, plan.outer);
-  const int count = static_cast<int>(end_row - first_row) * mask_rows * row_bytes;
+  const int count = static_cast<int>(end_row - first_row) * bits_rows * row_bytes;
   for (int i = threadIdx.x; i < count; i += static_cast<int>(blockDim.x)) {
-    const int in_mask = i / row_bytes;
-    const int at = (i - in_mask * row_bytes) * 8;
-    const int row = in_mask / mask_rows;
-    const int run = in_mask - row * mask_rows;
+    const int in_bits = i / row_bytes;
+    const int at = (i - in_bits * row_bytes) * 8;
+    const int row = in_bits / bits_rows;
+    const int run = in_bits - row * bits_rows;
     const int step = row / plan.block.z;
     const int column = run * length + at;
     const int wanted = min(8, length - at);
@@ -96,7 +96,7 @@ __device__ __forceinline__ void WriteFoldedMask(const OnChip& plan, const Share&
     }
     byte &= (1u << wanted) - 1;
     const int64_t rows_before = ((first_row + row) * plan.units + first_unit) / length + run;
-    StoreGlobal(mask + rows_before * row_bytes + at / 8, static_cast<uint8_t>(byte));
+    StoreGlobal(activation_bits + rows_before * row_bytes + at / 8, static_cast<uint8_t>(byte));
   }
 }
 

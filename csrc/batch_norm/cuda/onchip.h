@@ -41,7 +41,7 @@ struct OnChip : Tiling {
   int channels_at = 0;  // coefficients F[3][slab_channels] of the channels
   int scratch_at = 0;   // the numbers to be summed, and the sums of the parts; later the group's partial results
   int parts_at = 0;
-  int bits_at = 0;  // the mask's bits [step][thread], a byte for each vector
+  int bits_at = 0;  // activation bits [step][thread], a byte for each vector
   int held_at = 0;
   int shared_bytes = 0;
 

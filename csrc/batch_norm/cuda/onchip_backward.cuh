@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
       HeldWords::At(plan, 0, step + i) = batch[i].dy.word;
       HeldWords::At(plan, 1, step + i) = batch[i].x.word;
       if (gradient.residual) HeldWords::At(plan, 2, step + i) = batch[i].residual.word;
-      if (gradient.mask) HeldWords::Bits(plan, step + i) = static_cast<uint8_t>(batch[i].bits);
+      if (gradient.activation_bits) HeldWords::Bits(plan, step + i) = static_cast<uint8_t>(batch[i].bits);
     }
   }
 
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
       held.dy.word = HeldWords::At(plan, 0, step);
       held.x.word = HeldWords::At(plan, 1, step);
       if (gradient.residual) held.residual.word = HeldWords::At(plan, 2, step);
-      if (gradient.mask) held.bits = HeldWords::Bits(plan, step);
+      if (gradient.activation_bits) held.bits = HeldWords::Bits(plan, step);
       F dz[kLanes], xc[kLanes];
       held.Compute(gradient, problem.activation, affine, dz, xc);
       Vector<T, kLanes> result;

@@ -19,7 +19,7 @@ const void* OnChipForwardKernelOf(DataType dtype, bool vectors) {
 cudaError_t OnChipForward(const OnChip& plan, const Problem& problem, const ForwardArrays& arrays, void* workspace,
                           void* stream) {
   ForwardArrays used = arrays;
-  if (!NeedsMask(problem)) used.mask = nullptr;
+  if (!NeedsActivationBits(problem)) used.activation_bits = nullptr;
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
     return WithLanes<T>(plan.lanes > 1, [&](auto lanes) {

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
     affine.slope[lane] = of_lane[plan.slab_channels];
     affine.offset[lane] = of_lane[2 * plan.slab_channels];
   }
-  const bool folds_mask = arrays.mask && plan.Folded();
+  const bool folds_bits = arrays.activation_bits && plan.Folded();
   const bool loads_residual = problem.has_residual && !plan.holds_residual;
   walk = share.WalkShare<kLanes>(plan);
   for (int step = 0; !walk.Done();) {
@@ -187,20 +187,20 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
         vector.Pack(z);
         vector.StoreNext(arrays.y, walk.Offset());
       }
-      if (folds_mask) {
+      if (folds_bits) {
         if (walk.Inside()) HeldWords::Bits(plan, step) = static_cast<uint8_t>(bits);
-      } else if (arrays.mask) {
+      } else if (arrays.activation_bits) {
         const unsigned byte = GatherByte<kLanes>(bits);
-        if (walk.Inside() && walk.MaskBit() == 0) {
-          StoreGlobal(arrays.mask + walk.MaskOffset(plan), static_cast<uint8_t>(byte));
+        if (walk.Inside() && walk.BitInByte() == 0) {
+          StoreGlobal(arrays.activation_bits + walk.BitsOffset(plan), static_cast<uint8_t>(byte));
         }
       }
       walk.Advance();
     }
   }
-  if (folds_mask) {
+  if (folds_bits) {
     __syncthreads();
-    WriteFoldedMask<kLanes>(plan, share, arrays.mask);
+    WriteFoldedBits<kLanes>(plan, share, arrays.activation_bits);
   }
   LeaveTogether(plan);
 }

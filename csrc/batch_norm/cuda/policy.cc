@@ -30,10 +30,10 @@ struct Traffic {
 
 Traffic TrafficOf(const Problem& problem, Pass pass) {
   const double tensor = static_cast<double>(problem.Elements()) * SizeOf(problem.dtype);
-  const double mask = NeedsMask(problem) ? static_cast<double>(LayoutOfMask(problem).Bytes()) : 0;
-  if (pass == Pass::kForward) return {tensor, problem.has_residual ? tensor : 0, tensor + mask};
+  const double bits = NeedsActivationBits(problem) ? static_cast<double>(LayoutOfActivationBits(problem).Bytes()) : 0;
+  if (pass == Pass::kForward) return {tensor, problem.has_residual ? tensor : 0, tensor + bits};
   const bool dresidual = problem.has_residual && problem.activation != Activation::kNone;
-  return {(2 + NeedsResidual(problem)) * tensor + mask, 0, (1 + dresidual) * tensor};
+  return {(2 + NeedsResidual(problem)) * tensor + bits, 0, (1 + dresidual) * tensor};
 }
 
 double StreamingTime(const Situation& situation, const PolicyTuning& reckon) {
@@ -130,10 +130,10 @@ Estimate OnChipTime(const Situation& situation, const OnChip& plan, const Policy
 
 // Calls body(block) for the ways in which `threads` threads can share a slab.
 template <typename Body>
-void ForRows(const View& view, bool mask, int64_t size, int threads, const Body& body) {
+void ForRows(const View& view, bool has_bits, int64_t size, int threads, const Body& body) {
   const int64_t vectors = DivideUp(view.units, view.lanes);
-  // A slab has whole channels, and threads that share a byte of the mask are neighbours in a warp.
-  int64_t unit = mask ? 8 / view.lanes : 1;
+  // A slab has whole channels, and threads that share a byte of activation bits are neighbours in a warp.
+  int64_t unit = has_bits ? 8 / view.lanes : 1;
   if (view.repeat > 1) unit = vectors;
   if (view.repeat == 1 && view.pixels > 1) unit = view.pixels / std::gcd(view.pixels, view.lanes);
   int64_t last = 0;
@@ -152,9 +152,9 @@ void ForRows(const View& view, bool mask, int64_t size, int threads, const Body&
 }
 
 template <typename Body>
-void ForPlanes(const View& view, bool mask, int threads, const Body& body) {
+void ForPlanes(const View& view, bool has_bits, int threads, const Body& body) {
   const int64_t vectors = DivideUp(view.inner, view.lanes);
-  const int64_t unit = mask ? 8 / view.lanes : 1;
+  const int64_t unit = has_bits ? 8 / view.lanes : 1;
   for (const int y : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64}) {
     if (y > 1 && y > view.units) return;
     const int64_t most = threads / y / unit * unit;
@@ -206,9 +206,9 @@ void ForAllPlans(const Situation& situation, const Settings& settings, const Bod
       if (device.cooperative && share > 1) with_group(Scope::kGrid, share);
     };
     if (view.planes) {
-      ForPlanes(view, NeedsMask(problem), threads, with_groups);
+      ForPlanes(view, NeedsActivationBits(problem), threads, with_groups);
     } else {
-      ForRows(view, NeedsMask(problem), SizeOf(problem.dtype), threads, with_groups);
+      ForRows(view, NeedsActivationBits(problem), SizeOf(problem.dtype), threads, with_groups);
     }
   }
 }

@@ -40,9 +40,11 @@ StreamingTiling MakeStreamingTiling(const Problem& problem, bool aligned, int mu
   const int64_t most_units = std::min(problem.Elements() / StreamingTuning::kMinFoldedRows, int64_t{1} << 30);
   const View view = MakeView(problem, aligned, most_units, false);
 
-  // Threads that share a byte of the mask are neighbours in a warp. Narrow vectors need more of them for a wide access.
+  // Threads that share a byte of activation bits are neighbours in a warp. Narrow vectors need more threads for a wide
+  // access.
   const int64_t vectors = DivideUp(view.planes ? view.inner : view.units, view.lanes);
-  const int least = std::max(PowerOfTwo(vectors, view.lanes > 1 ? 4 : 16), NeedsMask(problem) ? 8 / view.lanes : 1);
+  const int least =
+      std::max(PowerOfTwo(vectors, view.lanes > 1 ? 4 : 16), NeedsActivationBits(problem) ? 8 / view.lanes : 1);
   Extent block;
   block.x = ChooseWidth(vectors, least, view.planes ? kThreads : 32);
   block.y = view.planes ? PowerOfTwo(view.units, kThreads / block.x) : 1;

@@ -43,7 +43,7 @@ struct NormalizeArrays {
   const void* x = nullptr;
   const void* residual = nullptr;  // or null
   void* y = nullptr;
-  uint8_t* mask = nullptr;  // or null
+  uint8_t* activation_bits = nullptr;  // or null
 };
 
 template <typename T, int kLanes>
@@ -84,10 +84,10 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
         y.Pack(z);
         y.Store(arrays.y, walk.Offset());
       }
-      if (arrays.mask) {
+      if (arrays.activation_bits) {
         const unsigned byte = GatherByte<kLanes>(bits);
-        if (walk.Inside() && walk.MaskBit() == 0) {
-          StoreGlobal(arrays.mask + walk.MaskOffset(tiling), static_cast<uint8_t>(byte));
+        if (walk.Inside() && walk.BitInByte() == 0) {
+          StoreGlobal(arrays.activation_bits + walk.BitsOffset(tiling), static_cast<uint8_t>(byte));
         }
       }
       walk.Advance();

@@ -20,13 +20,13 @@ int SizeOf(DataType dtype) {
   return 8;
 }
 
-View MakeView(const Problem& problem, bool aligned, int64_t most_units, bool fold_masks) {
+View MakeView(const Problem& problem, bool aligned, int64_t most_units, bool fold_bits) {
   const int lanes = 16 / SizeOf(problem.dtype);
   View view;
   view.channels = view.units = problem.channels;
-  const MaskLayout mask = LayoutOfMask(problem);
-  view.mask_row_elements = mask.row_elements;
-  view.mask_row_bytes = mask.row_bytes;
+  const ActivationBitsLayout bits = LayoutOfActivationBits(problem);
+  view.bits_row_elements = bits.row_elements;
+  view.bits_row_bytes = bits.row_bytes;
   const bool one_channel = problem.channels == 1;
   view.planes = one_channel || problem.inner > 1;
   view.outer = one_channel ? 1 : problem.outer;
@@ -38,7 +38,7 @@ View MakeView(const Problem& problem, bool aligned, int64_t most_units, bool fol
     view.lanes = lanes;
     return view;
   }
-  if (one_channel || (NeedsMask(problem) && !fold_masks)) return view;
+  if (one_channel || (NeedsActivationBits(problem) && !fold_bits)) return view;
   const int64_t row = problem.channels * problem.inner;
   const int64_t repeat = lanes / std::gcd(row, int64_t{lanes});
   if (row * repeat > most_units || view.outer % repeat != 0) return view;

@@ -34,8 +34,8 @@ struct View {
   int64_t units = 0;              // rows: their elements; planes: channels
   int repeat = 1;                 // rows: neighbours that are taken for one
   int pixels = 1;                 // rows: neighbours in a row that are of one channel
-  int64_t mask_row_elements = 0;  // of the mask's own rows; see LayoutOfMask()
-  int64_t mask_row_bytes = 0;
+  int64_t bits_row_elements = 0;  // of the rows of activation bits; see LayoutOfActivationBits()
+  int64_t bits_row_bytes = 0;
 
   TFOPS_INLINE int64_t RowElements() const { return planes ? units * inner : units; }
   TFOPS_INLINE int64_t UnitsPerChannel() const { return int64_t{repeat} * pixels; }
@@ -50,9 +50,9 @@ struct View {
 int SizeOf(DataType dtype);  // in bytes
 
 // Vectors of 16 bytes if they can be had, for a problem with at least one element. `aligned`: every array is, to 16
-// bytes. Rows are not put together to more than `most_units`, of at most 2^30; nor where there is a mask, unless
-// `fold_masks`, for then its rows are not the view's.
-View MakeView(const Problem& problem, bool aligned, int64_t most_units, bool fold_masks);
+// bytes. Rows are not put together to more than `most_units`, of at most 2^30; nor where there are activation bits,
+// unless `fold_bits`, for then their rows are not the view's.
+View MakeView(const Problem& problem, bool aligned, int64_t most_units, bool fold_bits);
 
 bool AllAligned(const void* const* arrays, int count);
 

@@ -69,29 +69,30 @@ class Walk {
   // Of the vector's first element.
   __device__ __forceinline__ int64_t Offset() const { return offset_; }
 
-  // Of the mask's byte with the vector's first element, and that element's bit in it.
-  __device__ __forceinline__ int64_t MaskOffset(const Tiling& tiling) const {
+  // Where the byte is that has the activation bit of the vector's first element, and which of its bits that is.
+  __device__ __forceinline__ int64_t BitsOffset(const Tiling& tiling) const {
     if constexpr (kLanes == 8) return offset_ / 8;  // rows are of whole bytes then, and have no padding
     const int64_t n = static_cast<int64_t>(down_) * tiling.block.z + z_;
     const int64_t row = tiling.planes ? n * tiling.units + unit_ : n;
     const int64_t column = tiling.planes ? across_ * stride_across_ + x_ * kLanes : unit_;
-    return row * tiling.mask_row_bytes + column / 8;
+    return row * tiling.bits_row_bytes + column / 8;
   }
-  __device__ __forceinline__ int MaskBit() const { return kLanes == 8 ? 0 : x_ * kLanes % 8; }
+  __device__ __forceinline__ int BitInByte() const { return kLanes == 8 ? 0 : x_ * kLanes % 8; }
 
-  // The bits of the vector's elements where the mask's rows are not the view's: neighbours may be of different rows.
-  __device__ __forceinline__ unsigned LoadFoldedBits(const Tiling& tiling, const uint8_t* mask) const {
-    const unsigned length = static_cast<unsigned>(tiling.mask_row_elements);
+  // The vector's activation bits where their rows are not the view's: neighbours may be of different rows.
+  __device__ __forceinline__ unsigned LoadFoldedBits(const Tiling& tiling, const uint8_t* activation_bits) const {
+    const unsigned length = static_cast<unsigned>(tiling.bits_row_elements);
     const unsigned unit = static_cast<unsigned>(unit_);
     const int64_t n = static_cast<int64_t>(down_) * tiling.block.z + z_;
     unsigned row = unit / length;
     unsigned at = unit - row * length;
-    const uint8_t* const rows = mask + n * (static_cast<unsigned>(tiling.units) / length) * tiling.mask_row_bytes;
+    const uint8_t* const rows =
+        activation_bits + n * (static_cast<unsigned>(tiling.units) / length) * tiling.bits_row_bytes;
     unsigned bits = 0;
 #pragma unroll 1
     for (unsigned have = 0; have < kLanes;) {
       const unsigned taken = min(min(kLanes - have, 8 - at % 8), length - at);
-      const unsigned byte = LoadGlobal(rows + row * tiling.mask_row_bytes + at / 8);
+      const unsigned byte = LoadGlobal(rows + row * tiling.bits_row_bytes + at / 8);
       bits |= (byte >> at % 8 & ((1u << taken) - 1)) << have;
       have += taken;
       at += taken;

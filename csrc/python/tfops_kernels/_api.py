@@ -206,7 +206,9 @@ def forward(
 
     new = functools.partial(_output, library, x, arrays)
     y = new("y", shape, dtype)
-    mask = new("mask", (problem.mask_bytes,), "uint8") if problem.needs_mask else None
+    mask = None
+    if problem.needs_activation_bits:
+        mask = new("activation_bits", (problem.activation_bits_bytes,), "uint8")
     names = ("mean_out", "variance_out", "saved_mean", "saved_inv_std")
     statistics = [new(name, channels, param) if training else None for name in names]
     _run("forward", library, x, problem, arrays, threads)
@@ -319,8 +321,8 @@ def backward(
             setattr(arrays, name, check(library, name, array, channels, param, x))
     if problem.needs_residual:
         arrays.residual = check(library, "residual", residual, shape, dtype, x)
-    if problem.needs_mask:
-        arrays.mask = check(library, "mask", mask, (problem.mask_bytes,), "uint8", x)
+    if problem.needs_activation_bits:
+        arrays.activation_bits = check(library, "mask", mask, (problem.activation_bits_bytes,), "uint8", x)
 
     new = functools.partial(_output, library, x, arrays)
     dx = new("dx", shape, dtype)

@@ -57,9 +57,9 @@ class Problem:
     @property
     def elements(self) -> int: ...
     @property
-    def mask_bytes(self) -> int: ...
+    def activation_bits_bytes(self) -> int: ...
     @property
-    def needs_mask(self) -> bool: ...
+    def needs_activation_bits(self) -> bool: ...
     @property
     def needs_residual(self) -> bool: ...
 
@@ -75,7 +75,7 @@ class ForwardArrays:
     variance_out: int
     saved_mean: int
     saved_inv_std: int
-    mask: int
+    activation_bits: int
     def __init__(self) -> None: ...
 
 class BackwardArrays:
@@ -88,7 +88,7 @@ class BackwardArrays:
     dmean: int
     dvariance: int
     residual: int
-    mask: int
+    activation_bits: int
     dx: int
     dscale: int
     doffset: int

@@ -107,7 +107,7 @@ def _forward(
     problem = settings.problem(x, residual is not None)
     results = [data]
     if settings.training:
-        mask_bytes = problem.mask_bytes if problem.needs_mask else 0
+        mask_bytes = problem.activation_bits_bytes if problem.needs_activation_bits else 0
         results += [vector] * 4 + [jax.ShapeDtypeStruct((mask_bytes,), np.uint8)]
     operands = _present(x, scale, offset, mean, variance, residual)
     y, *others = _call(settings, False, residual is not None, x, results, operands)

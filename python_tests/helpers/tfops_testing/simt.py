@@ -27,12 +27,12 @@ from .paths import ROOT
 BUILD = ROOT / "build" / "simt"
 ALIGNMENT = 64
 
-# Fields of ForwardArrays and BackwardArrays that are tensors; the others but `mask` are vectors of the channels.
+# Fields of ForwardArrays and BackwardArrays that are tensors; the others but `activation_bits` are vectors [C].
 TENSORS = ("x", "y", "dy", "dx", "residual", "dresidual")
-FORWARD = ("x", "residual", "y", "mask", "scale", "offset", "mean", "variance")
+FORWARD = ("x", "residual", "y", "activation_bits", "scale", "offset", "mean", "variance")
 FORWARD += ("mean_out", "variance_out", "saved_mean", "saved_inv_std")
-BACKWARD = ("dy", "x", "residual", "dx", "dresidual", "mask", "scale", "offset", "mean", "spread", "dmean", "dvariance")
-BACKWARD += ("dscale", "doffset", "dmean_in", "dvariance_in")
+BACKWARD = ("dy", "x", "residual", "dx", "dresidual", "activation_bits", "scale", "offset", "mean", "spread")
+BACKWARD += ("dmean", "dvariance", "dscale", "doffset", "dmean_in", "dvariance_in")
 
 
 def xla_headers() -> str:
@@ -157,7 +157,9 @@ class Simt:
         for field in fields:
             if address := getattr(arrays, field):
                 size = problem.elements * item if field in TENSORS else problem.channels * max(item, 4)
-                self.machine.watch(field, address, problem.mask_bytes if field == "mask" else size)
+                if field == "activation_bits":
+                    size = problem.activation_bits_bytes
+                self.machine.watch(field, address, size)
 
     # What the Python side calls.
 

@@ -1,4 +1,4 @@
-// Where the bits of a mask lie: as batch_norm.h has it, as the CPU's runs do, and as CUDA's threads do.
+// Where activation bits lie: as batch_norm.h has it, as the CPU's runs do, and as CUDA's threads do.
 
 #include <cstring>
 #include <vector>
@@ -23,7 +23,7 @@ namespace {
 constexpr int kProblems = 3000;
 constexpr int64_t kMostElements = 100'000;
 
-// The bit of an element, counted from the first of the mask, by what batch_norm.h says alone.
+// The bit of an element, counted from the first of all bits, by what batch_norm.h says alone.
 int64_t BitOf(const Problem& problem, int64_t element) {
   const int64_t row = problem.channels == 1 ? problem.Elements()
                       : problem.inner == 1  ? problem.channels
@@ -31,7 +31,7 @@ int64_t BitOf(const Problem& problem, int64_t element) {
   return element / row * ((row + 7) / 8 * 8) + element % row;
 }
 
-Problem WithMask(Problem problem) {
+Problem WithActivationBits(Problem problem) {
   problem.training = problem.has_residual = true;
   problem.activation = Activation::kRelu;
   return problem;
@@ -48,9 +48,9 @@ Problem Simplified(Problem problem) {
 
 bool Bit(const std::vector<uint8_t>& bytes, int64_t i) { return bytes[i / 8] >> i % 8 & 1; }
 
-TEST(RowsOfTheMaskAreOfWholeBytes) {
+TEST(RowsOfActivationBitsAreWholeBytes) {
   const auto expect = [](const Problem& problem, Random* random) {
-    const MaskLayout layout = LayoutOfMask(problem);
+    const ActivationBitsLayout layout = LayoutOfActivationBits(problem);
     EXPECT_EQ(layout.rows * layout.row_elements, problem.Elements());
     EXPECT_LE(layout.row_elements, layout.row_bytes * 8);
     EXPECT_LT(layout.row_bytes * 8, layout.row_elements + 8);
@@ -62,7 +62,7 @@ TEST(RowsOfTheMaskAreOfWholeBytes) {
       const int64_t row = element / layout.row_elements;
       EXPECT_EQ(BitOf(problem, element), row * layout.row_bytes * 8 + element % layout.row_elements);
     }
-    const MaskLayout simplified = LayoutOfMask(Simplified(problem));
+    const ActivationBitsLayout simplified = LayoutOfActivationBits(Simplified(problem));
     EXPECT_EQ(simplified.Bytes(), layout.Bytes());
     EXPECT_EQ(simplified.row_elements, layout.row_elements);
   };
@@ -70,7 +70,7 @@ TEST(RowsOfTheMaskAreOfWholeBytes) {
   ForHugeProblems(kProblems, expect);
   Problem empty;
   empty.channels = 3;
-  EXPECT_EQ(LayoutOfMask(empty).Bytes(), 0);
+  EXPECT_EQ(LayoutOfActivationBits(empty).Bytes(), 0);
 }
 
 // The gradient reads bits or the residual, never both, and one of them only where y is not linear in it.
@@ -84,9 +84,10 @@ TEST(GradientReadsBitsOrResidual) {
       problem.training = flags & 2;
       testing::about = Shown(problem);
       const bool bits_do = activation != Activation::kNone && activation != Activation::kSilu;
-      EXPECT_EQ(NeedsMask(problem), problem.has_residual && problem.training && bits_do);
-      EXPECT_EQ(NeedsMask(problem) || NeedsResidual(problem), problem.has_residual && activation != Activation::kNone);
-      EXPECT_TRUE(!(NeedsMask(problem) && NeedsResidual(problem)));
+      EXPECT_EQ(NeedsActivationBits(problem), problem.has_residual && problem.training && bits_do);
+      EXPECT_EQ(NeedsActivationBits(problem) || NeedsResidual(problem),
+                problem.has_residual && activation != Activation::kNone);
+      EXPECT_TRUE(!(NeedsActivationBits(problem) && NeedsResidual(problem)));
     }
   }
 }
@@ -98,7 +99,7 @@ namespace runs = cpu::TFOPS_CPU_LEVEL;
 // Calls body(problem, plan, item, run) for the runs of both passes' plans.
 template <typename Body>
 void ForRuns(const Problem& drawn, Body body) {
-  const Problem problem = Simplified(WithMask(drawn));
+  const Problem problem = Simplified(WithActivationBits(drawn));
   for (const bool backward : {false, true}) {
     const cpu::Plan plan = cpu::MakePlan(problem, backward);
     for (int64_t item = 0; item < plan.Items(); ++item) {
@@ -111,30 +112,30 @@ void ForRuns(const Problem& drawn, Body body) {
 TEST(RunsBeginAtTheirBits) {
   ForSmallProblems(kProblems, kMostElements, [](const Problem& drawn, Random*) {
     ForRuns(drawn, [](const Problem& problem, const cpu::Plan& plan, int64_t, const runs::Run& run) {
-      const int64_t bit = runs::MaskOffset(problem, plan, run) * 8;
+      const int64_t bit = runs::BitsOffset(problem, plan, run) * 8;
       EXPECT_EQ(bit, BitOf(problem, run.offset));
-      if (runs::IsMaskBuffered(problem, plan)) return;
+      if (runs::AreBitsBuffered(problem, plan)) return;
       EXPECT_EQ(bit + run.length - 1, BitOf(problem, run.offset + run.length - 1));
     });
   });
   ForHugeProblems(kProblems, [](const Problem& drawn, Random* random) {
-    const Problem problem = Simplified(WithMask(drawn));
+    const Problem problem = Simplified(WithActivationBits(drawn));
     const cpu::Plan plan = cpu::MakePlan(problem, random->Flag());
     const int64_t row = random->Below(plan.rows);
     const int64_t block = random->Below(plan.column_blocks);
     const runs::Run run = plan.channels_last ? runs::RowRun(plan, row, plan.ColumnBegin(block), plan.ColumnEnd(block))
                                              : runs::SegmentRun(problem, plan, row, random->Below(problem.channels));
-    EXPECT_EQ(runs::MaskOffset(problem, plan, run) * 8, BitOf(problem, run.offset));
+    EXPECT_EQ(runs::BitsOffset(problem, plan, run) * 8, BitOf(problem, run.offset));
   });
 }
 
 // Items may be written at the same time: no byte is of two.
-TEST(ItemsShareNoByteOfTheMask) {
+TEST(ItemsShareNoByteOfActivationBits) {
   ForSmallProblems(kProblems / 10, 20 * kMostElements, [](const Problem& drawn, Random*) {
     std::vector<int64_t> owners;
     bool shared = false;
     ForRuns(drawn, [&](const Problem& problem, const cpu::Plan&, int64_t item, const runs::Run& run) {
-      if (run.offset == 0) owners.assign(LayoutOfMask(problem).Bytes(), -1);
+      if (run.offset == 0) owners.assign(LayoutOfActivationBits(problem).Bytes(), -1);
       for (int64_t byte = BitOf(problem, run.offset) / 8; byte <= BitOf(problem, run.offset + run.length - 1) / 8;
            ++byte) {
         shared = shared || (owners[byte] != -1 && owners[byte] != item);
@@ -151,14 +152,14 @@ TEST(BufferedBitsKeepTheirPlaces) {
   int64_t buffered = 0;
   ForSmallProblems(kProblems, kMostElements, [&](const Problem& drawn, Random* random) {
     ForRuns(drawn, [&](const Problem& problem, const cpu::Plan& plan, int64_t, const runs::Run& run) {
-      if (!runs::IsMaskBuffered(problem, plan)) return;
+      if (!runs::AreBitsBuffered(problem, plan)) return;
       if (++buffered % 16 != 0) return;  // some of them do
       constexpr uint8_t kUntouched = 0xa5;
-      const int64_t bytes = runs::MaskRunBytes(problem, run);
-      EXPECT_LE((run.length + 7) / 8 + 8, runs::kRunMaskBytes);
-      std::vector<uint8_t> buffer(runs::kRunMaskBytes), rows(bytes + 8, kUntouched), back(runs::kRunMaskBytes);
+      const int64_t bytes = runs::BitsRunBytes(problem, run);
+      EXPECT_LE((run.length + 7) / 8 + 8, runs::kRunBitsBytes);
+      std::vector<uint8_t> buffer(runs::kRunBitsBytes), rows(bytes + 8, kUntouched), back(runs::kRunBitsBytes);
       for (uint8_t& byte : buffer) byte = static_cast<uint8_t>(random->Below(256));
-      runs::ScatterMask(problem, run, buffer.data(), rows.data());
+      runs::ScatterBits(problem, run, buffer.data(), rows.data());
       std::vector<uint8_t> expected(bytes + 8);
       const int64_t first = BitOf(problem, run.offset);
       for (int64_t i = 0; i < run.length; ++i) {
@@ -172,7 +173,7 @@ TEST(BufferedBitsKeepTheirPlaces) {
         const int64_t end = BitOf(problem, run.offset + i) - first + problem.channels;
         rows[end / 8] |= static_cast<uint8_t>(0xff << end % 8);
       }
-      runs::GatherMask(problem, run, rows.data(), back.data());
+      runs::GatherBits(problem, run, rows.data(), back.data());
       bool equal = true;
       for (int64_t i = 0; i < run.length; ++i) equal = equal && Bit(back, i) == Bit(buffer, i);
       EXPECT_TRUE(equal);
@@ -186,34 +187,34 @@ TEST(BufferedBitsKeepTheirPlaces) {
 // A vector's bits are in one byte, where the thread says.
 TEST(VectorsKnowTheirBits) {
   ForSmallProblems(kProblems / 3, kMostElements, [](const Problem& drawn, Random* random) {
-    const Problem problem = WithMask(drawn);
-    const cuda::View view = cuda::MakeView(problem, random->Flag(), 1 << 30, /*fold_masks=*/false);
-    const cuda::Tiling tiling = cuda::MakeTiling(view, RandomBlock(view, /*masked=*/true, random));
+    const Problem problem = WithActivationBits(drawn);
+    const cuda::View view = cuda::MakeView(problem, random->Flag(), 1 << 30, /*fold_bits=*/false);
+    const cuda::Tiling tiling = cuda::MakeTiling(view, RandomBlock(view, /*has_bits=*/true, random));
     ForVectors(tiling, tiling.steps, [&](const auto& walk, const Step&) {
-      const int64_t bit = walk.MaskOffset(tiling) * 8 + walk.MaskBit();
+      const int64_t bit = walk.BitsOffset(tiling) * 8 + walk.BitInByte();
       EXPECT_EQ(bit, BitOf(problem, walk.Offset()));
       EXPECT_EQ(bit / 8, BitOf(problem, walk.Offset() + tiling.lanes - 1) / 8);
     });
   });
 }
 
-// Where rows were put together, and the mask's rows are not the view's, bits of several bytes come together.
+// Where rows were put together, and rows of bits are not the view's, bits of several bytes come together.
 TEST(FoldedVectorsFindTheirBits) {
   int64_t folded = 0;
   ForSmallProblems(kProblems, kMostElements, [&](const Problem& drawn, Random* random) {
-    const Problem problem = WithMask(drawn);
-    const cuda::View view = cuda::MakeView(problem, true, 1 << 30, /*fold_masks=*/true);
+    const Problem problem = WithActivationBits(drawn);
+    const cuda::View view = cuda::MakeView(problem, true, 1 << 30, /*fold_bits=*/true);
     if (!view.Folded()) return;
     ++folded;
-    const cuda::Tiling tiling = cuda::MakeTiling(view, RandomBlock(view, /*masked=*/true, random));
-    std::vector<uint8_t> mask(LayoutOfMask(problem).Bytes());
-    for (uint8_t& byte : mask) byte = static_cast<uint8_t>(random->Below(256));
+    const cuda::Tiling tiling = cuda::MakeTiling(view, RandomBlock(view, /*has_bits=*/true, random));
+    std::vector<uint8_t> bytes(LayoutOfActivationBits(problem).Bytes());
+    for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random->Below(256));
     ForVectors(tiling, tiling.steps, [&](const auto& walk, const Step&) {
       unsigned expected = 0;
       for (int lane = 0; lane < tiling.lanes; ++lane) {
-        expected |= unsigned{Bit(mask, BitOf(problem, walk.Offset() + lane))} << lane;
+        expected |= unsigned{Bit(bytes, BitOf(problem, walk.Offset() + lane))} << lane;
       }
-      EXPECT_EQ(walk.LoadFoldedBits(tiling, mask.data()), expected);
+      EXPECT_EQ(walk.LoadFoldedBits(tiling, bytes.data()), expected);
     });
   });
   EXPECT_LT(100, folded);
