@@ -153,27 +153,27 @@ struct BackwardArrays {
 // Forward() in inference. Backward: GradientMoments() and GradientNormalize(), which are the two halves of Backward()
 // in inference, and between them whatever makes tilt and shift of the gradients of mean and variance.
 
-// The elements that count: elements i * length to (i + 1) * length - 1 of the tensor, as it lies in memory, where
-// flags[i] is not 0.
-struct Kept {
+// Which elements count, as a mask of Keras' says: elements i * length to (i + 1) * length - 1 of the tensor, as it lies
+// in memory, do where flags[i] is not 0.
+struct Mask {
   const uint8_t* flags = nullptr;  // null: all elements count
   int64_t length = 1;              // `channels` where inner == 1, or a divisor of inner
 };
 
 struct MomentsArrays {
   const void* x = nullptr;  // [N]
-  Kept kept;
+  Mask mask;
 
   void* count = nullptr;     // [C]
   void* mean = nullptr;      // [C]; 0 where count is 0
   void* variance = nullptr;  // [C]; m2 / count; 0 where count is 0
 };
 
-// What the statistics add to dx where elements were kept: (x - mean) * tilt + shift.
+// What the statistics add to dx where elements count: (x - mean) * tilt + shift.
 struct StatisticsGradient {
   const void* tilt = nullptr;   // [C]
   const void* shift = nullptr;  // [C]
-  Kept kept;
+  Mask mask;
 };
 
 namespace cpu {

@@ -152,8 +152,8 @@ enum class Entry { kForward, kBackward, kMoments, kGradientMoments, kGradientNor
 struct Case {
   Entry entry;
   Problem problem;
-  Kept kept;  // length; flags are made with the arrays
-  bool has_kept = false;
+  Mask mask;  // length; flags are made with the arrays
+  bool has_mask = false;
   bool has_running = false;
   bool in_place = false;
   int threads = 1;
@@ -209,8 +209,8 @@ bool DrawCase(Source* source, Case* drawn) {
   if (rank < 2 || axis < -rank || axis >= rank) Fail("Fold accepted a rank or an axis that it should not have");
   constexpr int64_t kMost = 400000;
   if (problem.Elements() > kMost || problem.channels > kMost || problem.Count() > kMost) return false;
-  drawn->has_kept = source->Flag();
-  drawn->kept.length = problem.inner == 1 ? problem.channels : dims[static_cast<size_t>(rank - 1)];
+  drawn->has_mask = source->Flag();
+  drawn->mask.length = problem.inner == 1 ? problem.channels : dims[static_cast<size_t>(rank - 1)];
   return true;
 }
 
@@ -286,14 +286,14 @@ class Run {
     std::vector<std::thread> threads_;
   };
 
-  void SetKept(Kept* kept) {
-    kept->length = case_.kept.length;
-    if (!case_.has_kept || kept->length == 0) return;
-    Array* flags = New(problem_.Elements() / kept->length, DataType::kFloat16);
+  void SetMask(Mask* mask) {
+    mask->length = case_.mask.length;
+    if (!case_.has_mask || mask->length == 0) return;
+    Array* flags = New(problem_.Elements() / mask->length, DataType::kFloat16);
     std::minstd_rand random(seed_ + 1);
     for (size_t i = 0; i < flags->bytes(); ++i)
       flags->data()[i] = static_cast<uint8_t>(random() >> 9 & random() >> 17 & 1);
-    kept->flags = flags->data();
+    mask->flags = flags->data();
   }
 
   Status CallForward(const cpu::Threads& threads) {
@@ -355,7 +355,7 @@ class Run {
     if (case_.entry == Entry::kMoments) {
       MomentsArrays arrays;
       arrays.x = Data();
-      SetKept(&arrays.kept);
+      SetMask(&arrays.mask);
       for (void** vector : {&arrays.count, &arrays.mean, &arrays.variance}) *vector = VectorOutput();
       return cpu::BatchMoments(problem_, arrays, Workspace(cpu::MomentsWorkspaceBytes(problem_)), threads);
     }
@@ -370,7 +370,7 @@ class Run {
       StatisticsGradient statistics;
       statistics.tilt = Vector();
       statistics.shift = Vector();
-      SetKept(&statistics.kept);
+      SetMask(&statistics.mask);
       return cpu::GradientNormalize(problem_, arrays, statistics, workspace, threads);
     }
     AddVectorGradients(&arrays);

@@ -312,19 +312,19 @@ PYBIND11_MODULE(_kernels, m) {
   DefinePointer(backward, "dvariance_in", &BackwardArrays::dvariance_in);
   DefinePointer(backward, "dresidual", &BackwardArrays::dresidual);
 
-  py::class_<Kept> kept(m, "Kept", local);
-  kept.def(py::init<>()).def_readwrite("length", &Kept::length);
-  DefinePointer(kept, "flags", &Kept::flags);
+  py::class_<Mask> mask(m, "Mask", local);
+  mask.def(py::init<>()).def_readwrite("length", &Mask::length);
+  DefinePointer(mask, "flags", &Mask::flags);
 
   py::class_<MomentsArrays> moments(m, "MomentsArrays", local);
-  moments.def(py::init<>()).def_readwrite("kept", &MomentsArrays::kept);
+  moments.def(py::init<>()).def_readwrite("mask", &MomentsArrays::mask);
   DefinePointer(moments, "x", &MomentsArrays::x);
   DefinePointer(moments, "count", &MomentsArrays::count);
   DefinePointer(moments, "mean", &MomentsArrays::mean);
   DefinePointer(moments, "variance", &MomentsArrays::variance);
 
   py::class_<StatisticsGradient> statistics(m, "StatisticsGradient", local);
-  statistics.def(py::init<>()).def_readwrite("kept", &StatisticsGradient::kept);
+  statistics.def(py::init<>()).def_readwrite("mask", &StatisticsGradient::mask);
   DefinePointer(statistics, "tilt", &StatisticsGradient::tilt);
   DefinePointer(statistics, "shift", &StatisticsGradient::shift);
 

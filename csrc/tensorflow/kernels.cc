@@ -161,13 +161,13 @@ class Inputs {
     return TakeList(list, vector_shape_, vectors, may_be_empty);
   }
 
-  absl::Status Keep(Kept* kept) {
+  absl::Status Keep(Mask* mask) {
     TensorShape shape = data_shape_;
-    kept->length = shape.dim_size(shape.dims() - 1);
+    mask->length = shape.dim_size(shape.dims() - 1);
     shape.RemoveLastDims(1);
     const void* flags = nullptr;
     TF_RETURN_IF_ERROR(TakeList("keep", shape, {{"keep", &flags}}));
-    kept->flags = static_cast<const uint8_t*>(flags);
+    mask->flags = static_cast<const uint8_t*>(flags);
     return absl::OkStatus();
   }
 
@@ -402,7 +402,7 @@ class MomentsOp final : public OpKernel {
     MomentsArrays arrays;
     Inputs inputs(context, x, problem);
     TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
-    TF_RETURN_IF_ERROR(inputs.Keep(&arrays.kept));
+    TF_RETURN_IF_ERROR(inputs.Keep(&arrays.mask));
 
     Outputs outputs(context);
     for (void** vector : {&arrays.count, &arrays.mean, &arrays.variance}) {
@@ -437,7 +437,7 @@ class GradientPhaseOp : public BatchNormOp {
     if (kNormalize) {
       TF_RETURN_IF_ERROR(inputs.Vector("tilt", &statistics.tilt));
       TF_RETURN_IF_ERROR(inputs.Vector("shift", &statistics.shift));
-      TF_RETURN_IF_ERROR(inputs.Keep(&statistics.kept));
+      TF_RETURN_IF_ERROR(inputs.Keep(&statistics.mask));
     }
     TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
 

@@ -363,7 +363,7 @@ REGISTER_OP("Tfops>BatchNormGradientMoments")
     .Output("dvariance: U")
     .TFOPS_COMMON_ATTRIBUTES.SetShapeFn(GradientMomentsShapes);
 
-// dx = dz * scale * inv_std, and where elements are kept, + (x - mean) * tilt + shift. dresidual: empty without one.
+// dx = dz * scale * inv_std, and where elements count, + (x - mean) * tilt + shift. dresidual: empty without one.
 REGISTER_OP("Tfops>BatchNormGradientNormalize")
     .Input("dy: T")
     .Input("x: T")

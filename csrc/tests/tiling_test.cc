@@ -184,17 +184,17 @@ TEST(StreamingKeepsItsLimits) {
 TEST(VectorsAreKeptAsAWhole) {
   ForSmallProblems(kProblems, kMostElements, [](const Problem& problem, Random* random) {
     const uint8_t flag = 1;
-    Kept kept;
-    kept.flags = &flag;
+    Mask mask;
+    mask.flags = &flag;
     const int64_t divisor = random->Below(problem.inner) + 1;
-    kept.length = problem.inner == 1 ? problem.channels : std::gcd(problem.inner, divisor);
-    const StreamingTiling tiling = MakeStreamingTiling(problem, kept, true, 132);
+    mask.length = problem.inner == 1 ? problem.channels : std::gcd(problem.inner, divisor);
+    const StreamingTiling tiling = MakeStreamingTiling(problem, mask, true, 132);
     bool whole = true;
     ForVectors(tiling, tiling.split_steps, [&](const auto& walk, const Step&) {
-      whole = whole && walk.Offset() / kept.length == (walk.Offset() + tiling.lanes - 1) / kept.length;
+      whole = whole && walk.Offset() / mask.length == (walk.Offset() + tiling.lanes - 1) / mask.length;
     });
     EXPECT_TRUE(whole);
-    EXPECT_TRUE(MakeStreamingTiling(problem, Kept{}, true, 132).lanes == MakeStreamingTiling(problem, true, 132).lanes);
+    EXPECT_TRUE(MakeStreamingTiling(problem, Mask{}, true, 132).lanes == MakeStreamingTiling(problem, true, 132).lanes);
   });
 }
 

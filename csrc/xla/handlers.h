@@ -78,8 +78,8 @@ ffi::Error Unpack(const Problem& problem, const ffi::RemainingArgs& arguments, c
     if (buffer.has_error()) return buffer.error();
     const bool is_lacking = inputs[i].may_be_empty && buffer->element_count() == 0;
     if (inputs[i].extent != Extent::kNothing && !is_lacking) inputs[i].set(arrays, buffer->untyped_data());
-    Kept* kept = KeptOf(arrays);
-    if (kept && std::string_view(inputs[i].name) == "x") kept->length = buffer->dimensions().back();
+    Mask* mask = MaskOf(arrays);
+    if (mask && std::string_view(inputs[i].name) == "x") mask->length = buffer->dimensions().back();
   }
   for (size_t i = 0; i < outputs.size(); ++i) {
     auto buffer = results.get<ffi::AnyBuffer>(i);

@@ -81,14 +81,14 @@ struct GradientNormalizeOp : BackwardOp {
 };
 
 // Where the flags of an op go that has them.
-inline Kept* KeptOf(MomentsArrays* arrays) { return &arrays->kept; }
-inline Kept* KeptOf(NormalizeArrays* arrays) { return &arrays->statistics.kept; }
-inline Kept* KeptOf(ForwardArrays*) { return nullptr; }
-inline Kept* KeptOf(BackwardArrays*) { return nullptr; }
+inline Mask* MaskOf(MomentsArrays* arrays) { return &arrays->mask; }
+inline Mask* MaskOf(NormalizeArrays* arrays) { return &arrays->statistics.mask; }
+inline Mask* MaskOf(ForwardArrays*) { return nullptr; }
+inline Mask* MaskOf(BackwardArrays*) { return nullptr; }
 
 template <typename Arrays>
 void SetFlags(Arrays* arrays, void* data) {
-  KeptOf(arrays)->flags = static_cast<const uint8_t*>(data);
+  MaskOf(arrays)->flags = static_cast<const uint8_t*>(data);
 }
 
 template <const void* StatisticsGradient::* kField>

@@ -393,7 +393,7 @@ Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* w
   const MomentsJob job = MakeMomentsJob(problem, arrays, &arena);
   const Kernels& kernels = Chosen().level.KernelsFor(problem.dtype);
   const auto moments = [&](int64_t i) {
-    return arrays.kept.flags ? kernels.kept_moments(job, i) : kernels.moments(job.forward, i);
+    return arrays.mask.flags ? kernels.masked_moments(job, i) : kernels.moments(job.forward, i);
   };
   const auto finish = [&](int64_t begin, int64_t end) { kernels.finish_moments(job, begin, end); };
   RunPhases(threads, Helpers(problem), {{job.forward.plan.Items(), moments}, ForChannels(problem.channels, finish)});
@@ -429,7 +429,7 @@ Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays, c
     kernels.spread_statistics_gradient(job, statistics, begin, end);
   };
   const auto normalize = [&](int64_t i) {
-    if (statistics.kept.flags) return kernels.kept_gradient_normalize(job, statistics.kept, i);
+    if (statistics.mask.flags) return kernels.masked_gradient_normalize(job, statistics.mask, i);
     kernels.gradient_normalize(centered, i);
   };
   RunPhases(threads, Helpers(problem), {ForChannels(problem.channels, prepare), {job.plan.Items(), normalize}});

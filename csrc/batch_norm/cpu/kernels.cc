@@ -12,7 +12,7 @@
 #include "csrc/batch_norm/cpu/kernels.h"
 
 #include "csrc/batch_norm/cpu/gradient_pass.h"
-#include "csrc/batch_norm/cpu/kept_pass.h"
+#include "csrc/batch_norm/cpu/masked_pass.h"
 #include "csrc/batch_norm/cpu/moments_pass.h"
 #include "csrc/batch_norm/cpu/normalize_pass.h"
 
@@ -50,10 +50,10 @@ const Kernels& KernelsOf<DataType::TFOPS_CPU_DATA_TYPE>() {
                                        &GradientMomentsItem<T>,
                                        &FinishGradientOf<T>,
                                        &GradientNormalizeItem<T>,
-                                       &KeptMomentsItem<T>,
+                                       &MaskedMomentsItem<T>,
                                        &FinishMomentsOf<T>,
                                        &SpreadStatisticsGradientOf<T>,
-                                       &KeptGradientNormalizeItem<T>};
+                                       &MaskedGradientNormalizeItem<T>};
   return kKernels;
 }
 

@@ -54,7 +54,7 @@ struct BackwardJob {
   Coefficients coefficients;
 };
 
-// counts: [chunks, columns], how many elements each chunk keeps of a column.
+// counts: [chunks, columns], how many elements count in each chunk of a column.
 struct MomentsJob {
   ForwardJob forward;
   MomentsArrays arrays;
@@ -71,11 +71,11 @@ struct Kernels {
   void (*finish_gradient)(const BackwardJob& job, int64_t begin, int64_t end);
   void (*gradient_normalize)(const BackwardJob& job, int64_t item);
   // For the phases by themselves.
-  void (*kept_moments)(const MomentsJob& job, int64_t item);
+  void (*masked_moments)(const MomentsJob& job, int64_t item);
   void (*finish_moments)(const MomentsJob& job, int64_t begin, int64_t end);
   void (*spread_statistics_gradient)(const BackwardJob& job, const StatisticsGradient& statistics, int64_t begin,
                                      int64_t end);
-  void (*kept_gradient_normalize)(const BackwardJob& job, const Kept& kept, int64_t item);
+  void (*masked_gradient_normalize)(const BackwardJob& job, const Mask& mask, int64_t item);
 };
 
 // Those of each instruction set. A build has some of them (TFOPS_CPU_LEVELS in CMake), and defines TFOPS_HAS_ and the

@@ -42,7 +42,7 @@ Status StreamingBackward(const Problem& problem, const BackwardArrays& arrays, c
   const Status finish = FinishGradients<F>(problem, arrays, partials, ShapeOf(tiling), coefficients, stream);
   if (!finish.ok()) return finish;
   return Launch(GradientNormalizeKernel<T, kLanes>, tiling.grid, tiling.block, stream, tiling, affine, gradient,
-                problem.activation, coefficients, problem.training, Kept{}, arrays.dx,
+                problem.activation, coefficients, problem.training, Mask{}, arrays.dx,
                 ResidualGradient(problem, arrays));
 }
 
@@ -131,7 +131,7 @@ Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays, c
   if (problem.Elements() == 0) return {};
   CountCall(Tier::kStreaming);
   const StreamingTiling tiling =
-      MakeStreamingTiling(problem, statistics.kept, GradientAligned(problem, arrays), device.multiprocessors);
+      MakeStreamingTiling(problem, statistics.mask, GradientAligned(problem, arrays), device.multiprocessors);
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
     return WithLanes<T>(tiling.lanes > 1, [&](auto lanes) {
@@ -142,7 +142,7 @@ Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays, c
       if (!gather.ok()) return gather;
       return Launch(GradientNormalizeKernel<T, decltype(lanes)::value>, tiling.grid, tiling.block, stream, tiling,
                     AffineOf(problem, arrays), GradientOf(problem, arrays), problem.activation, coefficients,
-                    /*centered=*/true, statistics.kept, arrays.dx, ResidualGradient(problem, arrays));
+                    /*centered=*/true, statistics.mask, arrays.dx, ResidualGradient(problem, arrays));
     });
   });
 }

@@ -29,7 +29,7 @@ Status StreamingForward(const Problem& problem, const ForwardArrays& arrays, con
   if (problem.training) {
     auto* partials = static_cast<PartialMoments<double>*>(workspace);
     const Status moments =
-        Launch(MomentsKernel<T, kLanes>, tiling.grid, tiling.block, stream, tiling, arrays.x, Kept{}, partials);
+        Launch(MomentsKernel<T, kLanes>, tiling.grid, tiling.block, stream, tiling, arrays.x, Mask{}, partials);
     if (!moments.ok()) return moments;
     const Status finish = FinishMoments<Arithmetic<T>>(problem, arrays, partials, ShapeOf(tiling), stream);
     if (!finish.ok()) return finish;
@@ -116,12 +116,12 @@ Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* w
   }
   CountCall(Tier::kStreaming);
   const StreamingTiling tiling =
-      MakeStreamingTiling(problem, arrays.kept, AllAligned(&arrays.x, 1), device.multiprocessors);
+      MakeStreamingTiling(problem, arrays.mask, AllAligned(&arrays.x, 1), device.multiprocessors);
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
     return WithLanes<T>(tiling.lanes > 1, [&](auto lanes) {
       const Status moments = Launch(MomentsKernel<T, decltype(lanes)::value>, tiling.grid, tiling.block, stream, tiling,
-                                    arrays.x, arrays.kept, partials);
+                                    arrays.x, arrays.mask, partials);
       return moments.ok() ? finish(type, ShapeOf(tiling)) : moments;
     });
   });

@@ -64,9 +64,9 @@ StreamingTiling MakeStreamingTiling(const Problem& problem, bool aligned, int mu
   return tiling;
 }
 
-StreamingTiling MakeStreamingTiling(const Problem& problem, const Kept& kept, bool aligned, int multiprocessors) {
+StreamingTiling MakeStreamingTiling(const Problem& problem, const Mask& mask, bool aligned, int multiprocessors) {
   constexpr int kVectorBytes = 16;
-  const bool uniform = !kept.flags || kept.length % (kVectorBytes / SizeOf(problem.dtype)) == 0;
+  const bool uniform = !mask.flags || mask.length % (kVectorBytes / SizeOf(problem.dtype)) == 0;
   return MakeStreamingTiling(problem, aligned && uniform, multiprocessors);
 }
 

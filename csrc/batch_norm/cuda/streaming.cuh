@@ -25,8 +25,8 @@ __device__ __forceinline__ Walk<kLanes, kDirection> WalkSplit(const StreamingTil
 }
 
 // Whether the vector at an offset counts: as a whole, as MakeStreamingTiling has seen to.
-__device__ __forceinline__ bool IsKept(const Kept& kept, int64_t offset) {
-  return !kept.flags || LoadGlobal(kept.flags + offset / kept.length) != 0;
+__device__ __forceinline__ bool IsCounted(const Mask& mask, int64_t offset) {
+  return !mask.flags || LoadGlobal(mask.flags + offset / mask.length) != 0;
 }
 
 // Stores a block's merged totals as partials[split][unit], in a phase that walks forward.

@@ -24,7 +24,7 @@ struct StreamingTiling : Tiling {
 StreamingTiling MakeStreamingTiling(const Problem& problem, bool aligned, int multiprocessors);
 
 // The same where only some elements count: vectors hold none that count beside others that do not.
-StreamingTiling MakeStreamingTiling(const Problem& problem, const Kept& kept, bool aligned, int multiprocessors);
+StreamingTiling MakeStreamingTiling(const Problem& problem, const Mask& mask, bool aligned, int multiprocessors);
 
 // Partial results, one for each split and unit.
 int64_t SplitItems(const Problem& problem, bool aligned, int multiprocessors);

@@ -46,7 +46,7 @@ template <typename T, int kLanes>
 __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kBlocks)
     GradientNormalizeKernel(StreamingTiling tiling, AffineArrays affine_arrays, GradientArrays arrays,
                             Activation activation, const GradientCoefficients<Arithmetic<T>>* coefficients,
-                            bool centered, Kept kept, void* dx, void* dresidual) {
+                            bool centered, Mask mask, void* dx, void* dresidual) {
   using F = Arithmetic<T>;
   constexpr int kBatch = StreamingBatch<kLanes>::kGradientNormalize;
   auto walk = WalkSplit<kLanes, Direction::kBackward>(tiling);
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
           result.Pack(dz);
           result.Store(dresidual, walk.Offset());
         }
-        InputGradientVector(centered && IsKept(kept, walk.Offset()), affine, tilt, shift, xc, dz);
+        InputGradientVector(centered && IsCounted(mask, walk.Offset()), affine, tilt, shift, xc, dz);
         result.Pack(dz);
         result.Store(dx, walk.Offset());
       }

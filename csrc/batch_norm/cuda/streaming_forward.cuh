@@ -12,7 +12,7 @@ namespace tfops::cuda {
 
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kBlocks)
-    MomentsKernel(StreamingTiling tiling, const void* x, Kept kept, PartialMoments<double>* partials) {
+    MomentsKernel(StreamingTiling tiling, const void* x, Mask mask, PartialMoments<double>* partials) {
   using F = Arithmetic<T>;
   constexpr int kBatch = StreamingBatch<kLanes>::kMoments;
   MomentsAccumulator<F, kLanes> accumulator;
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
     bool inside[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      inside[i] = walk.Inside() && IsKept(kept, walk.Offset());
+      inside[i] = walk.Inside() && IsCounted(mask, walk.Offset());
       if (inside[i]) batch[i].Load(x, walk.Offset());
       walk.Advance();
     }

@@ -97,14 +97,14 @@ class BackwardArrays:
     dresidual: int
     def __init__(self) -> None: ...
 
-class Kept:
+class Mask:
     flags: int
     length: int
     def __init__(self) -> None: ...
 
 class MomentsArrays:
     x: int
-    kept: Kept
+    mask: Mask
     count: int
     mean: int
     variance: int
@@ -113,7 +113,7 @@ class MomentsArrays:
 class StatisticsGradient:
     tilt: int
     shift: int
-    kept: Kept
+    mask: Mask
     def __init__(self) -> None: ...
 
 class CudaDevice:

@@ -48,10 +48,10 @@ class Phases:
         self._held.append(array)
         return self._address_of(array)
 
-    def _kept(self, kept: Any, keep: np.ndarray | None, shape: tuple[int, ...]) -> Any:
-        kept.length = shape[-1]
-        kept.flags = 0 if keep is None else self._address(self.place(keep.astype(np.uint8)))
-        return kept
+    def _mask(self, mask: Any, keep: np.ndarray | None, shape: tuple[int, ...]) -> Any:
+        mask.length = shape[-1]
+        mask.flags = 0 if keep is None else self._address(self.place(keep.astype(np.uint8)))
+        return mask
 
     def _problem(self, x: np.ndarray, axis: int, activation: str | None = None, residual: bool = False) -> Any:
         return self.module.Problem(
@@ -83,7 +83,7 @@ class Phases:
     def moments(self, x: np.ndarray, axis: int, keep: np.ndarray | None, vector: np.ndarray) -> list[np.ndarray]:
         arrays = self.module.MomentsArrays()
         arrays.x = self._address(self.place(x))
-        arrays.kept = self._kept(self.module.Kept(), keep, x.shape)
+        arrays.mask = self._mask(self.module.Mask(), keep, x.shape)
         outputs = self._outputs(arrays, dict.fromkeys(("count", "mean", "variance"), vector))
         self._call("moments", "moments", self._problem(x, axis), arrays)
         return [self._fetch(output) for output in outputs]
@@ -101,7 +101,7 @@ class Phases:
             arrays.residual = self._address(self.place(given["residual"]))
         for field in ("tilt", "shift"):
             setattr(statistics, field, self._address(self.place(given[field])))
-        statistics.kept = self._kept(self.module.Kept(), keep, x.shape)
+        statistics.mask = self._mask(self.module.Mask(), keep, x.shape)
         problem = self._problem(x, axis, activation, residual)
         outputs = self._outputs(arrays, dict.fromkeys(("dscale", "doffset", "dmean_in", "dvariance_in"), scale))
         self._call("gradient_phase", "backward", problem, arrays, None)

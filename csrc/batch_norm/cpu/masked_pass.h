@@ -1,4 +1,4 @@
-// The phases by themselves where only some elements count, as Kept says: their moments, and dx.
+// The phases by themselves where only some elements count, as a Mask says: their moments, and dx.
 //
 // Their plans are those of the other passes, but for one thing: rows that were folded are seen one by one.
 
@@ -15,21 +15,21 @@
 namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
 
-// Calls body(begin, length, kept) for the stretches of elements offset to offset + length that are alike; begin counts
-// from the offset.
+// Calls body(begin, length, is_counted) for the stretches of elements offset to offset + length that are alike; begin
+// counts from the offset.
 template <typename Body>
-TFOPS_INLINE void ForEachStretch(const Kept& kept, int64_t offset, int64_t length, Body body) {
-  const uint8_t* flags = kept.flags + offset / kept.length;
-  int64_t left = kept.length - offset % kept.length;  // of the first flag's run
+TFOPS_INLINE void ForEachStretch(const Mask& mask, int64_t offset, int64_t length, Body body) {
+  const uint8_t* flags = mask.flags + offset / mask.length;
+  int64_t left = mask.length - offset % mask.length;  // of the first flag's run
   for (int64_t begin = 0; begin < length;) {
-    const bool is_kept = *flags != 0;
+    const bool is_counted = *flags != 0;
     int64_t end = begin;
     do {
       end += left;
-      left = kept.length;
+      left = mask.length;
       ++flags;
-    } while (end < length && (*flags != 0) == is_kept);
-    body(begin, Min(end, length) - begin, is_kept);
+    } while (end < length && (*flags != 0) == is_counted);
+    body(begin, Min(end, length) - begin, is_counted);
     begin = end;
   }
 }
@@ -50,17 +50,17 @@ TFOPS_INLINE UnfoldedRows RowsOfItem(const Problem& problem, const Plan& plan, i
   return {begin, end, plan.ColumnBegin(item), plan.ColumnEnd(item)};
 }
 
-// Channels-last, rows kept whole: they are gathered in the cache, some columns of some rows at a time, and go through
-// the same chains as rows that lie side by side.
+// Channels-last, rows that count as a whole: they are gathered in the cache, some columns of some rows at a time, and
+// go through the same chains as rows that lie side by side.
 template <typename T>
-void KeptRowMoments(const MomentsJob& job, int64_t item) {
+void MaskedRowMoments(const MomentsJob& job, int64_t item) {
   constexpr int kRowsAtOnce = ColumnChain<T>::kRowsAtOnce;
   constexpr int64_t kRows = kMomentsChainRows<Param<T>>;
   constexpr int64_t kColumns = (32 << 10) / (kRows * static_cast<int64_t>(sizeof(T)));
   const Problem& problem = job.forward.problem;
   const Plan& plan = job.forward.plan;
   const UnfoldedRows rows = RowsOfItem(problem, plan, item);
-  const uint8_t* flags = job.arrays.kept.flags;
+  const uint8_t* flags = job.arrays.mask.flags;
   const int64_t slot = plan.Chunk(item) * plan.columns;
   ColumnChain<T> chain;
   alignas(64) T gathered[kRows * kColumns];
@@ -94,10 +94,10 @@ void KeptRowMoments(const MomentsJob& job, int64_t item) {
 
 // Channels-last, each element by itself.
 template <typename T>
-void KeptElementMoments(const MomentsJob& job, int64_t item) {
+void MaskedElementMoments(const MomentsJob& job, int64_t item) {
   const Problem& problem = job.forward.problem;
   const UnfoldedRows rows = RowsOfItem(problem, job.forward.plan, item);
-  const uint8_t* flags = job.arrays.kept.flags;
+  const uint8_t* flags = job.arrays.mask.flags;
   const int64_t slot = job.forward.plan.Chunk(item) * job.forward.plan.columns;
   for (int64_t c = rows.column_begin; c < rows.column_end; ++c) {
     Moments<double> total{0, 0, 0};
@@ -115,7 +115,7 @@ void KeptElementMoments(const MomentsJob& job, int64_t item) {
 
 // Channels-first: stretches of planes.
 template <typename T>
-void KeptPlaneMoments(const MomentsJob& job, int64_t item) {
+void MaskedPlaneMoments(const MomentsJob& job, int64_t item) {
   const Plan& plan = job.forward.plan;
   const T* x = static_cast<const T*>(job.arrays.x);
   const int64_t chunk = plan.Chunk(item);
@@ -125,9 +125,9 @@ void KeptPlaneMoments(const MomentsJob& job, int64_t item) {
     for (int64_t r = plan.RowBegin(chunk); r < plan.RowEnd(chunk); ++r) {
       for (int64_t c = begin; c < end; ++c) {
         const Run run = SegmentRun(job.forward.problem, plan, r, c);
-        ForEachStretch(job.arrays.kept, run.offset, run.length, [&](int64_t first, int64_t length, bool kept) {
+        ForEachStretch(job.arrays.mask, run.offset, run.length, [&](int64_t first, int64_t length, bool is_counted) {
           const T* const start[] = {x + run.offset + first};
-          if (kept) chains[c - begin].Add(start, length);
+          if (is_counted) chains[c - begin].Add(start, length);
         });
       }
     }
@@ -141,21 +141,21 @@ void KeptPlaneMoments(const MomentsJob& job, int64_t item) {
 }
 
 template <typename T>
-void KeptMomentsItem(const MomentsJob& job, int64_t item) {
+void MaskedMomentsItem(const MomentsJob& job, int64_t item) {
   if (!job.forward.plan.channels_last) {
-    KeptPlaneMoments<T>(job, item);
-  } else if (job.arrays.kept.length == job.forward.problem.channels) {
-    KeptRowMoments<T>(job, item);
+    MaskedPlaneMoments<T>(job, item);
+  } else if (job.arrays.mask.length == job.forward.problem.channels) {
+    MaskedRowMoments<T>(job, item);
   } else {
-    KeptElementMoments<T>(job, item);
+    MaskedElementMoments<T>(job, item);
   }
 }
 
-// Writes what the partial moments of channels `begin` to `end` come to, kept or all.
+// Writes what the partial moments of channels `begin` to `end` come to, of all elements or of those that count.
 template <typename T>
 void FinishMomentsOf(const MomentsJob& job, int64_t begin, int64_t end) {
   using P = Param<T>;
-  const bool counted = job.arrays.kept.flags != nullptr;
+  const bool counted = job.arrays.mask.flags != nullptr;
   double* __restrict mean = job.forward.partials.first;
   double* __restrict m2 = job.forward.partials.second;
   double* __restrict count = job.counts;
@@ -188,7 +188,7 @@ void FinishMomentsOf(const MomentsJob& job, int64_t begin, int64_t end) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// dx = dz * slope, and where elements were kept, + (x - mean) * tilt + shift
+// dx = dz * slope, and where elements count, + (x - mean) * tilt + shift
 
 template <typename T>
 void SpreadStatisticsGradientOf(const BackwardJob& job, const StatisticsGradient& statistics, int64_t begin,
@@ -198,21 +198,22 @@ void SpreadStatisticsGradientOf(const BackwardJob& job, const StatisticsGradient
 }
 
 template <typename T>
-void KeptGradientNormalizeItem(const BackwardJob& job, const Kept& kept, int64_t item) {
+void MaskedGradientNormalizeItem(const BackwardJob& job, const Mask& mask, int64_t item) {
   using P = Param<T>;
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
     ForEachRun(job.problem, job.plan, item, [&](const Run& run) {
-      ForEachStretch(kept, run.offset, run.length, [&](int64_t first, int64_t length, bool is_kept) {
+      ForEachStretch(mask, run.offset, run.length, [&](int64_t first, int64_t length, bool is_counted) {
         Run stretch = run;
         stretch.offset += first;
         stretch.length = length;
         const auto arrays = ArraysOfRun<T, AnyArrays>(job, stretch, nullptr, job.dx_ahead);
         if (job.plan.channels_last) {
           const ColumnCoefficients<P> coefficients(job.coefficients, run.column + first);
-          GradientNormalizeAnyRun<kActivation>(arrays, coefficients, is_kept);
+          GradientNormalizeAnyRun<kActivation>(arrays, coefficients, is_counted);
         } else {
-          GradientNormalizeAnyRun<kActivation>(arrays, ChannelCoefficients<P>(job.coefficients, run.column), is_kept);
+          GradientNormalizeAnyRun<kActivation>(arrays, ChannelCoefficients<P>(job.coefficients, run.column),
+                                               is_counted);
         }
       });
     });
