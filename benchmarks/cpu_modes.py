@@ -177,7 +177,7 @@ def peak_memory(shape: list[int], layout: str, dtype: str, threads: int) -> dict
             setattr(forward, name, data[name].ctypes.data)
         for name in ("x", "dy", "dx", "scale", "offset", "dscale", "doffset"):
             setattr(backward, name, data[name].ctypes.data)
-        backward.mean, backward.spread = data["saved_mean"].ctypes.data, data["saved_inv_std"].ctypes.data
+        backward.mean, backward.inv_std = data["saved_mean"].ctypes.data, data["saved_inv_std"].ctypes.data
         training, inference = (
             _kernels.Problem(
                 shape=list(shape),

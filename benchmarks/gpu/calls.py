@@ -78,7 +78,7 @@ def make_call(backend: Any, cell: Cell, t: Tensors) -> tuple[Callable[[], None],
     backward = raw.BackwardArrays()
     for name in ("dy", "x", "scale", "offset"):
         setattr(backward, name, backend.address(getattr(t, name)))
-    backward.mean, backward.spread = backend.address(out["saved_mean"]), backend.address(out["saved_inv_std"])
+    backward.mean, backward.inv_std = backend.address(out["saved_mean"]), backend.address(out["saved_inv_std"])
     for name in ("activation_bits", "dx", "dscale", "doffset", "dresidual"):
         if name in out:
             setattr(backward, name, backend.address(out[name]))

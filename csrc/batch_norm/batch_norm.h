@@ -134,7 +134,8 @@ struct BackwardArrays {
   const void* scale = nullptr;               // [C]
   const void* offset = nullptr;              // [C]
   const void* mean = nullptr;                // [C]; training: saved_mean
-  const void* spread = nullptr;              // [C]; training: saved_inv_std; inference: variance
+  const void* inv_std = nullptr;             // [C]; training only: saved_inv_std
+  const void* variance = nullptr;            // [C]; inference only
   const void* dmean = nullptr;               // [C]; training: gradient of mean_out, or null for none
   const void* dvariance = nullptr;           // [C]; training: gradient of variance_out, or null for none
   const void* residual = nullptr;            // [N]; iff NeedsResidual(problem)

@@ -124,11 +124,11 @@ struct GradientCoefficients {
   P shift;
 };
 
-// 1 / sqrt(variance + epsilon) of a channel, of the batch or as given.
+// 1 / sqrt(variance + epsilon) of channel c, as the forward pass saved it in training, or of the variance as given.
 template <typename P>
 TFOPS_INLINE double InverseStd(const Problem& problem, const BackwardArrays& arrays, int64_t c) {
-  const double spread = static_cast<double>(static_cast<const P*>(arrays.spread)[c]);
-  return problem.training ? spread : InverseStd(spread, problem.epsilon);
+  if (problem.training) return static_cast<double>(static_cast<const P*>(arrays.inv_std)[c]);
+  return InverseStd(static_cast<double>(static_cast<const P*>(arrays.variance)[c]), problem.epsilon);
 }
 
 // Writes the [C] gradients of channel c from its two sums. The formulas are in batch_norm.h.

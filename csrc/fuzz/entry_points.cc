@@ -322,7 +322,8 @@ class Run {
     BackwardArrays arrays;
     arrays.dy = Data();
     arrays.x = Data();
-    for (const void** vector : {&arrays.scale, &arrays.offset, &arrays.mean, &arrays.spread}) *vector = Vector();
+    for (const void** vector : {&arrays.scale, &arrays.offset, &arrays.mean}) *vector = Vector();
+    (problem_.training ? arrays.inv_std : arrays.variance) = Vector();
     if (problem_.training && case_.has_running) {
       arrays.dmean = Vector();
       arrays.dvariance = Vector();

@@ -300,7 +300,8 @@ PYBIND11_MODULE(_kernels, m) {
   DefinePointer(backward, "scale", &BackwardArrays::scale);
   DefinePointer(backward, "offset", &BackwardArrays::offset);
   DefinePointer(backward, "mean", &BackwardArrays::mean);
-  DefinePointer(backward, "spread", &BackwardArrays::spread);
+  DefinePointer(backward, "inv_std", &BackwardArrays::inv_std);
+  DefinePointer(backward, "variance", &BackwardArrays::variance);
   DefinePointer(backward, "dmean", &BackwardArrays::dmean);
   DefinePointer(backward, "dvariance", &BackwardArrays::dvariance);
   DefinePointer(backward, "residual", &BackwardArrays::residual);

@@ -343,7 +343,7 @@ class TrainingGradOp final : public BatchNormOp {
     TF_RETURN_IF_ERROR(inputs.Vector("scale", &arrays.scale));
     TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
     TF_RETURN_IF_ERROR(inputs.Vector("saved_mean", &arrays.mean));
-    TF_RETURN_IF_ERROR(inputs.Vector("saved_inv_std", &arrays.spread));
+    TF_RETURN_IF_ERROR(inputs.Vector("saved_inv_std", &arrays.inv_std));
     const bool needs_bits = NeedsActivationBits(problem);
     TF_RETURN_IF_ERROR(inputs.ActivationBits("mask", needs_bits ? LayoutOfActivationBits(problem).Bytes() : 0,
                                              &arrays.activation_bits));
@@ -375,7 +375,7 @@ class InferenceGradOp final : public BatchNormOp {
     TF_RETURN_IF_ERROR(inputs.Vector("scale", &arrays.scale));
     TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
     TF_RETURN_IF_ERROR(inputs.Vector("mean", &arrays.mean));
-    TF_RETURN_IF_ERROR(inputs.Vector("variance", &arrays.spread));
+    TF_RETURN_IF_ERROR(inputs.Vector("variance", &arrays.variance));
     TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
 
     Outputs outputs(context);
@@ -433,7 +433,7 @@ class GradientPhaseOp : public BatchNormOp {
     TF_RETURN_IF_ERROR(inputs.Vector("scale", &arrays.scale));
     TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
     TF_RETURN_IF_ERROR(inputs.Vector("mean", &arrays.mean));
-    TF_RETURN_IF_ERROR(inputs.Vector("variance", &arrays.spread));
+    TF_RETURN_IF_ERROR(inputs.Vector("variance", &arrays.variance));
     if (kNormalize) {
       TF_RETURN_IF_ERROR(inputs.Vector("tilt", &statistics.tilt));
       TF_RETURN_IF_ERROR(inputs.Vector("shift", &statistics.shift));

@@ -133,7 +133,7 @@ struct TrainingGrad : BackwardOp {
                                {"scale", Extent::kVector, Set<&Arrays::scale>},
                                {"offset", Extent::kVector, Set<&Arrays::offset>},
                                {"saved_mean", Extent::kVector, Set<&Arrays::mean>},
-                               {"saved_inv_std", Extent::kVector, Set<&Arrays::spread>},
+                               {"saved_inv_std", Extent::kVector, Set<&Arrays::inv_std>},
                                {"mask", ActivationBitsOf(problem), Set<&Arrays::activation_bits>}};
     if (count >= inputs.size() + 2) {
       inputs.push_back({"dmean", Extent::kVector, Set<&Arrays::dmean>});
@@ -174,7 +174,7 @@ struct InferenceGrad : BackwardOp {
     Operands<Arrays> inputs = {
         {"dy", Extent::kData, Set<&Arrays::dy>},         {"x", Extent::kData, Set<&Arrays::x>},
         {"scale", Extent::kVector, Set<&Arrays::scale>}, {"offset", Extent::kVector, Set<&Arrays::offset>},
-        {"mean", Extent::kVector, Set<&Arrays::mean>},   {"variance", Extent::kVector, Set<&Arrays::spread>}};
+        {"mean", Extent::kVector, Set<&Arrays::mean>},   {"variance", Extent::kVector, Set<&Arrays::variance>}};
     if (NeedsResidual(problem)) inputs.push_back({"residual", Extent::kData, Set<&Arrays::residual>});
     return inputs;
   }
@@ -227,7 +227,7 @@ struct GradientNormalize : GradientNormalizeOp {
                                {"scale", Extent::kVector, Set<&Arrays::scale>},
                                {"offset", Extent::kVector, Set<&Arrays::offset>},
                                {"mean", Extent::kVector, Set<&Arrays::mean>},
-                               {"variance", Extent::kVector, Set<&Arrays::spread>},
+                               {"variance", Extent::kVector, Set<&Arrays::variance>},
                                {"tilt", Extent::kVector, SetStatistic<&StatisticsGradient::tilt>},
                                {"shift", Extent::kVector, SetStatistic<&StatisticsGradient::shift>}};
     const size_t residuals = NeedsResidual(problem) ? 1 : 0;

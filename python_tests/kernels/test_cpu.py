@@ -138,7 +138,7 @@ def _check_in_place(x, dy, residual, axis, dtype):
     sums = [np.empty_like(scale) for _ in range(4)]
     given = {"x": x, "scale": scale, "offset": offset, "mean": mean} | more
     outputs = dict(zip(("dscale", "doffset", "dmean_in", "dvariance_in"), sums, strict=True))
-    backward = _place(_kernels.BackwardArrays(), **given, spread=variance, dy=dy, dx=dy, **outputs)
+    backward = _place(_kernels.BackwardArrays(), **given, variance=variance, dy=dy, dx=dy, **outputs)
     _kernels.cpu_backward(problem, backward, 2)
     _kernels.cpu_forward(problem, _place(_kernels.ForwardArrays(), **given, variance=variance, y=x), 2)
     _assert_same_bits(x, want_y)
@@ -187,7 +187,7 @@ def test_training_gradients_of_planes_in_place_have_the_same_bits(plane, dtype, 
     scale, offset = rng.uniform(0.5, 2, (2, 5)).astype(param)
     settings = {"axis": 1, "activation": activation, "threads": 2}
     forward = tfops_kernels.forward(x, scale, offset, residual=residual, **settings)
-    statistics = {"mean": forward.saved_mean, "spread": forward.saved_inv_std}
+    statistics = {"mean": forward.saved_mean, "inv_std": forward.saved_inv_std}
     given = {"mask": forward.mask} if activation == "relu" else {"residual": residual}
     want = tfops_kernels.backward(
         *(dy, x, scale, offset, *statistics.values()), **{"residual": True, **given}, **settings
@@ -218,7 +218,7 @@ def test_dresidual_is_written_if_it_is_wanted(shape, axis, dtype, wanted, activa
     forward = tfops_kernels.forward(x, scale, offset, residual=residual, **settings)
     on = forward.y.astype(np.float64) > 0 if activation else np.ones(shape, bool)
     want_dresidual = np.where(on, dy, np.zeros_like(dy))
-    statistics = {"mean": forward.saved_mean, "spread": forward.saved_inv_std}
+    statistics = {"mean": forward.saved_mean, "inv_std": forward.saved_inv_std}
     want = tfops_kernels.backward(want_dresidual, x, scale, offset, *statistics.values(), axis=axis, threads=2)
 
     dx, dresidual = np.empty_like(dy), np.full_like(dy, 7)

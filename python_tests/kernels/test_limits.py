@@ -123,7 +123,7 @@ def test_more_elements_than_32_bits_count(case):
     outputs = {name: np.empty(channels, np.float32) for name in ("dscale", "doffset")}
     for field, array in {**given, **outputs}.items():
         setattr(arrays, field, array.ctypes.data)
-    arrays.mean, arrays.spread = vectors["saved_mean"].ctypes.data, vectors["saved_inv_std"].ctypes.data
+    arrays.mean, arrays.inv_std = vectors["saved_mean"].ctypes.data, vectors["saved_inv_std"].ctypes.data
     _kernels.cpu_backward(problem, arrays, threads)
     repeats = math.prod(shape) // pattern.size
     for name, got, wanted in (("doffset", outputs["doffset"], back.offset), ("dscale", outputs["dscale"], back.scale)):

@@ -12,13 +12,13 @@
 
 namespace tfops::cuda {
 
-// What z takes from the channel, as arrays [C] of the param type.
+// What z takes from the channel, as arrays [C] of the param type. The variance is read where inv_std is null.
 struct AffineArrays {
   const void* mean = nullptr;
-  const void* spread = nullptr;  // inv_std, or the variance
+  const void* inv_std = nullptr;
+  const void* variance = nullptr;
   const void* scale = nullptr;
   const void* offset = nullptr;
-  bool spread_is_variance = false;
   double epsilon = 0;
 };
 
@@ -33,21 +33,22 @@ struct Affine {
 
   template <typename Walk>
   __device__ __forceinline__ Affine(const AffineArrays& arrays, const Tiling& tiling, const Walk& walk) {
-    F spread[kLanes];
+    const F* const given = static_cast<const F*>(arrays.inv_std ? arrays.inv_std : arrays.variance);
+    F inv_std[kLanes];
     walk.ForLanes(tiling, [&](int lane, int64_t c) {
-      spread[lane] = static_cast<const F*>(arrays.spread)[c];
+      inv_std[lane] = given[c];
       mean[lane] = static_cast<const F*>(arrays.mean)[c];
       slope[lane] = static_cast<const F*>(arrays.scale)[c];
       offset[lane] = static_cast<const F*>(arrays.offset)[c];
     });
-    if (arrays.spread_is_variance) {
+    if (!arrays.inv_std) {
 #pragma unroll
       for (int lane = 0; lane < kLanes; ++lane) {
-        spread[lane] = InverseRoot(spread[lane] + static_cast<F>(arrays.epsilon));
+        inv_std[lane] = InverseRoot(inv_std[lane] + static_cast<F>(arrays.epsilon));
       }
     }
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) slope[lane] *= spread[lane];
+    for (int lane = 0; lane < kLanes; ++lane) slope[lane] *= inv_std[lane];
   }
   __device__ __forceinline__ Affine() {}
 

@@ -25,7 +25,7 @@ Status FinishMoments(const Problem& problem, const ForwardArrays& arrays, const 
 template <typename T, int kLanes>
 Status StreamingForward(const Problem& problem, const ForwardArrays& arrays, const StreamingTiling& tiling,
                         void* workspace, void* stream) {
-  AffineArrays affine{arrays.mean, arrays.variance, arrays.scale, arrays.offset, true, problem.epsilon};
+  AffineArrays affine{arrays.mean, nullptr, arrays.variance, arrays.scale, arrays.offset, problem.epsilon};
   if (problem.training) {
     auto* partials = static_cast<PartialMoments<double>*>(workspace);
     const Status moments =
@@ -34,8 +34,7 @@ Status StreamingForward(const Problem& problem, const ForwardArrays& arrays, con
     const Status finish = FinishMoments<Arithmetic<T>>(problem, arrays, partials, ShapeOf(tiling), stream);
     if (!finish.ok()) return finish;
     affine.mean = arrays.saved_mean;
-    affine.spread = arrays.saved_inv_std;
-    affine.spread_is_variance = false;
+    affine.inv_std = arrays.saved_inv_std;
   }
   const NormalizeArrays normalize{arrays.x, problem.has_residual ? arrays.residual : nullptr, arrays.y,
                                   NeedsActivationBits(problem) ? arrays.activation_bits : nullptr};

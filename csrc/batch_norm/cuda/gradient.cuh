@@ -22,7 +22,8 @@ inline GradientArrays GradientOf(const Problem& problem, const BackwardArrays& a
 }
 
 inline AffineArrays AffineOf(const Problem& problem, const BackwardArrays& arrays) {
-  return {arrays.mean, arrays.spread, arrays.scale, arrays.offset, !problem.training, problem.epsilon};
+  const void* const inv_std = problem.training ? arrays.inv_std : nullptr;
+  return {arrays.mean, inv_std, arrays.variance, arrays.scale, arrays.offset, problem.epsilon};
 }
 
 // Where dresidual has to be written, or null. Without an activation it is dy; where it is dy's array too, all is done.

@@ -314,8 +314,9 @@ def backward(
     arrays = _kernels.BackwardArrays()
     arrays.x = check(library, "x", x, shape, dtype, x)
     arrays.dy = check(library, "dy", dy, shape, dtype, x)
-    for name, array in (("scale", scale), ("offset", offset), ("mean", mean), ("spread", spread)):
+    for name, array in (("scale", scale), ("offset", offset), ("mean", mean)):
         setattr(arrays, name, check(library, name, array, channels, param, x))
+    setattr(arrays, "inv_std" if training else "variance", check(library, "spread", spread, channels, param, x))
     for name, array in (("dmean", dmean), ("dvariance", dvariance)):
         if array is not None:
             setattr(arrays, name, check(library, name, array, channels, param, x))

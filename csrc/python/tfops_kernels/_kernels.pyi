@@ -84,7 +84,8 @@ class BackwardArrays:
     scale: int
     offset: int
     mean: int
-    spread: int
+    inv_std: int
+    variance: int
     dmean: int
     dvariance: int
     residual: int

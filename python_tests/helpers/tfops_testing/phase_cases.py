@@ -94,9 +94,8 @@ class Phases:
         """What both gradient phases write."""
         x, scale = given["x"], given["scale"]
         arrays, statistics = self.module.BackwardArrays(), self.module.StatisticsGradient()
-        for field in ("dy", "x", "scale", "offset", "mean"):
+        for field in ("dy", "x", "scale", "offset", "mean", "variance"):
             setattr(arrays, field, self._address(self.place(given[field])))
-        arrays.spread = self._address(self.place(given["variance"]))
         if residual:
             arrays.residual = self._address(self.place(given["residual"]))
         for field in ("tilt", "shift"):

@@ -31,8 +31,8 @@ ALIGNMENT = 64
 TENSORS = ("x", "y", "dy", "dx", "residual", "dresidual")
 FORWARD = ("x", "residual", "y", "activation_bits", "scale", "offset", "mean", "variance")
 FORWARD += ("mean_out", "variance_out", "saved_mean", "saved_inv_std")
-BACKWARD = ("dy", "x", "residual", "dx", "dresidual", "activation_bits", "scale", "offset", "mean", "spread")
-BACKWARD += ("dmean", "dvariance", "dscale", "doffset", "dmean_in", "dvariance_in")
+BACKWARD = ("dy", "x", "residual", "dx", "dresidual", "activation_bits", "scale", "offset", "mean")
+BACKWARD += ("inv_std", "variance", "dmean", "dvariance", "dscale", "doffset", "dmean_in", "dvariance_in")
 
 
 def xla_headers() -> str:
