@@ -3,7 +3,7 @@
 #include <cstring>
 #include <vector>
 
-#include "csrc/batch_norm/cpu/plan.h"
+#include "csrc/batch_norm/cpu/partition.h"
 #include "csrc/batch_norm/cpu/runs.h"
 #include "csrc/batch_norm/cuda/streaming.h"
 #include "csrc/tests/problems.h"
@@ -96,14 +96,14 @@ TEST(GradientReadsBitsOrResidual) {
 
 namespace runs = cpu::TFOPS_CPU_LEVEL;
 
-// Calls body(problem, plan, item, run) for the runs of both passes' plans.
+// Calls body(problem, partition, item, run) for the runs of both passes' partitions.
 template <typename Body>
 void ForRuns(const Problem& drawn, Body body) {
   const Problem problem = Simplified(WithActivationBits(drawn));
   for (const bool backward : {false, true}) {
-    const cpu::Plan plan = cpu::MakePlan(problem, backward);
-    for (int64_t item = 0; item < plan.Items(); ++item) {
-      runs::ForEachRun(problem, plan, item, [&](const runs::Run& run) { body(problem, plan, item, run); });
+    const cpu::Partition partition = cpu::MakePartition(problem, backward);
+    for (int64_t item = 0; item < partition.Items(); ++item) {
+      runs::ForEachRun(problem, partition, item, [&](const runs::Run& run) { body(problem, partition, item, run); });
     }
   }
 }
@@ -111,21 +111,22 @@ void ForRuns(const Problem& drawn, Body body) {
 // Bits that are not buffered lie side by side from the run's first byte on, in one row or in rows without padding.
 TEST(RunsBeginAtTheirBits) {
   ForSmallProblems(kProblems, kMostElements, [](const Problem& drawn, Random*) {
-    ForRuns(drawn, [](const Problem& problem, const cpu::Plan& plan, int64_t, const runs::Run& run) {
-      const int64_t bit = runs::BitsOffset(problem, plan, run) * 8;
+    ForRuns(drawn, [](const Problem& problem, const cpu::Partition& partition, int64_t, const runs::Run& run) {
+      const int64_t bit = runs::BitsOffset(problem, partition, run) * 8;
       EXPECT_EQ(bit, BitOf(problem, run.offset));
-      if (runs::AreBitsBuffered(problem, plan)) return;
+      if (runs::AreBitsBuffered(problem, partition)) return;
       EXPECT_EQ(bit + run.length - 1, BitOf(problem, run.offset + run.length - 1));
     });
   });
   ForHugeProblems(kProblems, [](const Problem& drawn, Random* random) {
     const Problem problem = Simplified(WithActivationBits(drawn));
-    const cpu::Plan plan = cpu::MakePlan(problem, random->Flag());
-    const int64_t row = random->Below(plan.rows);
-    const int64_t block = random->Below(plan.column_blocks);
-    const runs::Run run = plan.channels_last ? runs::RowRun(plan, row, plan.ColumnBegin(block), plan.ColumnEnd(block))
-                                             : runs::SegmentRun(problem, plan, row, random->Below(problem.channels));
-    EXPECT_EQ(runs::BitsOffset(problem, plan, run) * 8, BitOf(problem, run.offset));
+    const cpu::Partition partition = cpu::MakePartition(problem, random->Flag());
+    const int64_t row = random->Below(partition.rows);
+    const int64_t block = random->Below(partition.column_blocks);
+    const runs::Run run = partition.channels_last
+                              ? runs::RowRun(partition, row, partition.ColumnBegin(block), partition.ColumnEnd(block))
+                              : runs::SegmentRun(problem, partition, row, random->Below(problem.channels));
+    EXPECT_EQ(runs::BitsOffset(problem, partition, run) * 8, BitOf(problem, run.offset));
   });
 }
 
@@ -134,7 +135,7 @@ TEST(ItemsShareNoByteOfActivationBits) {
   ForSmallProblems(kProblems / 10, 20 * kMostElements, [](const Problem& drawn, Random*) {
     std::vector<int64_t> owners;
     bool shared = false;
-    ForRuns(drawn, [&](const Problem& problem, const cpu::Plan&, int64_t item, const runs::Run& run) {
+    ForRuns(drawn, [&](const Problem& problem, const cpu::Partition&, int64_t item, const runs::Run& run) {
       if (run.offset == 0) owners.assign(LayoutOfActivationBits(problem).Bytes(), -1);
       for (int64_t byte = BitOf(problem, run.offset) / 8; byte <= BitOf(problem, run.offset + run.length - 1) / 8;
            ++byte) {
@@ -151,8 +152,8 @@ TEST(ItemsShareNoByteOfActivationBits) {
 TEST(BufferedBitsKeepTheirPlaces) {
   int64_t buffered = 0;
   ForSmallProblems(kProblems, kMostElements, [&](const Problem& drawn, Random* random) {
-    ForRuns(drawn, [&](const Problem& problem, const cpu::Plan& plan, int64_t, const runs::Run& run) {
-      if (!runs::AreBitsBuffered(problem, plan)) return;
+    ForRuns(drawn, [&](const Problem& problem, const cpu::Partition& partition, int64_t, const runs::Run& run) {
+      if (!runs::AreBitsBuffered(problem, partition)) return;
       if (++buffered % 16 != 0) return;  // some of them do
       constexpr uint8_t kUntouched = 0xa5;
       const int64_t bytes = runs::BitsRunBytes(problem, run);

@@ -10,8 +10,8 @@
 
 #include "csrc/batch_norm/batch_norm.h"
 #include "csrc/batch_norm/cpu/kernels.h"
+#include "csrc/batch_norm/cpu/partition.h"
 #include "csrc/batch_norm/cpu/phases.h"
-#include "csrc/batch_norm/cpu/plan.h"
 
 #ifdef __x86_64__
 #include <cpuid.h>
@@ -145,17 +145,17 @@ Problem Simplified(Problem problem) {
 }
 
 // Vectors are loaded whole, past the last column too.
-int64_t PaddedColumns(const Plan& plan) { return plan.columns + kBlock; }
+int64_t PaddedColumns(const Partition& partition) { return partition.columns + kBlock; }
 
 template <typename Job>
 Partials TakePartials(const Job& job, Arena* arena) {
-  const int64_t count = job.plan.chunks * job.plan.columns;
+  const int64_t count = job.partition.chunks * job.partition.columns;
   return {arena->Take<double>(count), arena->Take<double>(count)};
 }
 
-void* TakeColumns(const Problem& problem, const Plan& plan, Arena* arena) {
-  return problem.dtype == DataType::kFloat64 ? static_cast<void*>(arena->Take<double>(PaddedColumns(plan)))
-                                             : static_cast<void*>(arena->Take<float>(PaddedColumns(plan)));
+void* TakeColumns(const Problem& problem, const Partition& partition, Arena* arena) {
+  return problem.dtype == DataType::kFloat64 ? static_cast<void*>(arena->Take<double>(PaddedColumns(partition)))
+                                             : static_cast<void*>(arena->Take<float>(PaddedColumns(partition)));
 }
 
 // The last-level cache that a core shares, or as much of it as is likely to be ours: a virtual machine of few cores
@@ -182,16 +182,16 @@ bool OutgrowsCache(const Problem& problem, int tensors) {
 // How to go through the rows of so many arrays, some of which are written past the cache. For tiles, rows, and those of
 // the activation bits if there are any, have to follow one another. Four streams of a single array in place are as good
 // for memory as for the cache; of more arrays, not everywhere.
-Tiling ChooseTiling(const Problem& problem, const Plan& plan, const uint8_t* activation_bits, int arrays,
-                    const std::vector<const void*>& streamed) {
-  if (!plan.channels_last || (activation_bits && problem.channels % 8 != 0)) return Tiling::kNone;
-  if (arrays == 1) return Tiling::kApart;
+Traversal ChooseTraversal(const Problem& problem, const Partition& partition, const uint8_t* activation_bits,
+                          int arrays, const std::vector<const void*>& streamed) {
+  if (!partition.channels_last || (activation_bits && problem.channels % 8 != 0)) return Traversal::kNone;
+  if (arrays == 1) return Traversal::kApart;
   if (!streamed.empty() || OutgrowsCache(problem, arrays)) {
     const auto begins_line = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kLineBytes == 0; };
     const bool whole_lines = std::all_of(streamed.begin(), streamed.end(), begins_line);
-    return Chosen().many_streams && whole_lines ? Tiling::kStreamed : Tiling::kNone;
+    return Chosen().many_streams && whole_lines ? Traversal::kStreamed : Traversal::kNone;
   }
-  return arrays == 2 ? Tiling::kApart : Tiling::kNone;  // three are too many to be read in so many places
+  return arrays == 2 ? Traversal::kApart : Traversal::kNone;  // three are too many to be read in so many places
 }
 
 // How many elements ahead passes fetch what memory has. A core guesses by itself what comes, but not past the end of a
@@ -201,29 +201,29 @@ Tiling ChooseTiling(const Problem& problem, const Plan& plan, const uint8_t* act
 int64_t NearAhead(const Problem& problem) { return (3 << 10) / ElementBytes(problem.dtype); }
 
 // Channels-first, items of whole channels: the same place of the next image, where they jump to.
-int64_t NextImage(const Problem& problem, const Plan& plan) {
-  return plan.segments_per_plane == 1 ? problem.channels * problem.inner : NearAhead(problem);
+int64_t NextImage(const Problem& problem, const Partition& partition) {
+  return partition.segments_per_plane == 1 ? problem.channels * problem.inner : NearAhead(problem);
 }
 
 void SetFetchDistances(ForwardJob* job) {
   const Problem& problem = job->problem;
-  const bool is_straight = !job->plan.channels_last && !problem.training;  // nothing that a core would not guess
-  const bool is_near = problem.training && job->plan.IsWhole();            // x is, since its moments were taken
+  const bool is_straight = !job->partition.channels_last && !problem.training;  // nothing that a core would not guess
+  const bool is_near = problem.training && job->partition.IsWhole();            // x is, since its moments were taken
   if (!is_straight && !is_near) job->x_ahead = NearAhead(problem);
   if (!is_straight && problem.has_residual) {
-    job->residual_ahead = is_near ? NextImage(problem, job->plan) : NearAhead(problem);
+    job->residual_ahead = is_near ? NextImage(problem, job->partition) : NearAhead(problem);
   }
 }
 
 void SetFetchDistances(BackwardJob* job) {
   constexpr int64_t kMostStepBytes = 8 << 10;  // longer steps hide the jumps between them
   const Problem& problem = job->problem;
-  const Plan& plan = job->plan;
-  const bool is_whole = !plan.channels_last && plan.IsWhole();
+  const Partition& partition = job->partition;
+  const bool is_whole = !partition.channels_last && partition.IsWhole();
   if (!is_whole) job->dx_ahead = NearAhead(problem);
-  if (plan.channels_last && problem.activation != Activation::kNone) job->sums_ahead = NearAhead(problem);
-  if (is_whole && plan.column_block * problem.inner * ElementBytes(problem.dtype) <= kMostStepBytes) {
-    job->sums_ahead = NextImage(problem, plan);
+  if (partition.channels_last && problem.activation != Activation::kNone) job->sums_ahead = NearAhead(problem);
+  if (is_whole && partition.column_block * problem.inner * ElementBytes(problem.dtype) <= kMostStepBytes) {
+    job->sums_ahead = NextImage(problem, partition);
   }
 }
 
@@ -231,17 +231,17 @@ ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, A
   ForwardJob job;
   job.problem = Simplified(problem);
   job.arrays = arrays;
-  job.plan = MakePlan(job.problem, /*backward=*/false);
+  job.partition = MakePartition(job.problem, /*backward=*/false);
   const bool in_place = arrays.y == arrays.x || arrays.y == arrays.residual;
   job.stream_y = !in_place && OutgrowsCache(problem, problem.has_residual ? 3 : 2);
   std::vector<const void*> streamed;
   if (job.stream_y) streamed.push_back(arrays.y);
   const int count = (in_place ? 1 : 2) + (problem.has_residual ? 1 : 0);
-  job.tiling = ChooseTiling(problem, job.plan, arrays.activation_bits, count, streamed);
+  job.traversal = ChooseTraversal(problem, job.partition, arrays.activation_bits, count, streamed);
   if (OutgrowsCache(problem, count)) SetFetchDistances(&job);
   if (problem.training) job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset}) {
-    *piece = TakeColumns(problem, job.plan, arena);
+    *piece = TakeColumns(problem, job.partition, arena);
   }
   return job;
 }
@@ -250,7 +250,7 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
   BackwardJob job;
   job.problem = Simplified(problem);
   job.arrays = arrays;
-  job.plan = MakePlan(job.problem, /*backward=*/true);
+  job.partition = MakePartition(job.problem, /*backward=*/true);
   job.stream_dresidual = arrays.dresidual && arrays.dresidual != arrays.dy && OutgrowsCache(problem, 4);
   job.stream_dx = arrays.dx != arrays.dy && OutgrowsCache(problem, arrays.dresidual ? 4 : 3);
   // Not where conversions and an activation's derivative leave no registers for the coefficients.
@@ -260,27 +260,27 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
   if (job.stream_dx) streamed.push_back(arrays.dx);
   if (job.stream_dresidual) streamed.push_back(arrays.dresidual);
   if (!is_converted || problem.activation == Activation::kNone) {
-    job.tiling = ChooseTiling(problem, job.plan, arrays.activation_bits, count, streamed);
+    job.traversal = ChooseTraversal(problem, job.partition, arrays.activation_bits, count, streamed);
   }
   if (OutgrowsCache(problem, count)) SetFetchDistances(&job);
   job.partials = TakePartials(job, arena);
   for (void** piece : {&job.coefficients.mean, &job.coefficients.slope, &job.coefficients.offset,
                        &job.coefficients.tilt, &job.coefficients.shift}) {
-    *piece = TakeColumns(problem, job.plan, arena);
+    *piece = TakeColumns(problem, job.partition, arena);
   }
   return job;
 }
 
 MomentsJob MakeMomentsJob(Problem problem, const MomentsArrays& arrays, Arena* arena) {
-  problem.training = true;  // that is, the plan is one for statistics
+  problem.training = true;  // that is, the partition is one for statistics
   MomentsJob job;
   job.arrays = arrays;
   ForwardJob& forward = job.forward;
   forward.problem = Simplified(problem);
-  forward.plan = MakePlan(forward.problem, /*backward=*/false);
+  forward.partition = MakePartition(forward.problem, /*backward=*/false);
   forward.arrays.x = arrays.x;
   forward.partials = TakePartials(forward, arena);
-  job.counts = arena->Take<double>(std::max<int64_t>(forward.plan.chunks, 1) * forward.plan.columns);
+  job.counts = arena->Take<double>(std::max<int64_t>(forward.partition.chunks, 1) * forward.partition.columns);
   return job;
 }
 
@@ -295,7 +295,7 @@ int64_t Helpers(const Problem& problem) {
   return problem.Elements() / kElements;
 }
 
-// The phase that calls body(begin, end) for all channels, and the range that an item of a whole plan has.
+// The phase that calls body(begin, end) for all channels, and the range that an item of a whole partition has.
 template <typename Body>
 Phase ForChannels(int64_t channels, const Body& body) {
   constexpr int64_t kChannels = 256;
@@ -304,9 +304,9 @@ Phase ForChannels(int64_t channels, const Body& body) {
 }
 
 template <typename Body>
-void ForChannelsOfItem(const Problem& problem, const Plan& plan, int64_t item, const Body& body) {
-  if (plan.fold > 1) return body(0, problem.channels);
-  body(plan.ColumnBegin(item), plan.ColumnEnd(item));
+void ForChannelsOfItem(const Problem& problem, const Partition& partition, int64_t item, const Body& body) {
+  if (partition.fold > 1) return body(0, problem.channels);
+  body(partition.ColumnBegin(item), partition.ColumnEnd(item));
 }
 
 }  // namespace
@@ -329,17 +329,17 @@ Status Forward(const Problem& problem, const ForwardArrays& arrays, void* worksp
   Arena arena(workspace);
   const ForwardJob job = MakeForwardJob(problem, arrays, &arena);
   const Kernels& kernels = Chosen().level.KernelsFor(problem.dtype);
-  const int64_t items = job.plan.Items();
+  const int64_t items = job.partition.Items();
   const auto moments = [&](int64_t i) { kernels.moments(job, i); };
   const auto finish = [&](int64_t begin, int64_t end) { kernels.finish_statistics(job, begin, end); };
   const auto normalize = [&](int64_t i) { kernels.normalize(job, i); };
   const auto all = [&](int64_t i) {
     kernels.moments(job, i);
-    ForChannelsOfItem(job.problem, job.plan, i, finish);
+    ForChannelsOfItem(job.problem, job.partition, i, finish);
     kernels.normalize(job, i);
   };
   std::vector<Phase> phases;
-  if (problem.training && items > 0 && job.plan.IsWhole()) {
+  if (problem.training && items > 0 && job.partition.IsWhole()) {
     phases = {{items, all}};
   } else if (problem.training) {
     phases = {{items, moments}, ForChannels(problem.channels, finish), {items, normalize, /*backwards=*/true}};
@@ -356,19 +356,19 @@ Status Backward(const Problem& problem, const BackwardArrays& arrays, void* work
   Arena arena(workspace);
   const BackwardJob job = MakeBackwardJob(problem, arrays, &arena);
   const Kernels& kernels = Chosen().level.KernelsFor(problem.dtype);
-  const int64_t items = job.plan.Items();
+  const int64_t items = job.partition.Items();
   const auto prepare = [&](int64_t begin, int64_t end) { kernels.prepare_gradient(job, begin, end); };
   const auto moments = [&](int64_t i) { kernels.gradient_moments(job, i); };
   const auto finish = [&](int64_t begin, int64_t end) { kernels.finish_gradient(job, begin, end); };
   const auto normalize = [&](int64_t i) { kernels.gradient_normalize(job, i); };
   const auto all = [&](int64_t i) {
-    ForChannelsOfItem(job.problem, job.plan, i, prepare);
+    ForChannelsOfItem(job.problem, job.partition, i, prepare);
     kernels.gradient_moments(job, i);
-    ForChannelsOfItem(job.problem, job.plan, i, finish);
+    ForChannelsOfItem(job.problem, job.partition, i, finish);
     kernels.gradient_normalize(job, i);
   };
   std::vector<Phase> phases;
-  if (items > 0 && job.plan.IsWhole()) {
+  if (items > 0 && job.partition.IsWhole()) {
     phases = {{items, all}};
   } else {
     phases = {ForChannels(problem.channels, prepare),
@@ -396,7 +396,8 @@ Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* w
     return arrays.mask.flags ? kernels.masked_moments(job, i) : kernels.moments(job.forward, i);
   };
   const auto finish = [&](int64_t begin, int64_t end) { kernels.finish_moments(job, begin, end); };
-  RunPhases(threads, Helpers(problem), {{job.forward.plan.Items(), moments}, ForChannels(problem.channels, finish)});
+  RunPhases(threads, Helpers(problem),
+            {{job.forward.partition.Items(), moments}, ForChannels(problem.channels, finish)});
   return {};
 }
 
@@ -409,9 +410,10 @@ Status GradientMoments(const Problem& problem, const BackwardArrays& arrays, voi
   const auto prepare = [&](int64_t begin, int64_t end) { kernels.prepare_gradient(job, begin, end); };
   const auto moments = [&](int64_t i) { kernels.gradient_moments(job, i); };
   const auto finish = [&](int64_t begin, int64_t end) { kernels.finish_gradient(job, begin, end); };
-  RunPhases(
-      threads, Helpers(problem),
-      {ForChannels(problem.channels, prepare), {job.plan.Items(), moments}, ForChannels(problem.channels, finish)});
+  RunPhases(threads, Helpers(problem),
+            {ForChannels(problem.channels, prepare),
+             {job.partition.Items(), moments},
+             ForChannels(problem.channels, finish)});
   return {};
 }
 
@@ -432,7 +434,7 @@ Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays, c
     if (statistics.mask.flags) return kernels.masked_gradient_normalize(job, statistics.mask, i);
     kernels.gradient_normalize(centered, i);
   };
-  RunPhases(threads, Helpers(problem), {ForChannels(problem.channels, prepare), {job.plan.Items(), normalize}});
+  RunPhases(threads, Helpers(problem), {ForChannels(problem.channels, prepare), {job.partition.Items(), normalize}});
   return {};
 }
 

@@ -63,10 +63,10 @@ inline constexpr bool kHasCachedLoops = false;
 #endif
 
 // Calls body with whether a job's arrays are cached, as a constant. With tiles they are, or as good as that.
-template <Tiling kTiling, typename Body>
+template <Traversal kTraversal, typename Body>
 TFOPS_INLINE void WithCached(bool cached, Body body) {
-  static_assert(kTiling != Tiling::kStreamed, "these tiles are for memory");
-  if constexpr (kTiling != Tiling::kNone) {
+  static_assert(kTraversal != Traversal::kStreamed, "these tiles are for memory");
+  if constexpr (kTraversal != Traversal::kNone) {
     body(std::true_type());
   } else {
     if constexpr (kHasCachedLoops) {

@@ -68,9 +68,9 @@ TFOPS_INLINE GradientArrays<T, A> ArraysOfRun(const BackwardJob& job, const Run&
 }
 
 // Calls body with whether there are activation bits, and whether the arrays are cached, as constants.
-template <Activation kActivation, Tiling kTiling, typename Body>
+template <Activation kActivation, Traversal kTraversal, typename Body>
 TFOPS_INLINE void WithBitsOf(const BackwardJob& job, bool cached, Body body) {
-  WithCached<kTiling>(cached, [&](auto is_cached) {
+  WithCached<kTraversal>(cached, [&](auto is_cached) {
     constexpr bool kCached = decltype(is_cached)::value;
     if constexpr (kIsPiecewiseLinear<kActivation>) {
       if (job.arrays.activation_bits) return body(KnownArrays<kCached, false, true>());
@@ -83,14 +83,14 @@ TFOPS_INLINE void WithBitsOf(const BackwardJob& job, bool cached, Body body) {
 template <Activation kActivation, typename Body>
 TFOPS_INLINE void WithArraysOfSums(const BackwardJob& job, Body body) {
   if (job.arrays.residual) return body(AnyArrays());
-  WithBitsOf<kActivation, Tiling::kNone>(job, job.sums_ahead == 0, body);
+  WithBitsOf<kActivation, Traversal::kNone>(job, job.sums_ahead == 0, body);
 }
 
 // Likewise of those that dx and dresidual are computed from and written to; as WithArraysOf in normalize_pass.h. They
 // are known in training alone.
-template <Activation kActivation, Tiling kTiling = Tiling::kNone, typename Body>
+template <Activation kActivation, Traversal kTraversal = Traversal::kNone, typename Body>
 TFOPS_INLINE void WithArraysOfDx(const BackwardJob& job, Body body) {
-  if constexpr (kTiling == Tiling::kStreamed) {
+  if constexpr (kTraversal == Traversal::kStreamed) {
     body(AnyArrays());
   } else {
     const bool has_bits = kIsPiecewiseLinear<kActivation> && job.arrays.activation_bits;
@@ -98,7 +98,7 @@ TFOPS_INLINE void WithArraysOfDx(const BackwardJob& job, Body body) {
       return body(AnyArrays());
     }
     const bool cached = job.dx_ahead == 0 && !job.stream_dx && !job.stream_dresidual;
-    WithBitsOf<kActivation, kTiling>(job, cached, body);
+    WithBitsOf<kActivation, kTraversal>(job, cached, body);
   }
 }
 

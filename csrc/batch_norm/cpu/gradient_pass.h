@@ -49,8 +49,8 @@ TFOPS_INLINE void AddColumnChain(const BackwardJob& job, int64_t row, int64_t st
   for (int64_t i = 0; i < steps; ++i) {
     GradientArrays<T, A> rows[kRows];
     for (int k = 0; k < kRows; ++k) {
-      const Run run = RowRun(job.plan, row + i + k * apart, begin, end);
-      const uint8_t* bits = BitsOfRun(job.problem, job.plan, run, job.arrays.activation_bits, buffers[k]);
+      const Run run = RowRun(job.partition, row + i + k * apart, begin, end);
+      const uint8_t* bits = BitsOfRun(job.problem, job.partition, run, job.arrays.activation_bits, buffers[k]);
       rows[k] = ArraysOfRun<T, A>(job, run, bits, job.sums_ahead);
     }
     AddRows<kActivation, kRows>(rows, coefficients, end - begin, sums, products);
@@ -72,14 +72,14 @@ template <typename T>
 void ColumnGradientMoments(const BackwardJob& job, int64_t item) {
   constexpr int kRowsAtOnce = 4;
   constexpr int64_t kSteps = kChainRows / kRowsAtOnce;
-  const Plan& plan = job.plan;
-  const int64_t chunk = plan.Chunk(item);
-  const int64_t columns_begin = plan.ColumnBegin(item), columns_end = plan.ColumnEnd(item);
-  const int64_t begin = plan.RowBegin(chunk), end = plan.RowEnd(chunk);
+  const Partition& partition = job.partition;
+  const int64_t chunk = partition.Chunk(item);
+  const int64_t columns_begin = partition.ColumnBegin(item), columns_end = partition.ColumnEnd(item);
+  const int64_t begin = partition.RowBegin(chunk), end = partition.RowEnd(chunk);
   const int64_t apart = (end - begin) / kRowsAtOnce;
   const int64_t rest = begin + apart * kRowsAtOnce;
-  double* sum_dz = job.partials.first + chunk * plan.columns;
-  double* sum_dz_xc = job.partials.second + chunk * plan.columns;
+  double* sum_dz = job.partials.first + chunk * partition.columns;
+  double* sum_dz_xc = job.partials.second + chunk * partition.columns;
   for (int64_t j = columns_begin; j < columns_end; ++j) sum_dz[j] = sum_dz_xc[j] = 0;
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
@@ -93,7 +93,7 @@ void ColumnGradientMoments(const BackwardJob& job, int64_t item) {
       AddLastRows<kActivation, T>(job, row, count, from, to, sum_dz, sum_dz_xc);
     };
     if (rest < end) add_last_rows(rest, end - rest, columns_begin, columns_end);
-    if (plan.HasTail(chunk)) add_last_rows(plan.rows, 1, 0, plan.tail);
+    if (partition.HasTail(chunk)) add_last_rows(partition.rows, 1, 0, partition.tail);
   });
 }
 
@@ -151,20 +151,20 @@ class GradientChain {
 
 template <typename T>
 void PlaneGradientMoments(const BackwardJob& job, int64_t item) {
-  const Plan& plan = job.plan;
-  const int64_t chunk = plan.Chunk(item);
+  const Partition& partition = job.partition;
+  const int64_t chunk = partition.Chunk(item);
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
     WithArraysOfSums<kActivation>(job, [&](auto known) {
       using A = decltype(known);
-      ForEachGroup(plan, item, [&](int64_t begin, int64_t end) {
+      ForEachGroup(partition, item, [&](int64_t begin, int64_t end) {
         GradientChain<kActivation, T> chains[kMaxGroup];
         for (int64_t c = begin; c < end; ++c) chains[c - begin].Begin();
-        ForEachRuns(job.problem, plan, item, begin, end, [&](const auto& runs, int64_t c) {
+        ForEachRuns(job.problem, partition, item, begin, end, [&](const auto& runs, int64_t c) {
           constexpr int kRuns = std::extent_v<std::remove_reference_t<decltype(runs)>>;
           GradientArrays<T, A> arrays[kRuns];
           for (int k = 0; k < kRuns; ++k) {
-            const uint8_t* bits = BitsInPlace(job.problem, plan, runs[k], job.arrays.activation_bits);
+            const uint8_t* bits = BitsInPlace(job.problem, partition, runs[k], job.arrays.activation_bits);
             arrays[k] = ArraysOfRun<T, A>(job, runs[k], bits, job.sums_ahead);
           }
           chains[c - begin].Add(arrays, ChannelCoefficients<Param<T>>(job.coefficients, c));
@@ -172,8 +172,8 @@ void PlaneGradientMoments(const BackwardJob& job, int64_t item) {
         for (int64_t c = begin; c < end; ++c) {
           GradientChain<kActivation, T>& chain = chains[c - begin];
           chain.Flush();
-          job.partials.first[chunk * plan.columns + c] = chain.sum_dz;
-          job.partials.second[chunk * plan.columns + c] = chain.sum_dz_xc;
+          job.partials.first[chunk * partition.columns + c] = chain.sum_dz;
+          job.partials.second[chunk * partition.columns + c] = chain.sum_dz_xc;
         }
       });
     });
@@ -182,7 +182,7 @@ void PlaneGradientMoments(const BackwardJob& job, int64_t item) {
 
 template <typename T>
 void GradientMomentsItem(const BackwardJob& job, int64_t item) {
-  if (job.plan.channels_last) {
+  if (job.partition.channels_last) {
     ColumnGradientMoments<T>(job, item);
   } else {
     PlaneGradientMoments<T>(job, item);
@@ -209,7 +209,7 @@ void FinishGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
   using P = Param<T>;
   double* sum_dz = job.partials.first;
   double* sum_dz_xc = job.partials.second;
-  ForEachPartial(job.problem, job.plan, [&](int64_t slot, int64_t) {
+  ForEachPartial(job.problem, job.partition, [&](int64_t slot, int64_t) {
     if (slot == 0) return;
     for (int64_t c = begin; c < end; ++c) {
       sum_dz[c] += sum_dz[slot + c];
@@ -396,7 +396,7 @@ __attribute__((noinline)) void GradientNormalizeRest(const GradientArrays<T, Any
 }
 
 // As NormalizeTiles.
-template <Activation kActivation, Tiling kTiling, typename T, typename A>
+template <Activation kActivation, Traversal kTraversal, typename T, typename A>
 TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T, A> arrays,
                                          const ColumnCoefficients<Param<T>> coefficients, bool training,
                                          int64_t stride) {
@@ -409,7 +409,8 @@ TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T, A> arrays,
     for (int r = 0; r < kTileRows; ++r) {
       for (int v = 0; v < kTileVectors<T>; ++v) {
         const int64_t at = r * stride + i + v * kL;
-        GradientNormalizeVector<false, kActivation>(arrays, loaded[v], training, at, kL, kTiling == Tiling::kStreamed);
+        GradientNormalizeVector<false, kActivation>(arrays, loaded[v], training, at, kL,
+                                                    kTraversal == Traversal::kStreamed);
       }
     }
   }
@@ -419,20 +420,20 @@ TFOPS_INLINE void GradientNormalizeTiles(const GradientArrays<T, A> arrays,
   }
 }
 
-template <Tiling kTiling, typename T>
+template <Traversal kTraversal, typename T>
 void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
-  const TileRows rows = TileRowsOfItem<T>(job.plan, item);
-  const uint8_t* bits = BitsInPlace(job.problem, job.plan, rows.first, job.arrays.activation_bits);
+  const TileRows rows = TileRowsOfItem<T>(job.partition, item);
+  const uint8_t* bits = BitsInPlace(job.problem, job.partition, rows.first, job.arrays.activation_bits);
   const ColumnCoefficients<Param<T>> coefficients(job.coefficients, rows.first.column);
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    WithArraysOfDx<kActivation, kTiling>(job, [&](auto known) {
+    WithArraysOfDx<kActivation, kTraversal>(job, [&](auto known) {
       using A = decltype(known);
       const bool training = A::kAreKnown || job.problem.training;
       const auto arrays = ArraysOfRun<T, A>(job, rows.first, bits, job.dx_ahead);
       const auto normalize_tiles = [&](int64_t offset, int64_t stride) {
         const auto first = arrays.From(offset, rows.first.length);
-        GradientNormalizeTiles<kActivation, kTiling>(first, coefficients, training, stride);
+        GradientNormalizeTiles<kActivation, kTraversal>(first, coefficients, training, stride);
       };
       ForEachTileRows(rows, normalize_tiles, [&](int64_t offset, int64_t count, int64_t length) {
         const auto rest = arrays.From(offset, length).Forgotten();
@@ -446,8 +447,10 @@ void GradientNormalizeTiledItem(const BackwardJob& job, int64_t item) {
 template <typename T>
 void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
   using P = Param<T>;
-  const auto normalize_tiled = [&](auto tiling) { GradientNormalizeTiledItem<decltype(tiling)::value, T>(job, item); };
-  if (WithTiling<T>(job.tiling, job.plan, normalize_tiled)) return;
+  const auto normalize_tiled = [&](auto traversal) {
+    GradientNormalizeTiledItem<decltype(traversal)::value, T>(job, item);
+  };
+  if (WithTraversal<T>(job.traversal, job.partition, normalize_tiled)) return;
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
     WithArraysOfDx<kActivation>(job, [&](auto known) {
@@ -459,16 +462,16 @@ void GradientNormalizeItem(const BackwardJob& job, int64_t item) {
           GradientNormalizeAnyRun<kActivation>(arrays, coefficients, job.problem.training);
         }
       };
-      if (!job.plan.channels_last) {
-        return ForEachSegment(job.problem, job.plan, item, [&](const Run& run) {
-          const uint8_t* bits = BitsInPlace(job.problem, job.plan, run, job.arrays.activation_bits);
+      if (!job.partition.channels_last) {
+        return ForEachSegment(job.problem, job.partition, item, [&](const Run& run) {
+          const uint8_t* bits = BitsInPlace(job.problem, job.partition, run, job.arrays.activation_bits);
           normalize(ArraysOfRun<T, A>(job, run, bits, job.dx_ahead),
                     ChannelCoefficients<P>(job.coefficients, run.column));
         });
       }
-      ForEachRow(job.plan, item, [&](const Run& run) {
+      ForEachRow(job.partition, item, [&](const Run& run) {
         uint8_t buffer[kRunBitsBytes];
-        const uint8_t* bits = BitsOfRun(job.problem, job.plan, run, job.arrays.activation_bits, buffer);
+        const uint8_t* bits = BitsOfRun(job.problem, job.partition, run, job.arrays.activation_bits, buffer);
         normalize(ArraysOfRun<T, A>(job, run, bits, job.dx_ahead), ColumnCoefficients<P>(job.coefficients, run.column));
       });
     });

@@ -6,8 +6,8 @@
 //   normalize           x -> y, activation bits                        runs of contiguous elements
 //   gradient normalize  dy, x -> dx, dresidual
 //
-// Chains are short (kChainRows additions), so rounding in float stays small; everything longer is in double. See plan.h
-// for columns, rows and items, and ../moments.h for the arithmetic of a channel.
+// Chains are short (kChainRows additions), so rounding in float stays small; everything longer is in double. See
+// partition.h for columns, rows and items, and ../moments.h for the arithmetic of a channel.
 
 #include "csrc/batch_norm/cpu/kernels.h"
 

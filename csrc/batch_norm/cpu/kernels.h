@@ -4,7 +4,7 @@
 #define TFOPS_BATCH_NORM_CPU_KERNELS_H_
 
 #include "csrc/batch_norm/batch_norm.h"
-#include "csrc/batch_norm/cpu/plan.h"
+#include "csrc/batch_norm/cpu/partition.h"
 
 namespace tfops::cpu {
 
@@ -25,17 +25,17 @@ struct Coefficients {
 };
 
 // How a job goes through its rows by tiles, if it does; see runs.h. kApart: nothing is streamed, or fetched ahead.
-enum class Tiling { kNone, kApart, kStreamed };
+enum class Traversal { kNone, kApart, kStreamed };
 
 // stream: the output goes past the cache, which is too small for it and what was read. ahead: that input, or a pass's
 // inputs, are fetched from memory so many elements before they are read; 0 if they are not.
 struct ForwardJob {
   Problem problem;
-  Plan plan;
+  Partition partition;
   bool stream_y = false;
   int64_t x_ahead = 0;  // in the pass that writes y, as the next
   int64_t residual_ahead = 0;
-  Tiling tiling = Tiling::kNone;
+  Traversal traversal = Traversal::kNone;
   ForwardArrays arrays;
   Partials partials;
   Coefficients coefficients;
@@ -43,12 +43,12 @@ struct ForwardJob {
 
 struct BackwardJob {
   Problem problem;
-  Plan plan;
+  Partition partition;
   bool stream_dx = false;
   bool stream_dresidual = false;
   int64_t sums_ahead = 0;
   int64_t dx_ahead = 0;
-  Tiling tiling = Tiling::kNone;
+  Traversal traversal = Traversal::kNone;
   BackwardArrays arrays;
   Partials partials;
   Coefficients coefficients;
@@ -61,7 +61,7 @@ struct MomentsJob {
   double* counts = nullptr;
 };
 
-// For one data type. Finish functions take a range of channels, the others an item of the plan.
+// For one data type. Finish functions take a range of channels, the others an item of the partition.
 struct Kernels {
   void (*moments)(const ForwardJob& job, int64_t item);
   void (*finish_statistics)(const ForwardJob& job, int64_t begin, int64_t end);

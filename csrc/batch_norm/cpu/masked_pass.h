@@ -1,6 +1,6 @@
 // The phases by themselves where only some elements count, as a Mask says: their moments, and dx.
 //
-// Their plans are those of the other passes, but for one thing: rows that were folded are seen one by one.
+// Their partitions are those of the other passes, but for one thing: rows that were folded are seen one by one.
 
 #ifndef TFOPS_BATCH_NORM_CPU_KEPT_PASS_H_
 #define TFOPS_BATCH_NORM_CPU_KEPT_PASS_H_
@@ -42,12 +42,13 @@ struct UnfoldedRows {
   int64_t column_end;
 };
 
-TFOPS_INLINE UnfoldedRows RowsOfItem(const Problem& problem, const Plan& plan, int64_t item) {
-  const int64_t chunk = plan.Chunk(item);
-  const int64_t tail = plan.HasTail(chunk) ? plan.tail / problem.channels : 0;
-  const int64_t begin = plan.RowBegin(chunk) * plan.fold, end = plan.RowEnd(chunk) * plan.fold + tail;
-  if (plan.fold > 1) return {begin, end, 0, problem.channels};
-  return {begin, end, plan.ColumnBegin(item), plan.ColumnEnd(item)};
+TFOPS_INLINE UnfoldedRows RowsOfItem(const Problem& problem, const Partition& partition, int64_t item) {
+  const int64_t chunk = partition.Chunk(item);
+  const int64_t tail = partition.HasTail(chunk) ? partition.tail / problem.channels : 0;
+  const int64_t begin = partition.RowBegin(chunk) * partition.fold,
+                end = partition.RowEnd(chunk) * partition.fold + tail;
+  if (partition.fold > 1) return {begin, end, 0, problem.channels};
+  return {begin, end, partition.ColumnBegin(item), partition.ColumnEnd(item)};
 }
 
 // Channels-last, rows that count as a whole: they are gathered in the cache, some columns of some rows at a time, and
@@ -58,10 +59,10 @@ void MaskedRowMoments(const MomentsJob& job, int64_t item) {
   constexpr int64_t kRows = kMomentsChainRows<Param<T>>;
   constexpr int64_t kColumns = (32 << 10) / (kRows * static_cast<int64_t>(sizeof(T)));
   const Problem& problem = job.forward.problem;
-  const Plan& plan = job.forward.plan;
-  const UnfoldedRows rows = RowsOfItem(problem, plan, item);
+  const Partition& partition = job.forward.partition;
+  const UnfoldedRows rows = RowsOfItem(problem, partition, item);
   const uint8_t* flags = job.arrays.mask.flags;
-  const int64_t slot = plan.Chunk(item) * plan.columns;
+  const int64_t slot = partition.Chunk(item) * partition.columns;
   ColumnChain<T> chain;
   alignas(64) T gathered[kRows * kColumns];
   for (int64_t begin = rows.column_begin; begin < rows.column_end; begin += kColumns) {
@@ -96,9 +97,9 @@ void MaskedRowMoments(const MomentsJob& job, int64_t item) {
 template <typename T>
 void MaskedElementMoments(const MomentsJob& job, int64_t item) {
   const Problem& problem = job.forward.problem;
-  const UnfoldedRows rows = RowsOfItem(problem, job.forward.plan, item);
+  const UnfoldedRows rows = RowsOfItem(problem, job.forward.partition, item);
   const uint8_t* flags = job.arrays.mask.flags;
-  const int64_t slot = job.forward.plan.Chunk(item) * job.forward.plan.columns;
+  const int64_t slot = job.forward.partition.Chunk(item) * job.forward.partition.columns;
   for (int64_t c = rows.column_begin; c < rows.column_end; ++c) {
     Moments<double> total{0, 0, 0};
     for (int64_t r = rows.begin; r < rows.end; ++r) {
@@ -116,15 +117,15 @@ void MaskedElementMoments(const MomentsJob& job, int64_t item) {
 // Channels-first: stretches of planes.
 template <typename T>
 void MaskedPlaneMoments(const MomentsJob& job, int64_t item) {
-  const Plan& plan = job.forward.plan;
+  const Partition& partition = job.forward.partition;
   const T* x = static_cast<const T*>(job.arrays.x);
-  const int64_t chunk = plan.Chunk(item);
-  ForEachGroup(plan, item, [&](int64_t begin, int64_t end) {
+  const int64_t chunk = partition.Chunk(item);
+  ForEachGroup(partition, item, [&](int64_t begin, int64_t end) {
     MomentsChain<T> chains[kMaxGroup];
     for (int64_t c = begin; c < end; ++c) chains[c - begin].Begin();
-    for (int64_t r = plan.RowBegin(chunk); r < plan.RowEnd(chunk); ++r) {
+    for (int64_t r = partition.RowBegin(chunk); r < partition.RowEnd(chunk); ++r) {
       for (int64_t c = begin; c < end; ++c) {
-        const Run run = SegmentRun(job.forward.problem, plan, r, c);
+        const Run run = SegmentRun(job.forward.problem, partition, r, c);
         ForEachStretch(job.arrays.mask, run.offset, run.length, [&](int64_t first, int64_t length, bool is_counted) {
           const T* const start[] = {x + run.offset + first};
           if (is_counted) chains[c - begin].Add(start, length);
@@ -133,16 +134,16 @@ void MaskedPlaneMoments(const MomentsJob& job, int64_t item) {
     }
     for (int64_t c = begin; c < end; ++c) {
       const Moments<double> moments = chains[c - begin].Finish();
-      job.counts[chunk * plan.columns + c] = moments.count;
-      job.forward.partials.first[chunk * plan.columns + c] = moments.mean;
-      job.forward.partials.second[chunk * plan.columns + c] = moments.m2;
+      job.counts[chunk * partition.columns + c] = moments.count;
+      job.forward.partials.first[chunk * partition.columns + c] = moments.mean;
+      job.forward.partials.second[chunk * partition.columns + c] = moments.m2;
     }
   });
 }
 
 template <typename T>
 void MaskedMomentsItem(const MomentsJob& job, int64_t item) {
-  if (!job.forward.plan.channels_last) {
+  if (!job.forward.partition.channels_last) {
     MaskedPlaneMoments<T>(job, item);
   } else if (job.arrays.mask.length == job.forward.problem.channels) {
     MaskedRowMoments<T>(job, item);
@@ -171,9 +172,9 @@ void FinishMomentsOf(const MomentsJob& job, int64_t begin, int64_t end) {
     }
   };
   bool first = true;
-  ForEachPartial(job.forward.problem, job.forward.plan, [&](int64_t slot, int64_t n) {
+  ForEachPartial(job.forward.problem, job.forward.partition, [&](int64_t slot, int64_t n) {
     // Folded rows were seen one by one.
-    if (counted && slot % job.forward.plan.columns != 0) return;
+    if (counted && slot % job.forward.partition.columns != 0) return;
     if (!first) return merge(slot, static_cast<double>(n));
     first = false;
     if (counted) return;
@@ -202,13 +203,13 @@ void MaskedGradientNormalizeItem(const BackwardJob& job, const Mask& mask, int64
   using P = Param<T>;
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    ForEachRun(job.problem, job.plan, item, [&](const Run& run) {
+    ForEachRun(job.problem, job.partition, item, [&](const Run& run) {
       ForEachStretch(mask, run.offset, run.length, [&](int64_t first, int64_t length, bool is_counted) {
         Run stretch = run;
         stretch.offset += first;
         stretch.length = length;
         const auto arrays = ArraysOfRun<T, AnyArrays>(job, stretch, nullptr, job.dx_ahead);
-        if (job.plan.channels_last) {
+        if (job.partition.channels_last) {
           const ColumnCoefficients<P> coefficients(job.coefficients, run.column + first);
           GradientNormalizeAnyRun<kActivation>(arrays, coefficients, is_counted);
         } else {

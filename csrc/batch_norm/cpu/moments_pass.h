@@ -136,13 +136,13 @@ class ColumnChain {
 
 template <typename T>
 void ColumnMoments(const ForwardJob& job, int64_t item) {
-  const Plan& plan = job.plan;
+  const Partition& partition = job.partition;
   const T* x = static_cast<const T*>(job.arrays.x);
-  const int64_t chunk = plan.Chunk(item);
-  const int64_t first = plan.ColumnBegin(item);
-  const int64_t columns = plan.ColumnEnd(item) - first;
-  double* mean = job.partials.first + chunk * plan.columns + first;
-  double* m2 = job.partials.second + chunk * plan.columns + first;
+  const int64_t chunk = partition.Chunk(item);
+  const int64_t first = partition.ColumnBegin(item);
+  const int64_t columns = partition.ColumnEnd(item) - first;
+  double* mean = job.partials.first + chunk * partition.columns + first;
+  double* m2 = job.partials.second + chunk * partition.columns + first;
   for (int64_t j = 0; j < columns; ++j) mean[j] = m2[j] = 0;
 
   ColumnChain<T> chain;
@@ -150,15 +150,15 @@ void ColumnMoments(const ForwardJob& job, int64_t item) {
   // A chain: steps * kRows rows from row r on, which are `apart` rows apart within a step; the first n columns.
   const auto merge = [&](auto rows_at_once, int64_t r, int64_t steps, int64_t apart, int64_t n) {
     constexpr int kRows = decltype(rows_at_once)::value;
-    chain.template Merge<kRows>(x + r * plan.columns + first, steps, plan.columns, apart * plan.columns, n, count, mean,
-                                m2);
+    chain.template Merge<kRows>(x + r * partition.columns + first, steps, partition.columns, apart * partition.columns,
+                                n, count, mean, m2);
     count += steps * kRows;
   };
   // A chain's end takes as long as three steps, so chains grow with what their shift is the mean of: a step, at first.
   constexpr int kRowsAtOnce = ColumnChain<T>::kRowsAtOnce;
   constexpr int64_t kFirstSteps = 4, kMostSteps = kChainRows - kRowsAtOnce;
-  const int64_t begin = plan.RowBegin(chunk);
-  const int64_t end = plan.RowEnd(chunk);
+  const int64_t begin = partition.RowBegin(chunk);
+  const int64_t end = partition.RowEnd(chunk);
   const int64_t apart = (end - begin) / kRowsAtOnce;
   for (int64_t i = 0; i < apart;) {
     const int64_t most = count == 0 ? kFirstSteps : Min(kMostSteps, kReach * count / kRowsAtOnce);
@@ -168,7 +168,7 @@ void ColumnMoments(const ForwardJob& job, int64_t item) {
   }
   const int64_t rest = begin + apart * kRowsAtOnce;
   if (rest < end) merge(std::integral_constant<int, 1>(), rest, end - rest, 0, columns);
-  if (plan.HasTail(chunk)) merge(std::integral_constant<int, 1>(), plan.rows, 1, 0, plan.tail);
+  if (partition.HasTail(chunk)) merge(std::integral_constant<int, 1>(), partition.rows, 1, 0, partition.tail);
 }
 
 // Sums about a shift along the elements of one channel, run after run, until a chain is long enough.
@@ -250,13 +250,13 @@ class MomentsChain {
 
 template <typename T>
 void PlaneMoments(const ForwardJob& job, int64_t item) {
-  const Plan& plan = job.plan;
+  const Partition& partition = job.partition;
   const T* x = static_cast<const T*>(job.arrays.x);
-  const int64_t chunk = plan.Chunk(item);
-  ForEachGroup(plan, item, [&](int64_t begin, int64_t end) {
+  const int64_t chunk = partition.Chunk(item);
+  ForEachGroup(partition, item, [&](int64_t begin, int64_t end) {
     MomentsChain<T> chains[kMaxGroup];
     for (int64_t c = begin; c < end; ++c) chains[c - begin].Begin();
-    ForEachRuns(job.problem, plan, item, begin, end, [&](const auto& runs, int64_t c) {
+    ForEachRuns(job.problem, partition, item, begin, end, [&](const auto& runs, int64_t c) {
       constexpr int kRuns = std::extent_v<std::remove_reference_t<decltype(runs)>>;
       const T* starts[kRuns];
       for (int k = 0; k < kRuns; ++k) starts[k] = x + runs[k].offset;
@@ -264,15 +264,15 @@ void PlaneMoments(const ForwardJob& job, int64_t item) {
     });
     for (int64_t c = begin; c < end; ++c) {
       const Moments<double> moments = chains[c - begin].Finish();
-      job.partials.first[chunk * plan.columns + c] = moments.mean;
-      job.partials.second[chunk * plan.columns + c] = moments.m2;
+      job.partials.first[chunk * partition.columns + c] = moments.mean;
+      job.partials.second[chunk * partition.columns + c] = moments.m2;
     }
   });
 }
 
 template <typename T>
 void MomentsItem(const ForwardJob& job, int64_t item) {
-  if (job.plan.channels_last) {
+  if (job.partition.channels_last) {
     ColumnMoments<T>(job, item);
   } else {
     PlaneMoments<T>(job, item);
@@ -283,7 +283,7 @@ void MomentsItem(const ForwardJob& job, int64_t item) {
 template <typename P, typename Job>
 TFOPS_INLINE void RepeatColumns(const Job& job, P* coefficients, int64_t begin, int64_t end) {
   const size_t bytes = static_cast<size_t>(end - begin) * sizeof(P);
-  for (int64_t f = 1; f < job.plan.fold; ++f) {
+  for (int64_t f = 1; f < job.partition.fold; ++f) {
     std::memcpy(coefficients + f * job.problem.channels + begin, coefficients + begin, bytes);
   }
 }
@@ -306,16 +306,17 @@ TFOPS_INLINE void SpreadVector(const Job& job, void* coefficients, const void* v
 // Calls merge(slot, n) for each slot of partials that a channel has, n being its number of elements: chunk by chunk,
 // fold by fold. Slot s of channel c lies at s + c.
 template <typename Body>
-TFOPS_INLINE void ForEachPartial(const Problem& problem, const Plan& plan, Body merge) {
-  for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-    for (int64_t f = 0; f < plan.fold; ++f) {
-      int64_t n = plan.RowEnd(chunk) - plan.RowBegin(chunk);
-      if (!plan.channels_last) {
-        n = ElementsBefore(problem, plan, plan.RowEnd(chunk)) - ElementsBefore(problem, plan, plan.RowBegin(chunk));
-      } else if (plan.HasTail(chunk) && f * problem.channels < plan.tail) {
+TFOPS_INLINE void ForEachPartial(const Problem& problem, const Partition& partition, Body merge) {
+  for (int64_t chunk = 0; chunk < partition.chunks; ++chunk) {
+    for (int64_t f = 0; f < partition.fold; ++f) {
+      int64_t n = partition.RowEnd(chunk) - partition.RowBegin(chunk);
+      if (!partition.channels_last) {
+        n = ElementsBefore(problem, partition, partition.RowEnd(chunk)) -
+            ElementsBefore(problem, partition, partition.RowBegin(chunk));
+      } else if (partition.HasTail(chunk) && f * problem.channels < partition.tail) {
         ++n;
       }
-      merge(chunk * plan.columns + f * problem.channels, n);
+      merge(chunk * partition.columns + f * problem.channels, n);
     }
   }
 }
@@ -324,7 +325,7 @@ TFOPS_INLINE void ForEachPartial(const Problem& problem, const Plan& plan, Body 
 template <typename Job>
 double AverageOfPartials(const Job& job, int64_t c) {
   double count = 0, sum = 0;
-  ForEachPartial(job.problem, job.plan, [&](int64_t slot, int64_t n) {
+  ForEachPartial(job.problem, job.partition, [&](int64_t slot, int64_t n) {
     if (n == 0) return;
     count += static_cast<double>(n);
     sum += static_cast<double>(n) * job.partials.first[slot + c];
@@ -344,7 +345,7 @@ double MergePartials(const Job& job, int64_t begin, int64_t end) {
     const int64_t last = Min(first + kChannels, end);
     double deviation[kChannels] = {};
     count = 0;
-    ForEachPartial(job.problem, job.plan, [&](int64_t slot, int64_t n) {
+    ForEachPartial(job.problem, job.partition, [&](int64_t slot, int64_t n) {
       const double added = static_cast<double>(n);
       if (count > 0 && added > 0) {
         const MergeWeights weights(count, added);

@@ -49,13 +49,13 @@ TFOPS_INLINE NormalizeArrays<T, A> ArraysOfRun(const ForwardJob& job, const Run&
 
 // Calls body with what is known of the job's arrays. Tiles that are streamed know nothing of them.
 // There are activation bits only with a residual.
-template <Activation kActivation, Tiling kTiling = Tiling::kNone, typename Body>
+template <Activation kActivation, Traversal kTraversal = Traversal::kNone, typename Body>
 TFOPS_INLINE void WithArraysOf(const ForwardJob& job, Body body) {
-  if constexpr (kTiling == Tiling::kStreamed) {
+  if constexpr (kTraversal == Traversal::kStreamed) {
     body(AnyArrays());
   } else {
     const bool cached = !job.stream_y && job.x_ahead == 0 && job.residual_ahead == 0;
-    WithCached<kTiling>(cached, [&](auto is_cached) {
+    WithCached<kTraversal>(cached, [&](auto is_cached) {
       constexpr bool kCached = decltype(is_cached)::value;
       if (!job.arrays.residual) return body(KnownArrays<kCached, false, false>());
       if constexpr (kIsPiecewiseLinear<kActivation>) {
@@ -267,8 +267,8 @@ TFOPS_INLINE void NormalizeRun(const NormalizeArrays<T, A>& arrays, const C& coe
   bit_writer.Finish();
 }
 
-// What tiles leave over: `length` elements of each of so many rows. Out of line and of any arrays, for all tilings have
-// some, and little of it.
+// What tiles leave over: `length` elements of each of so many rows. Out of line and of any arrays, for all traversals
+// have some, and little of it.
 template <Activation kActivation, typename T>
 __attribute__((noinline)) void NormalizeRest(const NormalizeArrays<T, AnyArrays> arrays,
                                              const ColumnCoefficients<Param<T>> coefficients, int64_t rows,
@@ -277,7 +277,7 @@ __attribute__((noinline)) void NormalizeRest(const NormalizeArrays<T, AnyArrays>
 }
 
 // kTileRows rows, `stride` elements from one to the next: these are the first's arrays.
-template <Activation kActivation, Tiling kTiling, typename T, typename A>
+template <Activation kActivation, Traversal kTraversal, typename T, typename A>
 TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T, A> arrays, const ColumnCoefficients<Param<T>> coefficients,
                                  int64_t stride, int64_t length) {
   using P = Param<T>;
@@ -288,7 +288,7 @@ TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T, A> arrays, const Colum
     for (int v = 0; v < kTileVectors<T>; ++v) loaded[v] = coefficients.template Loaded</*kAll=*/false>(i + v * kL);
     for (int r = 0; r < kTileRows; ++r) {
       const int64_t at = r * stride + i;
-      const bool stream = kTiling == Tiling::kStreamed && arrays.IsStreamed();
+      const bool stream = kTraversal == Traversal::kStreamed && arrays.IsStreamed();
       uint64_t bits = 0;
       for (int v = 0; v < kTileVectors<T>; ++v) {
         bits |= uint64_t{NormalizeVector<false, kActivation>(arrays, loaded[v], at + v * kL, kL, stream)} << v * kL;
@@ -303,17 +303,17 @@ TFOPS_INLINE void NormalizeTiles(const NormalizeArrays<T, A> arrays, const Colum
   }
 }
 
-template <Tiling kTiling, typename T>
+template <Traversal kTraversal, typename T>
 void NormalizeTiledItem(const ForwardJob& job, int64_t item) {
-  const TileRows rows = TileRowsOfItem<T>(job.plan, item);
-  uint8_t* bits = BitsInPlace(job.problem, job.plan, rows.first, job.arrays.activation_bits);
+  const TileRows rows = TileRowsOfItem<T>(job.partition, item);
+  uint8_t* bits = BitsInPlace(job.problem, job.partition, rows.first, job.arrays.activation_bits);
   const ColumnCoefficients<Param<T>> coefficients(job.coefficients, rows.first.column);
   WithActivation(job.problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
-    WithArraysOf<kActivation, kTiling>(job, [&](auto known) {
+    WithArraysOf<kActivation, kTraversal>(job, [&](auto known) {
       const auto arrays = ArraysOfRun<T, decltype(known)>(job, rows.first, bits);
       const auto normalize_tiles = [&](int64_t offset, int64_t stride) {
-        NormalizeTiles<kActivation, kTiling>(arrays.From(offset), coefficients, stride, rows.first.length);
+        NormalizeTiles<kActivation, kTraversal>(arrays.From(offset), coefficients, stride, rows.first.length);
       };
       ForEachTileRows(rows, normalize_tiles, [&](int64_t offset, int64_t count, int64_t length) {
         NormalizeRest<kActivation>(arrays.From(offset).Forgotten(), coefficients, count, rows.stride, length);
@@ -327,24 +327,24 @@ template <typename T>
 void NormalizeItem(const ForwardJob& job, int64_t item) {
   using P = Param<T>;
   const Problem& problem = job.problem;
-  const Plan& plan = job.plan;
-  const auto normalize_tiled = [&](auto tiling) { NormalizeTiledItem<decltype(tiling)::value, T>(job, item); };
-  if (WithTiling<T>(job.tiling, plan, normalize_tiled)) return;
+  const Partition& partition = job.partition;
+  const auto normalize_tiled = [&](auto traversal) { NormalizeTiledItem<decltype(traversal)::value, T>(job, item); };
+  if (WithTraversal<T>(job.traversal, partition, normalize_tiled)) return;
   uint8_t* activation_bits = job.arrays.activation_bits;
-  const bool buffered = activation_bits && AreBitsBuffered(problem, plan);
+  const bool buffered = activation_bits && AreBitsBuffered(problem, partition);
   WithActivation(problem.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
     WithArraysOf<kActivation>(job, [&](auto known) {
       using A = decltype(known);
-      if (!plan.channels_last) {
-        return ForEachSegment(problem, plan, item, [&](const Run& run) {
-          const auto arrays = ArraysOfRun<T, A>(job, run, BitsInPlace(problem, plan, run, activation_bits));
+      if (!partition.channels_last) {
+        return ForEachSegment(problem, partition, item, [&](const Run& run) {
+          const auto arrays = ArraysOfRun<T, A>(job, run, BitsInPlace(problem, partition, run, activation_bits));
           NormalizeRun<kActivation>(arrays, ChannelCoefficients<P>(job.coefficients, run.column), run.length);
         });
       }
-      ForEachRow(plan, item, [&](const Run& run) {
+      ForEachRow(partition, item, [&](const Run& run) {
         uint8_t buffer[kRunBitsBytes];
-        uint8_t* rows = BitsInPlace(problem, plan, run, activation_bits);
+        uint8_t* rows = BitsInPlace(problem, partition, run, activation_bits);
         const auto arrays = ArraysOfRun<T, A>(job, run, buffered ? buffer : rows);
         NormalizeRun<kActivation>(arrays, ColumnCoefficients<P>(job.coefficients, run.column), run.length);
         if (buffered) ScatterBits(problem, run, buffer, rows);

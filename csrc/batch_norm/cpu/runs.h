@@ -74,42 +74,42 @@ static_assert(kUnroll == 4, "SumOfAll adds four");
 struct Run {
   int64_t offset = 0;  // of its first element in the tensor
   int64_t length = 0;
-  int64_t row = 0;     // see plan.h
+  int64_t row = 0;     // see partition.h
   int64_t column = 0;  // of its first element; channels-first: the channel of all
 };
 
-TFOPS_INLINE Run RowRun(const Plan& plan, int64_t row, int64_t column_begin, int64_t column_end) {
-  return {row * plan.columns + column_begin, column_end - column_begin, row, column_begin};
+TFOPS_INLINE Run RowRun(const Partition& partition, int64_t row, int64_t column_begin, int64_t column_end) {
+  return {row * partition.columns + column_begin, column_end - column_begin, row, column_begin};
 }
 
-TFOPS_INLINE Run SegmentRun(const Problem& problem, const Plan& plan, int64_t row, int64_t channel) {
-  if (plan.segments_per_plane == 1) {  // spares small planes two divisions
+TFOPS_INLINE Run SegmentRun(const Problem& problem, const Partition& partition, int64_t row, int64_t channel) {
+  if (partition.segments_per_plane == 1) {  // spares small planes two divisions
     return {(row * problem.channels + channel) * problem.inner, problem.inner, row, channel};
   }
-  const int64_t plane = row / plan.segments_per_plane * problem.channels + channel;
-  const int64_t begin = row % plan.segments_per_plane * plan.segment;
-  return {plane * problem.inner + begin, Min(plan.segment, problem.inner - begin), row, channel};
+  const int64_t plane = row / partition.segments_per_plane * problem.channels + channel;
+  const int64_t begin = row % partition.segments_per_plane * partition.segment;
+  return {plane * problem.inner + begin, Min(partition.segment, problem.inner - begin), row, channel};
 }
 
 // Elements of a channel in the rows before `row`, channels-first.
-TFOPS_INLINE int64_t ElementsBefore(const Problem& problem, const Plan& plan, int64_t row) {
-  return row / plan.segments_per_plane * problem.inner + row % plan.segments_per_plane * plan.segment;
+TFOPS_INLINE int64_t ElementsBefore(const Problem& problem, const Partition& partition, int64_t row) {
+  return row / partition.segments_per_plane * problem.inner + row % partition.segments_per_plane * partition.segment;
 }
 
 // Calls body(begin, end) for the groups of channels of an item, channels-first.
 template <typename Body>
-TFOPS_INLINE void ForEachGroup(const Plan& plan, int64_t item, Body body) {
-  const int64_t end = plan.ColumnEnd(item);
-  for (int64_t c = plan.ColumnBegin(item); c < end; c += plan.group) body(c, Min(c + plan.group, end));
+TFOPS_INLINE void ForEachGroup(const Partition& partition, int64_t item, Body body) {
+  const int64_t end = partition.ColumnEnd(item);
+  for (int64_t c = partition.ColumnBegin(item); c < end; c += partition.group) body(c, Min(c + partition.group, end));
 }
 
 // Calls body(runs, c) for every run of channels begin to end in the chunk of an item, channels-first: arrays of kUnroll
 // runs, where they are as long as each other, or of one.
 template <typename Body>
-TFOPS_INLINE void ForEachRuns(const Problem& problem, const Plan& plan, int64_t item, int64_t begin, int64_t end,
-                              Body body) {
-  const int64_t row_begin = plan.RowBegin(plan.Chunk(item));
-  const int64_t row_end = plan.RowEnd(plan.Chunk(item));
+TFOPS_INLINE void ForEachRuns(const Problem& problem, const Partition& partition, int64_t item, int64_t begin,
+                              int64_t end, Body body) {
+  const int64_t row_begin = partition.RowBegin(partition.Chunk(item));
+  const int64_t row_end = partition.RowEnd(partition.Chunk(item));
   const int64_t apart = (row_end - row_begin) / kUnroll;
   for (int64_t r = row_begin; r < row_end; ++r) {
     if (r == row_begin + apart) r += apart * (kUnroll - 1);  // what has been seen
@@ -119,7 +119,7 @@ TFOPS_INLINE void ForEachRuns(const Problem& problem, const Plan& plan, int64_t 
       Run runs[kUnroll];
       bool alike = count == kUnroll;
       for (int k = 0; k < count; ++k) {
-        runs[k] = SegmentRun(problem, plan, r + k * apart, c);
+        runs[k] = SegmentRun(problem, partition, r + k * apart, c);
         alike = alike && runs[k].length == runs[0].length;
       }
       if (alike) {
@@ -136,34 +136,34 @@ TFOPS_INLINE void ForEachRuns(const Problem& problem, const Plan& plan, int64_t 
 
 // Every run of an item, channels-last: rows, and the tail.
 template <typename Body>
-TFOPS_INLINE void ForEachRow(const Plan& plan, int64_t item, Body body) {
-  const int64_t chunk = plan.Chunk(item);
-  const int64_t column_begin = plan.ColumnBegin(item);
-  const int64_t column_end = plan.ColumnEnd(item);
-  const int64_t row_end = plan.RowEnd(chunk);
-  for (int64_t r = plan.RowBegin(chunk); r < row_end; ++r) body(RowRun(plan, r, column_begin, column_end));
-  if (plan.HasTail(chunk)) body(RowRun(plan, plan.rows, 0, plan.tail));
+TFOPS_INLINE void ForEachRow(const Partition& partition, int64_t item, Body body) {
+  const int64_t chunk = partition.Chunk(item);
+  const int64_t column_begin = partition.ColumnBegin(item);
+  const int64_t column_end = partition.ColumnEnd(item);
+  const int64_t row_end = partition.RowEnd(chunk);
+  for (int64_t r = partition.RowBegin(chunk); r < row_end; ++r) body(RowRun(partition, r, column_begin, column_end));
+  if (partition.HasTail(chunk)) body(RowRun(partition, partition.rows, 0, partition.tail));
 }
 
 // Every run of an item, channels-first: segments of planes, those of a group of channels row by row.
 template <typename Body>
-TFOPS_INLINE void ForEachSegment(const Problem& problem, const Plan& plan, int64_t item, Body body) {
-  const int64_t row_begin = plan.RowBegin(plan.Chunk(item));
-  const int64_t row_end = plan.RowEnd(plan.Chunk(item));
-  ForEachGroup(plan, item, [&](int64_t group_begin, int64_t group_end) {
+TFOPS_INLINE void ForEachSegment(const Problem& problem, const Partition& partition, int64_t item, Body body) {
+  const int64_t row_begin = partition.RowBegin(partition.Chunk(item));
+  const int64_t row_end = partition.RowEnd(partition.Chunk(item));
+  ForEachGroup(partition, item, [&](int64_t group_begin, int64_t group_end) {
     for (int64_t r = row_begin; r < row_end; ++r) {
-      for (int64_t c = group_begin; c < group_end; ++c) body(SegmentRun(problem, plan, r, c));
+      for (int64_t c = group_begin; c < group_end; ++c) body(SegmentRun(problem, partition, r, c));
     }
   });
 }
 
 // Every run of an item, of either layout.
 template <typename Body>
-TFOPS_INLINE void ForEachRun(const Problem& problem, const Plan& plan, int64_t item, Body body) {
-  if (plan.channels_last) {
-    ForEachRow(plan, item, body);
+TFOPS_INLINE void ForEachRun(const Problem& problem, const Partition& partition, int64_t item, Body body) {
+  if (partition.channels_last) {
+    ForEachRow(partition, item, body);
   } else {
-    ForEachSegment(problem, plan, item, body);
+    ForEachSegment(problem, partition, item, body);
   }
 }
 
@@ -173,8 +173,8 @@ TFOPS_INLINE void ForEachRun(const Problem& problem, const Plan& plan, int64_t i
 //
 // The rows of a tile lie a part of the chunk apart, so that data are read and written in as many streams, each of them
 // straight ahead: a core sees what comes, and gets more of it from the last-level cache than in a single stream.
-template <Tiling kTiling>
-using TilingConstant = std::integral_constant<Tiling, kTiling>;
+template <Traversal kTraversal>
+using TraversalConstant = std::integral_constant<Traversal, kTraversal>;
 
 constexpr int kTileRows = 4;
 // Vectors of a row, whose coefficients stay in registers. Conversions need some of these too.
@@ -185,23 +185,24 @@ constexpr int64_t kTileColumns = kTileVectors<T> * kLanes<Param<T>>;
 
 // Into how many rows a folded row is cut: of whole tiles, and not so short that rows are begun all the time.
 template <typename T>
-TFOPS_INLINE int64_t PartsOfRow(const Plan& plan) {
+TFOPS_INLINE int64_t PartsOfRow(const Partition& partition) {
   constexpr int64_t kMinElements = 1024 / sizeof(T);
-  int64_t parts = plan.fold;  // a power of 2
-  while (parts > 1 && (plan.columns / parts < kMinElements || plan.columns / parts % kTileColumns<T> != 0)) parts /= 2;
+  int64_t parts = partition.fold;  // a power of 2
+  while (parts > 1 && (partition.columns / parts < kMinElements || partition.columns / parts % kTileColumns<T> != 0))
+    parts /= 2;
   return parts;
 }
 
-// Calls body with a TilingConstant other than kNone, if a job's rows are to go through tiles. Returns whether it did.
-// Rows that are to be streamed have to be whole cache lines.
+// Calls body with a TraversalConstant other than kNone, if a job's rows are to go through tiles. Returns whether it
+// did. Rows that are to be streamed have to be whole cache lines.
 template <typename T, typename Body>
-TFOPS_INLINE bool WithTiling(Tiling tiling, const Plan& plan, Body body) {
-  const int64_t bytes = plan.columns / PartsOfRow<T>(plan) * static_cast<int64_t>(sizeof(T));
-  if (tiling == Tiling::kNone || (tiling == Tiling::kStreamed && bytes % kLineBytes != 0)) return false;
-  if (tiling == Tiling::kStreamed) {
-    body(TilingConstant<Tiling::kStreamed>());
+TFOPS_INLINE bool WithTraversal(Traversal traversal, const Partition& partition, Body body) {
+  const int64_t bytes = partition.columns / PartsOfRow<T>(partition) * static_cast<int64_t>(sizeof(T));
+  if (traversal == Traversal::kNone || (traversal == Traversal::kStreamed && bytes % kLineBytes != 0)) return false;
+  if (traversal == Traversal::kStreamed) {
+    body(TraversalConstant<Traversal::kStreamed>());
   } else {
-    body(TilingConstant<Tiling::kApart>());
+    body(TraversalConstant<Traversal::kApart>());
   }
   return true;
 }
@@ -215,16 +216,16 @@ struct TileRows {
 };
 
 template <typename T>
-TFOPS_INLINE TileRows TileRowsOfItem(const Plan& plan, int64_t item) {
-  const int64_t chunk = plan.Chunk(item);
-  const int64_t row = plan.RowBegin(chunk);
-  const int64_t parts = PartsOfRow<T>(plan);
+TFOPS_INLINE TileRows TileRowsOfItem(const Partition& partition, int64_t item) {
+  const int64_t chunk = partition.Chunk(item);
+  const int64_t row = partition.RowBegin(chunk);
+  const int64_t parts = PartsOfRow<T>(partition);
   TileRows rows;
-  rows.first = RowRun(plan, row, plan.ColumnBegin(item), plan.ColumnEnd(item));
+  rows.first = RowRun(partition, row, partition.ColumnBegin(item), partition.ColumnEnd(item));
   rows.first.length /= parts;
-  rows.count = (plan.RowEnd(chunk) - row) * parts;
-  rows.stride = plan.columns / parts;
-  rows.tail = plan.HasTail(chunk) ? plan.tail : 0;
+  rows.count = (partition.RowEnd(chunk) - row) * parts;
+  rows.stride = partition.columns / parts;
+  rows.tail = partition.HasTail(chunk) ? partition.tail : 0;
   return rows;
 }
 
@@ -289,22 +290,23 @@ TFOPS_INLINE bool IsReadAtOnce(int64_t length) {
 
 constexpr int64_t kRunBitsBytes = kMaxColumns / 8 + 8;  // words reach beyond the end
 
-TFOPS_INLINE bool AreBitsBuffered(const Problem& problem, const Plan& plan) {
-  return plan.fold > 1 && problem.channels % 8 != 0;
+TFOPS_INLINE bool AreBitsBuffered(const Problem& problem, const Partition& partition) {
+  return partition.fold > 1 && problem.channels % 8 != 0;
 }
 
 // Of one row of channels, not folded.
 TFOPS_INLINE int64_t BitsRowBytes(const Problem& problem) { return (problem.channels + 7) / 8; }
 
-TFOPS_INLINE int64_t BitsOffset(const Problem& problem, const Plan& plan, const Run& run) {
-  if (plan.channels_last) return run.row * plan.fold * BitsRowBytes(problem) + run.column / 8;
+TFOPS_INLINE int64_t BitsOffset(const Problem& problem, const Partition& partition, const Run& run) {
+  if (partition.channels_last) return run.row * partition.fold * BitsRowBytes(problem) + run.column / 8;
   return run.offset / problem.inner * ((problem.inner + 7) / 8) + run.offset % problem.inner / 8;
 }
 
 // Where the activation bits of a run begin. Null without any. Byte: uint8_t or const uint8_t.
 template <typename Byte>
-TFOPS_INLINE Byte* BitsInPlace(const Problem& problem, const Plan& plan, const Run& run, Byte* activation_bits) {
-  return activation_bits ? activation_bits + BitsOffset(problem, plan, run) : nullptr;
+TFOPS_INLINE Byte* BitsInPlace(const Problem& problem, const Partition& partition, const Run& run,
+                               Byte* activation_bits) {
+  return activation_bits ? activation_bits + BitsOffset(problem, partition, run) : nullptr;
 }
 
 // So many bits pass at a time: a word less what they may be shifted by.
@@ -375,10 +377,10 @@ TFOPS_INLINE void GatherBits(const Problem& problem, const Run& run, const uint8
 }
 
 // The bits of a run as the gradient reads them: in place, or gathered into the buffer. Null without any.
-TFOPS_INLINE const uint8_t* BitsOfRun(const Problem& problem, const Plan& plan, const Run& run,
+TFOPS_INLINE const uint8_t* BitsOfRun(const Problem& problem, const Partition& partition, const Run& run,
                                       const uint8_t* activation_bits, uint8_t* buffer) {
-  const uint8_t* rows = BitsInPlace(problem, plan, run, activation_bits);
-  if (!rows || !AreBitsBuffered(problem, plan)) return rows;
+  const uint8_t* rows = BitsInPlace(problem, partition, run, activation_bits);
+  if (!rows || !AreBitsBuffered(problem, partition)) return rows;
   GatherBits(problem, run, rows, buffer);
   return buffer;
 }

@@ -14,7 +14,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "csrc/batch_norm/cpu/plan.h"
+#include "csrc/batch_norm/cpu/partition.h"
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #define TFOPS_VECTOR_BYTES 64

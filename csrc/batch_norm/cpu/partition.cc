@@ -1,4 +1,4 @@
-#include "csrc/batch_norm/cpu/plan.h"
+#include "csrc/batch_norm/cpu/partition.h"
 
 #include <algorithm>
 #include <numeric>
@@ -48,16 +48,17 @@ int64_t ChooseFold(int64_t rows, int64_t channels) {
   return fold;
 }
 
-void PlanChannelsLast(const Problem& problem, int64_t wanted, Plan* plan) {
+void PartitionChannelsLast(const Problem& problem, int64_t wanted, Partition* partition) {
   const int64_t rows = problem.Count();
-  plan->fold = ChooseFold(rows, problem.channels);
-  plan->columns = plan->fold * problem.channels;
-  plan->rows = rows / plan->fold;
-  plan->tail = rows % plan->fold * problem.channels;
-  plan->column_block = plan->fold > 1 ? plan->columns : std::min(plan->columns, kColumnBlock);
-  plan->column_blocks = CeilDiv(plan->columns, plan->column_block);
-  const int64_t most_chunks = std::max(plan->rows / kMinChunkRows, std::min(plan->rows / kFewestChunkRows, kFewChunks));
-  plan->chunks = std::clamp<int64_t>(wanted / plan->column_blocks, 1, std::max<int64_t>(most_chunks, 1));
+  partition->fold = ChooseFold(rows, problem.channels);
+  partition->columns = partition->fold * problem.channels;
+  partition->rows = rows / partition->fold;
+  partition->tail = rows % partition->fold * problem.channels;
+  partition->column_block = partition->fold > 1 ? partition->columns : std::min(partition->columns, kColumnBlock);
+  partition->column_blocks = CeilDiv(partition->columns, partition->column_block);
+  const int64_t most_chunks =
+      std::max(partition->rows / kMinChunkRows, std::min(partition->rows / kFewestChunkRows, kFewChunks));
+  partition->chunks = std::clamp<int64_t>(wanted / partition->column_blocks, 1, std::max<int64_t>(most_chunks, 1));
 }
 
 // Whether items are to have all elements of their channels, step_bytes of them in one piece.
@@ -70,29 +71,30 @@ bool AreItemsWhole(const Problem& problem, bool backward, int64_t channel_bytes,
   return !are_cached && (!reads_residual || step_bytes >= kStepBytesOfTwo);
 }
 
-void PlanChannelsFirst(const Problem& problem, bool backward, int64_t wanted, Plan* plan) {
+void PartitionChannelsFirst(const Problem& problem, bool backward, int64_t wanted, Partition* partition) {
   const int64_t plane_bytes = problem.inner * ElementBytes(problem.dtype);
-  plan->segment = std::min(problem.inner, kSegment);
-  plan->segments_per_plane = CeilDiv(problem.inner, plan->segment);
-  plan->rows = problem.outer * plan->segments_per_plane;
-  if (!backward && !problem.training && plan->rows >= kMinStraightRows) {  // no sums: straight through memory
-    plan->group = plan->column_block = plan->columns;
-    plan->column_blocks = 1;
-    plan->chunks = std::min(wanted, plan->rows);
+  partition->segment = std::min(problem.inner, kSegment);
+  partition->segments_per_plane = CeilDiv(problem.inner, partition->segment);
+  partition->rows = problem.outer * partition->segments_per_plane;
+  if (!backward && !problem.training && partition->rows >= kMinStraightRows) {  // no sums: straight through memory
+    partition->group = partition->column_block = partition->columns;
+    partition->column_blocks = 1;
+    partition->chunks = std::min(wanted, partition->rows);
     return;
   }
-  plan->group = std::clamp<int64_t>(kGroupBytes / plane_bytes, 1, kMaxGroup);
+  partition->group = std::clamp<int64_t>(kGroupBytes / plane_bytes, 1, kMaxGroup);
   const int64_t channel_bytes = (backward ? 2 : 1) * problem.outer * plane_bytes;
   const int64_t fitting = std::max<int64_t>(kItemBytes / channel_bytes, 1);
-  plan->column_block = std::min(fitting, CeilDiv(plan->columns, wanted));
-  plan->chunks = 1;
-  if (wanted > 1 && !AreItemsWhole(problem, backward, channel_bytes, plan->column_block * plane_bytes)) {
-    const int64_t most_chunks = std::min(plan->rows / kRunsAtOnce, problem.Count() / kMinChunkElements);
-    const int64_t rows = CeilDiv(plan->rows, std::clamp<int64_t>(most_chunks, 1, wanted));
-    plan->chunks = std::max<int64_t>(plan->rows / (CeilDiv(rows, kRunsAtOnce) * kRunsAtOnce), 1);
-    plan->column_block = std::max(plan->group, CeilDiv(plan->columns, CeilDiv(wanted, plan->chunks)));
+  partition->column_block = std::min(fitting, CeilDiv(partition->columns, wanted));
+  partition->chunks = 1;
+  if (wanted > 1 && !AreItemsWhole(problem, backward, channel_bytes, partition->column_block * plane_bytes)) {
+    const int64_t most_chunks = std::min(partition->rows / kRunsAtOnce, problem.Count() / kMinChunkElements);
+    const int64_t rows = CeilDiv(partition->rows, std::clamp<int64_t>(most_chunks, 1, wanted));
+    partition->chunks = std::max<int64_t>(partition->rows / (CeilDiv(rows, kRunsAtOnce) * kRunsAtOnce), 1);
+    partition->column_block =
+        std::max(partition->group, CeilDiv(partition->columns, CeilDiv(wanted, partition->chunks)));
   }
-  plan->column_blocks = CeilDiv(plan->columns, plan->column_block);
+  partition->column_blocks = CeilDiv(partition->columns, partition->column_block);
 }
 
 }  // namespace
@@ -110,18 +112,18 @@ int64_t ElementBytes(DataType dtype) {
   return 8;
 }
 
-Plan MakePlan(const Problem& problem, bool backward) {
-  Plan plan;
-  plan.columns = problem.channels;
-  if (problem.Elements() == 0) return plan;  // no items
-  plan.channels_last = problem.inner == 1;
+Partition MakePartition(const Problem& problem, bool backward) {
+  Partition partition;
+  partition.columns = problem.channels;
+  if (problem.Elements() == 0) return partition;  // no items
+  partition.channels_last = problem.inner == 1;
   const int64_t wanted = std::clamp<int64_t>(problem.Elements() / kItemElements, 1, kMaxItems);
-  if (plan.channels_last) {
-    PlanChannelsLast(problem, wanted, &plan);
+  if (partition.channels_last) {
+    PartitionChannelsLast(problem, wanted, &partition);
   } else {
-    PlanChannelsFirst(problem, backward, wanted, &plan);
+    PartitionChannelsFirst(problem, backward, wanted, &partition);
   }
-  return plan;
+  return partition;
 }
 
 }  // namespace tfops::cpu

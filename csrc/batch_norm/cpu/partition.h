@@ -15,7 +15,7 @@ inline constexpr int64_t kLineBytes = 64;     // of a cache line
 inline constexpr int64_t kMaxColumns = 4096;  // of an item, channels-last
 inline constexpr int64_t kRunsAtOnce = 4;     // channels-first: rows of a channel that are summed together
 inline constexpr int64_t kRowUnit = 8;        // channels-last: rows that are; chunks have whole units, but for the last
-inline constexpr int64_t kMaxGroup = 64;      // see Plan::group
+inline constexpr int64_t kMaxGroup = 64;      // see Partition::group
 
 // Channels-last data are a matrix of `rows` x `columns`. A column is a channel, unless few or ragged channels would
 // leave vectors part empty: then `fold` consecutive rows are laid side by side and seen as one, column j holding
@@ -23,7 +23,7 @@ inline constexpr int64_t kMaxGroup = 64;      // see Plan::group
 // shorter row, of `tail` columns.
 //
 // Channels-first data are planes of `inner` elements. A column is a channel, a row is a segment of a plane.
-struct Plan {
+struct Partition {
   bool channels_last = true;
   int64_t columns = 0;
   int64_t rows = 0;  // whole ones
@@ -58,7 +58,7 @@ struct Plan {
   TFOPS_INLINE bool HasTail(int64_t chunk) const { return tail > 0 && chunk == chunks - 1; }
 };
 
-Plan MakePlan(const Problem& problem, bool backward);
+Partition MakePartition(const Problem& problem, bool backward);
 
 int64_t ElementBytes(DataType dtype);
 
