@@ -3,9 +3,11 @@
 #include <cstddef>
 #include <functional>
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 
 #include "absl/types/span.h"
+#include "csrc/batch_norm/calls.h"
 #include "csrc/tensorflow/problem.h"
 #include "csrc/tensorflow/registration.h"
 #include "tensorflow/core/framework/device_base.h"
@@ -50,90 +52,40 @@ class HostWorkspace {
   void* data_ = small_;
 };
 
-class CpuDevice {
- public:
-  static absl::Status Run(OpKernelContext* context, const Problem& problem, const ForwardArrays& arrays) {
+// Where a call of calls.h runs, with what memory and what threads or stream.
+struct CpuDevice {
+  template <typename Call>
+  static absl::Status Run(OpKernelContext* context, const Problem& problem, const typename Call::Arrays& arrays) {
     HostWorkspace workspace;
-    TF_RETURN_IF_ERROR(workspace.Allocate(context, cpu::ForwardWorkspaceBytes(problem)));
-    return ToAbsl(cpu::Forward(problem, arrays, workspace.data(), IntraOpThreads(context)));
-  }
-
-  static absl::Status Run(OpKernelContext* context, const Problem& problem, const BackwardArrays& arrays) {
-    HostWorkspace workspace;
-    TF_RETURN_IF_ERROR(workspace.Allocate(context, cpu::BackwardWorkspaceBytes(problem)));
-    return ToAbsl(cpu::Backward(problem, arrays, workspace.data(), IntraOpThreads(context)));
-  }
-
-  static absl::Status Run(OpKernelContext* context, const Problem& problem, const MomentsArrays& arrays) {
-    HostWorkspace workspace;
-    TF_RETURN_IF_ERROR(workspace.Allocate(context, cpu::MomentsWorkspaceBytes(problem)));
-    return ToAbsl(cpu::BatchMoments(problem, arrays, workspace.data(), IntraOpThreads(context)));
-  }
-
-  // One half of Backward: GradientNormalize if there are `statistics`, else GradientMoments.
-  static absl::Status RunHalf(OpKernelContext* context, const Problem& problem, const BackwardArrays& arrays,
-                              const StatisticsGradient* statistics) {
-    HostWorkspace workspace;
-    TF_RETURN_IF_ERROR(workspace.Allocate(context, cpu::BackwardWorkspaceBytes(problem)));
-    const cpu::Threads threads = IntraOpThreads(context);
-    return ToAbsl(statistics ? cpu::GradientNormalize(problem, arrays, *statistics, workspace.data(), threads)
-                             : cpu::GradientMoments(problem, arrays, workspace.data(), threads));
-  }
-
- private:
-  static cpu::Threads IntraOpThreads(OpKernelContext* context) {
+    TF_RETURN_IF_ERROR(workspace.Allocate(context, Call::kCpuWorkspaceBytes(problem)));
     tensorflow::thread::ThreadPool* pool = context->device()->tensorflow_cpu_worker_threads()->workers;
-    return {pool->NumThreads() - 1, [pool](std::function<void()> task) { pool->Schedule(std::move(task)); }};
+    const cpu::Threads threads = {pool->NumThreads() - 1,
+                                  [pool](std::function<void()> task) { pool->Schedule(std::move(task)); }};
+    return ToAbsl(Call::kCpu(problem, arrays, workspace.data(), threads));
   }
 };
 
 #ifdef TFOPS_WITH_CUDA
-class GpuDevice {
- public:
-  static absl::Status Run(OpKernelContext* context, const Problem& problem, const ForwardArrays& arrays) {
+struct GpuDevice {
+  template <typename Call>
+  static absl::Status Run(OpKernelContext* context, const Problem& problem, const typename Call::Arrays& arrays) {
     size_t bytes = 0;
-    TF_RETURN_IF_ERROR(ToAbsl(cuda::ForwardWorkspaceBytes(problem, &bytes)));
+    TF_RETURN_IF_ERROR(ToAbsl(Call::kCudaWorkspaceBytes(problem, &bytes, cuda::Gpus::kCurrent)));
     Tensor workspace;
     TF_RETURN_IF_ERROR(AllocateWorkspace(context, bytes, &workspace));
-    return ToAbsl(cuda::Forward(problem, arrays, workspace.data(), Stream(context)));
-  }
-
-  static absl::Status Run(OpKernelContext* context, const Problem& problem, const BackwardArrays& arrays) {
-    size_t bytes = 0;
-    TF_RETURN_IF_ERROR(ToAbsl(cuda::BackwardWorkspaceBytes(problem, &bytes)));
-    Tensor workspace;
-    TF_RETURN_IF_ERROR(AllocateWorkspace(context, bytes, &workspace));
-    return ToAbsl(cuda::Backward(problem, arrays, workspace.data(), Stream(context)));
-  }
-
-  static absl::Status Run(OpKernelContext* context, const Problem& problem, const MomentsArrays& arrays) {
-    size_t bytes = 0;
-    TF_RETURN_IF_ERROR(ToAbsl(cuda::MomentsWorkspaceBytes(problem, &bytes)));
-    Tensor workspace;
-    TF_RETURN_IF_ERROR(AllocateWorkspace(context, bytes, &workspace));
-    return ToAbsl(cuda::BatchMoments(problem, arrays, workspace.data(), Stream(context)));
-  }
-
-  static absl::Status RunHalf(OpKernelContext* context, const Problem& problem, const BackwardArrays& arrays,
-                              const StatisticsGradient* statistics) {
-    size_t bytes = 0;
-    TF_RETURN_IF_ERROR(ToAbsl(cuda::BackwardWorkspaceBytes(problem, &bytes)));
-    Tensor workspace;
-    TF_RETURN_IF_ERROR(AllocateWorkspace(context, bytes, &workspace));
-    void* stream = Stream(context);
-    return ToAbsl(statistics ? cuda::GradientNormalize(problem, arrays, *statistics, workspace.data(), stream)
-                             : cuda::GradientMoments(problem, arrays, workspace.data(), stream));
-  }
-
- private:
-  static void* Stream(OpKernelContext* context) {
-    return context->op_device_context()->stream()->platform_specific_handle().stream;
+    void* stream = context->op_device_context()->stream()->platform_specific_handle().stream;
+    return ToAbsl(Call::kCuda(problem, arrays, workspace.data(), stream));
   }
 };
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Inputs and outputs. Eager execution knows no shape functions, so every input is checked here.
+
+// The shape of what the ops call `mask`.
+TensorShape ActivationBitsShape(const Problem& problem) {
+  return TensorShape({NeedsActivationBits(problem) ? LayoutOfActivationBits(problem).Bytes() : 0});
+}
 
 // Takes an op's inputs in order, each checked. (Names are for messages and lists: looking an input up takes a while.)
 class Inputs {
@@ -147,11 +99,15 @@ class Inputs {
       : context_(context), data_shape_(x.shape()), vector_shape_({problem.channels}) {}
 
   absl::Status Data(const char* name, const void** data) { return Take(name, data_shape_, data); }
-  absl::Status Vector(const char* name, const void** data) { return Take(name, vector_shape_, data); }
-  absl::Status ActivationBits(const char* name, int64_t bytes, const uint8_t** bits) {
+  absl::Status Vectors(std::initializer_list<Named> vectors) {
+    for (const Named& vector : vectors) TF_RETURN_IF_ERROR(Take(vector.name, vector_shape_, vector.data));
+    return absl::OkStatus();
+  }
+  // Empty unless the problem needs them.
+  absl::Status ActivationBits(const Problem& problem, const uint8_t** bits) {
     const void* data = nullptr;
-    TF_RETURN_IF_ERROR(Take(name, TensorShape({bytes}), &data));
-    *bits = static_cast<const uint8_t*>(data);
+    TF_RETURN_IF_ERROR(Take("mask", ActivationBitsShape(problem), &data));
+    if (NeedsActivationBits(problem)) *bits = static_cast<const uint8_t*>(data);
     return absl::OkStatus();
   }
 
@@ -207,14 +163,17 @@ class Outputs {
  public:
   explicit Outputs(OpKernelContext* context) : context_(context) {}
 
-  absl::Status Allocate(const TensorShape& shape, void** data) {
-    Tensor* output = nullptr;
-    TF_RETURN_IF_ERROR(context_->allocate_output(next_++, shape, &output));
-    *data = output->data();
+  // One or more of a shape.
+  absl::Status Allocate(const TensorShape& shape, std::initializer_list<void**> arrays) {
+    for (void** data : arrays) {
+      Tensor* output = nullptr;
+      TF_RETURN_IF_ERROR(context_->allocate_output(next_++, shape, &output));
+      *data = output->data();
+    }
     return absl::OkStatus();
   }
 
-  // In the buffer of one of those inputs, if nobody else will read it.
+  // One in the buffer of one of those inputs, if nobody else will read it.
   absl::Status Reuse(absl::Span<const int> inputs, const TensorShape& shape, void** data) {
     Tensor* output = nullptr;
     TF_RETURN_IF_ERROR(context_->forward_input_or_allocate_output(inputs, next_++, shape, &output));
@@ -268,8 +227,7 @@ class TrainingOp final : public BatchNormOp {
     ForwardArrays arrays;
     Inputs inputs(context, x, problem);
     TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
-    TF_RETURN_IF_ERROR(inputs.Vector("scale", &arrays.scale));
-    TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
+    TF_RETURN_IF_ERROR(inputs.Vectors({{"scale", &arrays.scale}, {"offset", &arrays.offset}}));
     TF_RETURN_IF_ERROR(inputs.OptionalVectors("running", {{"mean", &arrays.mean}, {"variance", &arrays.variance}},
                                               MayLackRunning(problem)));
     TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
@@ -277,15 +235,12 @@ class TrainingOp final : public BatchNormOp {
 
     Outputs outputs(context);
     TF_RETURN_IF_ERROR(AllocateY(context, inputs, problem, &outputs, &arrays.y));
-    for (void** vector : {&arrays.mean_out, &arrays.variance_out, &arrays.saved_mean, &arrays.saved_inv_std}) {
-      TF_RETURN_IF_ERROR(outputs.Allocate(inputs.vector_shape(), vector));
-    }
-    const bool needs_bits = NeedsActivationBits(problem);
+    TF_RETURN_IF_ERROR(outputs.Allocate(
+        inputs.vector_shape(), {&arrays.mean_out, &arrays.variance_out, &arrays.saved_mean, &arrays.saved_inv_std}));
     void* bits = nullptr;
-    TF_RETURN_IF_ERROR(
-        outputs.Allocate(TensorShape({needs_bits ? LayoutOfActivationBits(problem).Bytes() : 0}), &bits));
-    arrays.activation_bits = needs_bits ? static_cast<uint8_t*>(bits) : nullptr;
-    return Device::Run(context, problem, arrays);
+    TF_RETURN_IF_ERROR(outputs.Allocate(ActivationBitsShape(problem), {&bits}));
+    if (NeedsActivationBits(problem)) arrays.activation_bits = static_cast<uint8_t*>(bits);
+    return Device::template Run<ForwardCall>(context, problem, arrays);
   }
 };
 
@@ -302,26 +257,35 @@ class InferenceOp final : public BatchNormOp {
     ForwardArrays arrays;
     Inputs inputs(context, x, problem);
     TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
-    TF_RETURN_IF_ERROR(inputs.Vector("scale", &arrays.scale));
-    TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
-    TF_RETURN_IF_ERROR(inputs.Vector("mean", &arrays.mean));
-    TF_RETURN_IF_ERROR(inputs.Vector("variance", &arrays.variance));
+    TF_RETURN_IF_ERROR(inputs.Vectors({{"scale", &arrays.scale},
+                                       {"offset", &arrays.offset},
+                                       {"mean", &arrays.mean},
+                                       {"variance", &arrays.variance}}));
     TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
 
     Outputs outputs(context);
     TF_RETURN_IF_ERROR(AllocateY(context, inputs, problem, &outputs, &arrays.y));
-    return Device::Run(context, problem, arrays);
+    return Device::template Run<ForwardCall>(context, problem, arrays);
   }
 };
 
-// What the two gradient ops share: dx in dy's buffer, the vectors, and dresidual.
+// What all gradient ops take first: dy, x, and the vectors that z depends on.
+absl::Status TakeGradientInputs(const Problem& problem, Inputs* inputs, BackwardArrays* arrays) {
+  TF_RETURN_IF_ERROR(inputs->Data("dy", &arrays->dy));
+  TF_RETURN_IF_ERROR(inputs->Data("x", &arrays->x));
+  TF_RETURN_IF_ERROR(inputs->Vectors({{"scale", &arrays->scale}, {"offset", &arrays->offset}}));
+  if (problem.training) return inputs->Vectors({{"saved_mean", &arrays->mean}, {"saved_inv_std", &arrays->inv_std}});
+  return inputs->Vectors({{"mean", &arrays->mean}, {"variance", &arrays->variance}});
+}
+
+// What all gradient ops that write dx allocate: dx in dy's buffer, the vectors, and dresidual.
 absl::Status AllocateGradients(Outputs* outputs, const Inputs& inputs, const Problem& problem,
                                std::initializer_list<void**> vectors, BackwardArrays* arrays) {
   TF_RETURN_IF_ERROR(outputs->Reuse({0}, inputs.data_shape(), &arrays->dx));
-  for (void** vector : vectors) TF_RETURN_IF_ERROR(outputs->Allocate(inputs.vector_shape(), vector));
+  TF_RETURN_IF_ERROR(outputs->Allocate(inputs.vector_shape(), vectors));
   const bool wanted = HasResidualGradient(problem);
   void* dresidual = nullptr;
-  TF_RETURN_IF_ERROR(outputs->Allocate(wanted ? inputs.data_shape() : TensorShape({0}), &dresidual));
+  TF_RETURN_IF_ERROR(outputs->Allocate(wanted ? inputs.data_shape() : TensorShape({0}), {&dresidual}));
   if (wanted) arrays->dresidual = dresidual;
   return absl::OkStatus();
 }
@@ -338,27 +302,21 @@ class TrainingGradOp final : public BatchNormOp {
     TF_RETURN_IF_ERROR(FoldShape(x.shape(), attributes(), &problem));
     BackwardArrays arrays;
     Inputs inputs(context, x, problem);
-    TF_RETURN_IF_ERROR(inputs.Data("dy", &arrays.dy));
-    TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
-    TF_RETURN_IF_ERROR(inputs.Vector("scale", &arrays.scale));
-    TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
-    TF_RETURN_IF_ERROR(inputs.Vector("saved_mean", &arrays.mean));
-    TF_RETURN_IF_ERROR(inputs.Vector("saved_inv_std", &arrays.inv_std));
-    const bool needs_bits = NeedsActivationBits(problem);
-    TF_RETURN_IF_ERROR(inputs.ActivationBits("mask", needs_bits ? LayoutOfActivationBits(problem).Bytes() : 0,
-                                             &arrays.activation_bits));
-    if (!needs_bits) arrays.activation_bits = nullptr;
+    TF_RETURN_IF_ERROR(TakeGradientInputs(problem, &inputs, &arrays));
+    TF_RETURN_IF_ERROR(inputs.ActivationBits(problem, &arrays.activation_bits));
     TF_RETURN_IF_ERROR(
         inputs.OptionalVectors("drunning", {{"dmean", &arrays.dmean}, {"dvariance", &arrays.dvariance}}));
     TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
 
     Outputs outputs(context);
     TF_RETURN_IF_ERROR(AllocateGradients(&outputs, inputs, problem, {&arrays.dscale, &arrays.doffset}, &arrays));
-    return Device::Run(context, problem, arrays);
+    return Device::template Run<BackwardCall>(context, problem, arrays);
   }
 };
 
-template <typename Device>
+// The gradient where the statistics were given: BackwardCall, or a phase of it, GradientMomentsCall for the vectors
+// alone, or GradientNormalizeCall for dx and dresidual alone.
+template <typename Device, typename Call>
 class InferenceGradOp final : public BatchNormOp {
  public:
   explicit InferenceGradOp(OpKernelConstruction* context) : BatchNormOp(context, /*training=*/false) {}
@@ -368,20 +326,26 @@ class InferenceGradOp final : public BatchNormOp {
     const Tensor& x = context->input(1);
     Problem problem;
     TF_RETURN_IF_ERROR(FoldShape(x.shape(), attributes(), &problem));
-    BackwardArrays arrays;
+    typename Call::Arrays arrays;
     Inputs inputs(context, x, problem);
-    TF_RETURN_IF_ERROR(inputs.Data("dy", &arrays.dy));
-    TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
-    TF_RETURN_IF_ERROR(inputs.Vector("scale", &arrays.scale));
-    TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
-    TF_RETURN_IF_ERROR(inputs.Vector("mean", &arrays.mean));
-    TF_RETURN_IF_ERROR(inputs.Vector("variance", &arrays.variance));
+    TF_RETURN_IF_ERROR(TakeGradientInputs(problem, &inputs, &arrays));
+    if constexpr (std::is_same_v<Call, GradientNormalizeCall>) {
+      StatisticsGradient& statistics = arrays.statistics;
+      TF_RETURN_IF_ERROR(inputs.Vectors({{"tilt", &statistics.tilt}, {"shift", &statistics.shift}}));
+      TF_RETURN_IF_ERROR(inputs.Keep(&statistics.mask));
+    }
     TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
 
     Outputs outputs(context);
     const auto vectors = {&arrays.dscale, &arrays.doffset, &arrays.dmean_in, &arrays.dvariance_in};
-    TF_RETURN_IF_ERROR(AllocateGradients(&outputs, inputs, problem, vectors, &arrays));
-    return Device::Run(context, problem, arrays);
+    if (std::is_same_v<Call, GradientMomentsCall>) {
+      TF_RETURN_IF_ERROR(outputs.Allocate(inputs.vector_shape(), vectors));
+    } else if (std::is_same_v<Call, GradientNormalizeCall>) {
+      TF_RETURN_IF_ERROR(AllocateGradients(&outputs, inputs, problem, {}, &arrays));
+    } else {
+      TF_RETURN_IF_ERROR(AllocateGradients(&outputs, inputs, problem, vectors, &arrays));
+    }
+    return Device::template Run<Call>(context, problem, arrays);
   }
 };
 
@@ -405,62 +369,11 @@ class MomentsOp final : public OpKernel {
     TF_RETURN_IF_ERROR(inputs.Keep(&arrays.mask));
 
     Outputs outputs(context);
-    for (void** vector : {&arrays.count, &arrays.mean, &arrays.variance}) {
-      TF_RETURN_IF_ERROR(outputs.Allocate(inputs.vector_shape(), vector));
-    }
-    return Device::Run(context, problem, arrays);
+    TF_RETURN_IF_ERROR(outputs.Allocate(inputs.vector_shape(), {&arrays.count, &arrays.mean, &arrays.variance}));
+    return Device::template Run<MomentsCall>(context, problem, arrays);
   }
 
   Attributes attributes_;
-};
-
-// Both gradient phases: they differ in what they take beside x and dy, and in which gradients they write.
-template <typename Device, bool kNormalize>
-class GradientPhaseOp : public BatchNormOp {
- public:
-  explicit GradientPhaseOp(OpKernelConstruction* context) : BatchNormOp(context, /*training=*/false) {}
-
- private:
-  absl::Status Run(OpKernelContext* context) override {
-    const Tensor& x = context->input(1);
-    Problem problem;
-    TF_RETURN_IF_ERROR(FoldShape(x.shape(), attributes(), &problem));
-    BackwardArrays arrays;
-    StatisticsGradient statistics;
-    Inputs inputs(context, x, problem);
-    TF_RETURN_IF_ERROR(inputs.Data("dy", &arrays.dy));
-    TF_RETURN_IF_ERROR(inputs.Data("x", &arrays.x));
-    TF_RETURN_IF_ERROR(inputs.Vector("scale", &arrays.scale));
-    TF_RETURN_IF_ERROR(inputs.Vector("offset", &arrays.offset));
-    TF_RETURN_IF_ERROR(inputs.Vector("mean", &arrays.mean));
-    TF_RETURN_IF_ERROR(inputs.Vector("variance", &arrays.variance));
-    if (kNormalize) {
-      TF_RETURN_IF_ERROR(inputs.Vector("tilt", &statistics.tilt));
-      TF_RETURN_IF_ERROR(inputs.Vector("shift", &statistics.shift));
-      TF_RETURN_IF_ERROR(inputs.Keep(&statistics.mask));
-    }
-    TF_RETURN_IF_ERROR(inputs.OptionalData("residual", &arrays.residual));
-
-    Outputs outputs(context);
-    if (kNormalize) {
-      TF_RETURN_IF_ERROR(AllocateGradients(&outputs, inputs, problem, {}, &arrays));
-      return Device::RunHalf(context, problem, arrays, &statistics);
-    }
-    for (void** vector : {&arrays.dscale, &arrays.doffset, &arrays.dmean_in, &arrays.dvariance_in}) {
-      TF_RETURN_IF_ERROR(outputs.Allocate(inputs.vector_shape(), vector));
-    }
-    return Device::RunHalf(context, problem, arrays, nullptr);
-  }
-};
-
-template <typename Device>
-class GradientMomentsOp final : public GradientPhaseOp<Device, false> {
-  using GradientPhaseOp<Device, false>::GradientPhaseOp;
-};
-
-template <typename Device>
-class GradientNormalizeOp final : public GradientPhaseOp<Device, true> {
-  using GradientPhaseOp<Device, true>::GradientPhaseOp;
 };
 
 template <typename Device>
@@ -470,10 +383,10 @@ void RegisterKernels(const char* device) {
     RegisterKernel<TrainingOp<Device>>("Tfops>BatchNormTraining", device, type);
     RegisterKernel<TrainingGradOp<Device>>("Tfops>BatchNormTrainingGrad", device, type);
     RegisterKernel<InferenceOp<Device>>("Tfops>BatchNormInference", device, type);
-    RegisterKernel<InferenceGradOp<Device>>("Tfops>BatchNormInferenceGrad", device, type);
+    RegisterKernel<InferenceGradOp<Device, BackwardCall>>("Tfops>BatchNormInferenceGrad", device, type);
     RegisterKernel<MomentsOp<Device>>("Tfops>BatchNormMoments", device, type);
-    RegisterKernel<GradientMomentsOp<Device>>("Tfops>BatchNormGradientMoments", device, type);
-    RegisterKernel<GradientNormalizeOp<Device>>("Tfops>BatchNormGradientNormalize", device, type);
+    RegisterKernel<InferenceGradOp<Device, GradientMomentsCall>>("Tfops>BatchNormGradientMoments", device, type);
+    RegisterKernel<InferenceGradOp<Device, GradientNormalizeCall>>("Tfops>BatchNormGradientNormalize", device, type);
   }
 }
 

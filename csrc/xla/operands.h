@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "csrc/batch_norm/batch_norm.h"
+#include "csrc/batch_norm/calls.h"
 
 namespace tfops {
 
@@ -35,54 +36,9 @@ inline Extent ActivationBitsOf(const Problem& problem) {
   return NeedsActivationBits(problem) ? Extent::kActivationBits : Extent::kNothing;
 }
 
-// What ops on the same arrays share: the kernels.
-
-struct ForwardOp {
-  using Arrays = ForwardArrays;
-  static constexpr auto kCpuWorkspaceBytes = cpu::ForwardWorkspaceBytes;
-  static constexpr auto kCpu = cpu::Forward;
-  static constexpr auto kCudaWorkspaceBytes = cuda::ForwardWorkspaceBytes;
-  static constexpr auto kCuda = cuda::Forward;
-};
-
-struct BackwardOp {
-  using Arrays = BackwardArrays;
-  static constexpr auto kCpuWorkspaceBytes = cpu::BackwardWorkspaceBytes;
-  static constexpr auto kCpu = cpu::Backward;
-  static constexpr auto kCudaWorkspaceBytes = cuda::BackwardWorkspaceBytes;
-  static constexpr auto kCuda = cuda::Backward;
-};
-
-struct MomentsOp {
-  using Arrays = MomentsArrays;
-  static constexpr auto kCpuWorkspaceBytes = cpu::MomentsWorkspaceBytes;
-  static constexpr auto kCpu = cpu::BatchMoments;
-  static constexpr auto kCudaWorkspaceBytes = cuda::MomentsWorkspaceBytes;
-  static constexpr auto kCuda = cuda::BatchMoments;
-};
-
-struct GradientMomentsOp : BackwardOp {
-  static constexpr auto kCpu = cpu::GradientMoments;
-  static constexpr auto kCuda = cuda::GradientMoments;
-};
-
-struct NormalizeArrays : BackwardArrays {
-  StatisticsGradient statistics;
-};
-
-struct GradientNormalizeOp : BackwardOp {
-  using Arrays = NormalizeArrays;
-  static Status kCpu(const Problem& problem, const Arrays& arrays, void* workspace, const cpu::Threads& threads) {
-    return cpu::GradientNormalize(problem, arrays, arrays.statistics, workspace, threads);
-  }
-  static Status kCuda(const Problem& problem, const Arrays& arrays, void* workspace, void* stream) {
-    return cuda::GradientNormalize(problem, arrays, arrays.statistics, workspace, stream);
-  }
-};
-
 // Where the flags of an op go that has them.
 inline Mask* MaskOf(MomentsArrays* arrays) { return &arrays->mask; }
-inline Mask* MaskOf(NormalizeArrays* arrays) { return &arrays->statistics.mask; }
+inline Mask* MaskOf(GradientNormalizeArrays* arrays) { return &arrays->statistics.mask; }
 inline Mask* MaskOf(ForwardArrays*) { return nullptr; }
 inline Mask* MaskOf(BackwardArrays*) { return nullptr; }
 
@@ -92,13 +48,13 @@ void SetFlags(Arrays* arrays, void* data) {
 }
 
 template <const void* StatisticsGradient::* kField>
-void SetStatistic(NormalizeArrays* arrays, void* data) {
+void SetStatistic(GradientNormalizeArrays* arrays, void* data) {
   arrays->statistics.*kField = data;
 }
 
 // `count` is the number of an op's inputs, from which a list of none, one or two follows.
 
-struct Training : ForwardOp {
+struct Training : ForwardCall {
   static constexpr bool kTraining = true;
 
   static Operands<Arrays> Inputs(const Problem& problem, size_t count) {
@@ -124,7 +80,7 @@ struct Training : ForwardOp {
   }
 };
 
-struct TrainingGrad : BackwardOp {
+struct TrainingGrad : BackwardCall {
   static constexpr bool kTraining = true;
 
   static Operands<Arrays> Inputs(const Problem& problem, size_t count) {
@@ -151,7 +107,7 @@ struct TrainingGrad : BackwardOp {
   }
 };
 
-struct Inference : ForwardOp {
+struct Inference : ForwardCall {
   static constexpr bool kTraining = false;
 
   static Operands<Arrays> Inputs(const Problem& problem, size_t) {
@@ -167,7 +123,7 @@ struct Inference : ForwardOp {
   static Operands<Arrays> Outputs(const Problem&) { return {{"y", Extent::kData, Set<&Arrays::y>}}; }
 };
 
-struct InferenceGrad : BackwardOp {
+struct InferenceGrad : BackwardCall {
   static constexpr bool kTraining = false;
 
   static Operands<Arrays> Inputs(const Problem& problem, size_t) {
@@ -189,7 +145,7 @@ struct InferenceGrad : BackwardOp {
   }
 };
 
-struct BatchMoments : MomentsOp {
+struct BatchMoments : MomentsCall {
   static constexpr bool kTraining = true;
 
   static Operands<Arrays> Inputs(const Problem&, size_t count) {
@@ -205,7 +161,7 @@ struct BatchMoments : MomentsOp {
   }
 };
 
-struct GradientMoments : GradientMomentsOp {
+struct GradientMoments : GradientMomentsCall {
   static constexpr bool kTraining = false;
 
   static Operands<Arrays> Inputs(const Problem& problem, size_t count) { return InferenceGrad::Inputs(problem, count); }
@@ -218,7 +174,7 @@ struct GradientMoments : GradientMomentsOp {
   }
 };
 
-struct GradientNormalize : GradientNormalizeOp {
+struct GradientNormalize : GradientNormalizeCall {
   static constexpr bool kTraining = false;
 
   static Operands<Arrays> Inputs(const Problem& problem, size_t count) {
