@@ -1,17 +1,40 @@
 // How the elements of a tensor map to vectors, threads and blocks. Host code without CUDA; for the kernels it is data.
 //
-// A block takes *steps*: in each, every thread has one 16-byte vector, or one element where alignment or sizes forbid
-// vectors. Threads (x, y, z):
+// A thread reads and writes vectors of 16 bytes, or single elements where alignment or sizes forbid vectors. A block
+// goes through a tensor in steps, in each of which every thread has one vector. There are two layouts, rows and planes.
+// In the drawings a cell is a vector of 4 lanes, and names the thread of the block that has it.
 //
-//   rows    x along a row, z down the rows. Each lane of a vector has a *unit* of its own, whose results are kept
-//   apart. planes  x along a plane's pixels, y over neighbouring channels, z over outer. A unit is a channel, and all
-//   of a
-//           thread's elements belong to one.
+// clang-format off
 //
-// Blocks take *slabs* of neighbouring units, as wide as a step. Channels-last tensors are rows, and a unit is a
-// channel. Where rows have no whole number of vectors, so many are taken for one that they have (`repeat`); and where
-// planes have none, the planes of all channels, which lie behind each other, are taken for a row (`pixels`). Either way
-// a vector's lanes may be of any channels, and the units of a channel are merged at the end. One channel is one plane.
+// Rows, and a block of 2 x 1 x 2 threads: x goes along a row, z down the rows. Each lane has a *unit* of its own, for
+// which it sums up: a place in the row. A *slab* is the units that a step is wide, in all rows.
+//
+//             slab 0: units 0 to 7        slab 1: units 8 to 15
+//           +-------------+-------------+-------------+-------------+
+//   row 0   | x = 0 z = 0 | x = 1 z = 0 | x = 0 z = 0 | x = 1 z = 0 |   step 0 of each slab
+//   row 1   | x = 0 z = 1 | x = 1 z = 1 | x = 0 z = 1 | x = 1 z = 1 |
+//           +-------------+-------------+-------------+-------------+
+//   row 2   | x = 0 z = 0 | x = 1 z = 0 | x = 0 z = 0 | x = 1 z = 0 |   step 1
+//   row 3   | x = 0 z = 1 | x = 1 z = 1 | x = 0 z = 1 | x = 1 z = 1 |
+//           +-------------+-------------+-------------+-------------+
+//
+// Planes of 16 elements, and a block of 2 x 2 x 1 threads: x goes along a plane, y over neighbouring channels, z over
+// images. A unit is a channel, and all of a thread's elements are of one. A slab is block.y channels, in all images.
+//
+//             slab 0: channel 0             channel 1                        slab 1: channel 2
+//           +-------+-------+-------+-------+-------+-------+-------+-------+-------+---
+//   image 0 | x = 0 | x = 1 | x = 0 | x = 1 | x = 0 | x = 1 | x = 0 | x = 1 | x = 0 |
+//           | y = 0 | y = 0 | y = 0 | y = 0 | y = 1 | y = 1 | y = 1 | y = 1 | y = 0 | ...
+//           |     step 0    |     step 1    |     step 0    |     step 1    |     step 0
+//           +-------+-------+-------+-------+-------+-------+-------+-------+-------+---
+//   image 1 |     step 2    |     step 3    |     step 2    |     step 3    |     step 2
+//
+// clang-format on
+//
+// Channels-last tensors are rows, whose units are channels. Where such rows have no whole number of vectors, several
+// are taken for one that has (`repeat`); and where planes have none, all planes of an image are taken for one row, in
+// which `pixels` neighbours are of a channel. Either way a vector's lanes may be of different channels, and the units
+// of a channel are merged at the end. A tensor of one channel is one plane.
 
 #ifndef TFOPS_BATCH_NORM_CUDA_TILING_H_
 #define TFOPS_BATCH_NORM_CUDA_TILING_H_
