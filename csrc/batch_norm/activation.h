@@ -54,7 +54,7 @@ constexpr bool IsPiecewiseLinear(Activation activation) {
 template <Activation kActivation>
 inline constexpr bool kIsPiecewiseLinear = IsPiecewiseLinear(kActivation);
 
-// Where the slope is 1. A bool, or a vector of integers that are all ones or zero.
+// Whether the slope is 1 at z: a bool, or a vector of integers that are all ones or zero.
 template <Activation kActivation, typename F>
 TFOPS_INLINE auto IsOn(F z) {
   static_assert(kIsPiecewiseLinear<kActivation>);

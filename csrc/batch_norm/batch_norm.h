@@ -99,7 +99,7 @@ inline bool HasResidualGradient(const Problem& problem) {
   return problem.has_residual && problem.activation != Activation::kNone;
 }
 
-// Training: where nothing of the running statistics is kept, they may be left out.
+// Whether the running statistics may be left out in training: if nothing of them is kept.
 inline bool MayLackRunning(const Problem& problem) { return problem.exponential_avg_factor == 1; }
 
 // [N] is shorthand for the data's shape and type, [C] for a vector of `channels` of the param type.
@@ -108,13 +108,13 @@ struct ForwardArrays {
   const void* scale = nullptr;     // [C]
   const void* offset = nullptr;    // [C]
   const void* residual = nullptr;  // [N]; iff has_residual
-  // [C]; inference: the statistics. Training: the running statistics; null is allowed if
-  // exponential_avg_factor == 1, and then an empty batch returns zeros.
+  // [C]; in inference the statistics. In training the running statistics, which may be null if exponential_avg_factor
+  // == 1; an empty batch then returns zeros.
   const void* mean = nullptr;
   const void* variance = nullptr;
 
   void* y = nullptr;                   // [N]
-  void* mean_out = nullptr;            // [C]; training only, as the four that follow
+  void* mean_out = nullptr;            // [C]; training only, as are all below
   void* variance_out = nullptr;        // [C]
   void* saved_mean = nullptr;          // [C]; of the batch, for the gradient
   void* saved_inv_std = nullptr;       // [C]; 1 / sqrt(m2 / n + epsilon)
@@ -144,8 +144,8 @@ struct BackwardArrays {
   void* dx = nullptr;            // [N]
   void* dscale = nullptr;        // [C]
   void* doffset = nullptr;       // [C]
-  void* dmean_in = nullptr;      // [C]; inference only, as the next
-  void* dvariance_in = nullptr;  // [C]
+  void* dmean_in = nullptr;      // [C]; inference only
+  void* dvariance_in = nullptr;  // [C]; inference only
   void* dresidual = nullptr;     // [N]; null if it is not wanted, or dy itself (activation none)
 };
 
@@ -170,7 +170,7 @@ struct MomentsArrays {
   void* variance = nullptr;  // [C]; m2 / count; 0 where count is 0
 };
 
-// What the statistics add to dx where elements count: (x - mean) * tilt + shift.
+// What the statistics add to dx at the elements that count: (x - mean) * tilt + shift.
 struct StatisticsGradient {
   const void* tilt = nullptr;   // [C]
   const void* shift = nullptr;  // [C]
@@ -216,11 +216,11 @@ TFOPS_EXPORT const char* InstructionSet();
 
 namespace cuda {
 
-// All of these act on the calling thread's current device and return Unavailable in a build without CUDA.
-// The pointers' alignment is that of their type, no more. Nothing here synchronizes.
+// All functions of this namespace act on the calling thread's current device, and return Unavailable in a build without
+// CUDA. The pointers' alignment is that of their type, no more. Nothing here synchronizes.
 
-// Whose workspace: the current GPU's, or the largest of those that any GPU of this machine would take (without a GPU,
-// an H200's), for a program that is compiled before it is known where it runs.
+// Whose workspace a call is for: the current GPU's, or the largest that any GPU of this machine would take (without a
+// GPU, an H200's), for a program that is compiled before it is known where it runs.
 enum class Gpus { kCurrent, kAny };
 TFOPS_EXPORT Status ForwardWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus = Gpus::kCurrent);
 TFOPS_EXPORT Status BackwardWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus = Gpus::kCurrent);
@@ -269,7 +269,7 @@ struct Occupancy {
   int blocks[std::size(kThreads)][kShares] = {};                          // of a multiprocessor
   int clusters[std::size(kThreads)][std::size(kClusters)][kShares] = {};  // of the device
 };
-// Of the kernels for a data type and pass, on vectors or on single elements.
+// Describes the occupancy of the kernels for a data type and pass, on vectors or on single elements.
 TFOPS_EXPORT Status DescribeOccupancy(const Device& device, DataType dtype, bool backward, bool vectors,
                                       Occupancy* occupancy);
 
@@ -288,7 +288,7 @@ struct Plan {
   double nanoseconds = 0;    // that it is estimated to take
   int index = -1;            // among the plans on the chip that a problem has on a device; -1: streaming
 };
-// Works without a GPU. `aligned`: all arrays are, to 16 bytes.
+// Plans without a GPU, too. `aligned`: all arrays are, to 16 bytes.
 TFOPS_EXPORT Status MakePlan(const Problem& problem, bool backward, bool aligned, const Device& device, Plan* plan);
 
 // The best plan of each tier, and of each size of clusters, that fits the device, by their estimates, fastest first.
@@ -309,7 +309,8 @@ struct PolicySettings {
   std::map<std::string, double> tuning;  // constants of the estimates, by their names in PolicyTuning
 };
 TFOPS_EXPORT PolicySettings GetPolicySettings();
-// Constants that are not named stay. InvalidArgument, and nothing changes, if a setting is wrong. Forgets refusals.
+// Changes the settings; constants that are not named stay as they are. InvalidArgument, and no change, if a setting is
+// wrong. Forgets refusals.
 TFOPS_EXPORT Status SetPolicySettings(const PolicySettings& settings);
 
 // Calls since the process began or ResetLaunches(), by the tier that ran; inference and single phases count as

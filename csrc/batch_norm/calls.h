@@ -1,5 +1,5 @@
-// The entry points of batch_norm.h as types, one for each, with its arrays, its workspace and itself on either device:
-// what code that serves several of them is a template of.
+// The entry points of batch_norm.h as types. Each names its arrays, and has the size of its workspace and itself, for
+// either device: code that serves several entry points is a template of these.
 
 #ifndef TFOPS_BATCH_NORM_CALLS_H_
 #define TFOPS_BATCH_NORM_CALLS_H_

@@ -25,14 +25,15 @@ TFOPS_INLINE F FiniteOrZero(F shift) {
   return shift - shift == F{} ? shift : F{};
 }
 
-// The mean of two sets, from the mean of each and `step`, which is their difference times the share that the second has
-// in the whole. That is not finite where one of them is not, and then so is their sum, in the same way.
+// The mean of two sets of numbers, from the mean of each and `step`: the difference of the means times the second set's
+// share in the whole. If a mean is not finite, the step is not either, and what is returned is infinite or NaN as the
+// sum of all numbers would be.
 template <typename F>
 TFOPS_INLINE F MergedMean(F a, F b, F step) {
   return a + (step - step == F{} ? step : b);
 }
 
-// Of `count` numbers x, from sum(x - shift) and sum((x - shift)^2).
+// The moments of `count` numbers x, from sum(x - shift) and sum((x - shift)^2).
 //
 // The rounding error of the second sum, in proportion to count * (variance + (mean - shift)^2), is left in m2. So the
 // shift has to be within a few standard deviations of the mean. One of the numbers is, but for outliers, and even those
@@ -45,7 +46,8 @@ TFOPS_INLINE Moments<F> MomentsOfShifted(F count, F shift, F sum, F sum_of_squar
   return {count, shift + mean, m2 < F(0) ? F(0) : m2};
 }
 
-// Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+// Merges two sets by Chan's rule: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
+// sample variances", 1979.
 template <typename F>
 TFOPS_INLINE Moments<F> Merge(const Moments<F>& a, const Moments<F>& b) {
   if (b.count == F(0)) return a;
@@ -99,7 +101,7 @@ TFOPS_INLINE void WriteRunningStatistics(const Problem& problem, const ForwardAr
   static_cast<P*>(arrays.variance_out)[c] = static_cast<P>(variance_out);
 }
 
-// And those that the gradient needs.
+// Writes the statistics of channel c that the gradient needs, from its moments.
 template <typename P>
 TFOPS_INLINE void WriteSavedStatistics(const Problem& problem, const ForwardArrays& arrays,
                                        const Moments<double>& moments, int64_t c) {
@@ -108,7 +110,7 @@ TFOPS_INLINE void WriteSavedStatistics(const Problem& problem, const ForwardArra
   static_cast<P*>(arrays.saved_inv_std)[c] = saved.inv_std;
 }
 
-// Both.
+// Writes the running and the saved statistics of channel c from its moments.
 template <typename P>
 TFOPS_INLINE void FinishStatistics(const Problem& problem, const ForwardArrays& arrays, const Moments<double>& moments,
                                    int64_t c) {
@@ -144,7 +146,7 @@ TFOPS_INLINE void WriteGradients(const Problem& problem, const BackwardArrays& a
   static_cast<P*>(arrays.dvariance_in)[c] = static_cast<P>(-0.5 * slope * inv_std * inv_std * sum_dz_xc);
 }
 
-// What dx needs of the same.
+// The coefficients of dx for channel c, from its two sums.
 template <typename P>
 TFOPS_INLINE GradientCoefficients<P> CoefficientsOfGradient(const Problem& problem, const BackwardArrays& arrays,
                                                             double sum_dz, double sum_dz_xc, int64_t c) {
@@ -165,7 +167,7 @@ TFOPS_INLINE GradientCoefficients<P> CoefficientsOfGradient(const Problem& probl
   return {static_cast<P>(slope), static_cast<P>(tilt), static_cast<P>(shift)};
 }
 
-// Both.
+// Writes the [C] gradients of channel c from its two sums, and returns the coefficients of dx.
 template <typename P>
 TFOPS_INLINE GradientCoefficients<P> FinishGradient(const Problem& problem, const BackwardArrays& arrays, double sum_dz,
                                                     double sum_dz_xc, int64_t c) {

@@ -65,7 +65,7 @@ class Source {
 };
 
 int64_t DrawSize(Source* source) {
-  // Around the widths of vectors, and 0.
+  // A size around the widths of vectors, or 0.
   constexpr std::array<int64_t, 20> kSizes = {0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 63, 65, 129, 200};
   return source->Choose(kSizes);
 }
@@ -165,7 +165,7 @@ bool IsPhase(Entry entry) {
   return entry == Entry::kMoments || entry == Entry::kGradientMoments || entry == Entry::kGradientNormalize;
 }
 
-// False if the sizes were refused, as they should be, or are too large for a test.
+// Draws a case. False if the sizes were refused, as they should be, or are too large for a test.
 bool DrawCase(Source* source, Case* drawn) {
   constexpr std::array<Entry, 5> kEntries = {Entry::kForward, Entry::kBackward, Entry::kMoments,
                                              Entry::kGradientMoments, Entry::kGradientNormalize};
@@ -224,7 +224,7 @@ class Run {
 
   const Status& status() const { return status_; }
 
-  // Bytes of all outputs.
+  // The bytes of all outputs.
   std::string Results() const {
     std::string results;
     for (const Array* output : outputs_) {
@@ -257,7 +257,7 @@ class Run {
   }
   uint8_t* DataOutput() { return Output(New(DataBytes(), problem_.dtype)); }
   uint8_t* VectorOutput() { return Output(New(VectorBytes(), ParamType())); }
-  // Of x's shape, in the place of one that was made for an input, if the case says so.
+  // An output of x's shape, in the place of one that was made for an input, if the case says so.
   uint8_t* DataOutput(const void* input) {
     if (!case_.in_place) return DataOutput();
     for (const auto& array : arrays_) {

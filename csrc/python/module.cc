@@ -43,7 +43,7 @@ void DefinePointer(py::class_<Struct>& type, const char* name, T* Struct::* memb
       [member](Struct& self, uintptr_t address) { self.*member = reinterpret_cast<T*>(address); });
 }
 
-// A property of a GPU. With one that was set, it is no longer the one that CUDA can be asked about.
+// A property of a GPU. Once it is set, the GPU is no longer the one that CUDA can be asked about.
 template <typename T>
 void DefineDeviceProperty(py::class_<cuda::Device>& type, const char* name, T cuda::Device::* member) {
   type.def_property(
@@ -93,7 +93,7 @@ py::dict PolicySettingsForPython() {
                   py::arg("free_multiprocessors") = settings.free_multiprocessors, py::arg("tuning") = settings.tuning);
 }
 
-// What is not given stays as it is.
+// Changes settings; what is not given stays as it is.
 void SetPolicySettings(std::optional<std::string> tier, std::optional<int> cluster,
                        std::optional<int> free_multiprocessors, const std::map<std::string, double>& tuning) {
   cuda::PolicySettings settings = cuda::GetPolicySettings();
@@ -172,7 +172,7 @@ void CpuMoments(const Problem& problem, const MomentsArrays& arrays, int threads
   ThrowUnlessOk(cpu::BatchMoments(problem, arrays, workspace.get(), call_threads.Get()));
 }
 
-// One half of Backward: GradientNormalize if there are `statistics`, else GradientMoments. So is the next.
+// One half of Backward: GradientNormalize if there are `statistics`, else GradientMoments.
 void CpuGradientPhase(const Problem& problem, const BackwardArrays& arrays, const StatisticsGradient* statistics,
                       int threads) {
   const auto workspace = AllocateAligned(cpu::BackwardWorkspaceBytes(problem));
@@ -332,7 +332,7 @@ PYBIND11_MODULE(_kernels, m) {
   py::class_<cuda::Device> device(m, "CudaDevice", local);
   device.def(py::init([] {
     cuda::Device current;
-    // Without a GPU the defaults stand.
+    // The defaults stand where there is no GPU.
     return cuda::CurrentDevice(&current).ok() ? current : cuda::Device();
   }));
   DefineDeviceProperty(device, "compute_capability", &cuda::Device::compute_capability);

@@ -26,7 +26,7 @@ struct Thread {
   uint3 index = {};
   unsigned linear = 0;
   State state = State::kReady;
-  // Where it waits, and, for its warp: in what, for whom, with what.
+  // Where the thread waits and, for its warp, in what operation, for which lanes, and with what value.
   Position position = {};
   const char* operation = nullptr;
   unsigned mask = 0;
@@ -64,7 +64,7 @@ struct SharedVariable {
 struct Block {
   uint3 index = {};
   unsigned rank = 0;     // in its cluster
-  unsigned cluster = 0;  // the how manieth of those that run now
+  unsigned cluster = 0;  // its place among those that run now
   std::vector<Thread*> threads;
   std::vector<Warp> warps;
   unsigned waiting = 0;   // at the block's barrier

@@ -22,7 +22,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Position position = si
   simt::Exchange("__syncwarp", mask, 0, position);
 }
 
-// Nothing to do: fibers see each other's writes in the order in which they were made. See README.md.
+// A fence has nothing to do: fibers see each other's writes in the order in which they were made. See README.md.
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __threadfence_system() {}
@@ -131,7 +131,7 @@ TFOPS_SIMT_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 
 namespace simt {
 
-// Not a race, whoever else comes to the same address.
+// An atomic is no race, whoever else comes to the same address.
 template <typename T, typename Update>
 __attribute__((no_sanitize("thread"))) T Atomic(T* address, Update update) {
   if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) OnMisaligned(address, sizeof(T));

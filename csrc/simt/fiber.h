@@ -35,9 +35,9 @@ class Fiber {
   // The next Resume() calls main(), which must not return; what the fiber ran before is forgotten.
   void Start(void (*main)());
 
-  // Of the scheduler: runs the fiber until it calls Suspend().
+  // Called by the scheduler: runs the fiber until it calls Suspend().
   void Resume();
-  // Of the fiber: back to Resume(). `last` says that it will not be resumed.
+  // Called by the fiber: returns to Resume(). `last` says that it will not be resumed.
   void Suspend(bool last = false);
 
   // Whether the address is on the fiber's stack.
@@ -56,7 +56,7 @@ class Fiber {
   void* context_ = nullptr;
   void* scheduler_ = nullptr;
 #endif
-  // AddressSanitizer's, of the stacks that are switched away from.
+  // The fake stacks that AddressSanitizer has beside the stacks that are switched away from.
   void* fake_stack_ = nullptr;
   void* scheduler_fake_stack_ = nullptr;
 };

@@ -24,16 +24,17 @@ Thread* current;
 
 namespace {
 
-// Of independent blocks, or clusters, that run side by side.
+// The most independent blocks, or clusters, that run side by side.
 constexpr unsigned kMostSideBySide = 3;
-// Far more than any kernel's shuffles and atomics from one barrier to the next.
+// Rounds without progress after which a launch hangs: far more than any kernel's shuffles and atomics from one barrier
+// to the next.
 constexpr unsigned kMostIdleRounds = 1 << 20;
 
 class Random {
  public:
   void Seed(uint64_t seed) { state_ = seed * 0x9e3779b97f4a7c15 + 0x2545f4914f6cdd1d; }
 
-  // In [0, n).
+  // A number in [0, n).
   unsigned Below(unsigned n) {  // xorshift64*
     state_ ^= state_ >> 12;
     state_ ^= state_ << 25;
@@ -122,7 +123,7 @@ void EndShared(Block* block) {
   for (auto& [key, variable] : block->static_shared) end(variable);
 }
 
-// After `current` has begun to wait.
+// Called when `current` has begun to wait, or has returned: releases those who waited for it alone.
 void ReleaseWhoeverIsComplete() {
   Block* const block = current->block;
   switch (current->state) {
@@ -302,7 +303,7 @@ std::string Run(const Grid& grid, const std::function<void()>& thread) {
   gridDim = grid.grid;
   blockDim = grid.block;
 
-  // In units of clusters; a cluster's blocks are neighbours along x.
+  // The grid is counted in clusters, whose blocks are neighbours along x.
   const unsigned columns = grid.grid.x / grid.cluster;
   std::vector<unsigned> clusters(columns * grid.grid.y * grid.grid.z);
   std::iota(clusters.begin(), clusters.end(), 0u);

@@ -11,7 +11,7 @@
 #include <functional>
 #include <string>
 
-// Of the thread that runs now.
+// The variables of the thread that runs now.
 extern uint3 threadIdx;
 extern uint3 blockIdx;
 extern dim3 blockDim;
@@ -37,7 +37,7 @@ void BlockBarrier(Position position);
 void ClusterBarrier(Position position);
 void GridBarrier(Position position);
 
-// Now and then, lets the other threads run.
+// Lets the other threads run, now and then.
 void MayYield();
 
 unsigned ClusterSize();
@@ -57,7 +57,7 @@ void* StaticShared(const void* key, size_t bytes, size_t alignment);
 void* RemoteShared(const void* local, unsigned rank);
 
 enum class Access { kLoad, kStore };
-// Of the thread's own and, for counting, as part of its warp's access.
+// Fails for a misaligned access of the thread that runs; counts its access as part of its warp's.
 void OnMisaligned(const void* address, size_t bytes);
 void Count(const void* address, size_t bytes, Access access);
 extern bool counting;
@@ -88,9 +88,9 @@ std::string Run(const Grid& grid, const std::function<void()>& thread);
 
 void SetSeed(uint64_t seed);
 
-// Of a kernel that has run: the bytes of its static shared memory.
+// The bytes of static shared memory of a kernel that has run.
 size_t StaticSharedBytes(const void* kernel);
-// Its name, as written in the source.
+// A kernel's name, as written in the source.
 std::string KernelName(const void* kernel);
 
 }  // namespace simt

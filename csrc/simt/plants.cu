@@ -86,7 +86,7 @@ __global__ void GlobalOverrun(bool overrun, const float* input, float* output) {
   StoreGlobal(output + i + (overrun ? 1 : 0), LoadGlobal(input + last - i));
 }
 
-// Without `volatile` or atomics a kernel must not rely on order among warps; with too few blocks arriving it waits
+// A kernel must not rely on order among warps without `volatile` or atomics; with too few blocks arriving it waits
 // forever.
 __device__ __forceinline__ void ReverseInScratch(bool no_barrier, const float* input, float* output, float* scratch) {
   const int i = blockIdx.x * kPlantThreads + threadIdx.x;

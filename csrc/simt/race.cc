@@ -30,8 +30,8 @@ struct Record {
   uint32_t grid_barriers = 0;
 };
 
-// Of a byte. Two readers of different threads are enough: if any reader is not ordered before a write, then so is the
-// last one or, where that is the writer itself, the last but one of another thread.
+// The accesses to a byte. Two readers of different threads are enough: if any reader is not ordered before a write,
+// then so is the last one or, where that is the writer itself, the last but one of another thread.
 struct Accesses {
   Record write;
   std::array<Record, 2> reads;
@@ -84,7 +84,7 @@ std::string SourceOf(const void* code) {
   return text.empty() ? "?" : text;
 }
 
-// In the place of the code, for the end of a block.
+// An address that stands in the place of the code for the end of a block.
 const char kEnd = 0;
 
 std::string Describe(const Record& earlier, bool earlier_writes, const Record& later, bool later_writes) {

@@ -18,11 +18,11 @@ extern bool race_detection;
 // Whether a fiber runs, and not the scheduler.
 extern bool in_fiber;
 
-// At the start of a launch: what came before is ordered.
+// Called at the start of a launch: what came before is ordered.
 void ForgetAccesses();
-// When the thread that runs is the last of its block: "", or which block may still read the memory.
+// Called when the thread that runs is the last of its block: "", or which block may still read the memory.
 std::string EndOfMemory(const void* memory, size_t bytes);
-// Memory that is freed, and may come back for another block.
+// Forgets memory that is freed, and may come back for another block.
 void ForgetAccesses(const void* memory, size_t bytes);
 
 // What orders accesses: how many barriers have been passed, by each pair of lanes, the block, the cluster, the grid.

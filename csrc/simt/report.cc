@@ -23,7 +23,7 @@ struct Watched {
   Traffic traffic;
 };
 
-// The first is of whatever the others do not hold.
+// The first one is for whatever the others do not hold.
 std::vector<Watched> watched = {{"", 0, 0, {}}};
 std::vector<LaunchReport> reports;
 
@@ -131,7 +131,7 @@ bool WarpAccesses::Add(const void* site, unsigned lane, uint64_t sector, bool fi
   return true;
 }
 
-// Not inlined, so that the caller is the kernel, and its address the place of the access in the code.
+// This is not inlined, so that the caller is the kernel, and its address the place of the access in the code.
 __attribute__((noinline)) void Count(const void* address, size_t bytes, Access access) {
   const void* const site = __builtin_return_address(0);
   const auto first = reinterpret_cast<uintptr_t>(address);

@@ -38,7 +38,7 @@ struct LaunchReport {
 void Watch(const std::string& name, uintptr_t address, size_t bytes);
 void ClearWatches();
 
-// Of the launches since the last call.
+// The reports of the launches since the last call.
 std::vector<LaunchReport> TakeReports();
 void AddReport(const Grid& grid);
 

@@ -20,8 +20,7 @@ constexpr int kRegisters = 64 << 10;    // of a multiprocessor
 constexpr int kMostThreads = 1024;
 constexpr unsigned kPortableCluster = 8;
 
-// Real ones, and small ones on which small tensors meet the limits that large tensors meet on the real ones. "slice" is
-// a part of a partitioned GPU, which runs fewer blocks at once than its properties would have it.
+// Real devices, and small ones on which small tensors meet the limits that large tensors meet on the real ones.
 const std::vector<Device> devices = {
     {"h200", 90, 132, 227, 228, 50 << 10, 16, {66, 31, 15, 7}},
     {"three", 90, 3, 227, 228, 50 << 10, 16, {-1, -1, -1, -1}},
@@ -52,7 +51,7 @@ std::mutex mutex;                                        // the machine is one
 
 const Device& Current() { return devices[current_device]; }
 
-// Of each block's shared memory, by the system.
+// The bytes of each block's shared memory that the system reserves.
 int Reserved(const Device& device) { return device.capability >= 80 ? 1 << 10 : 0; }
 
 cudaError_t Error(cudaError_t code, const std::string& message) {
@@ -73,7 +72,7 @@ int BlocksAtOnce(const void* kernel, int threads, size_t dynamic) {
   return std::min({by_shared, most_threads / rounded, kRegisters / (registers * rounded), 32});
 }
 
-// Of a kernel's own shared memory, as CUDA tells it: from 9.0 on, with what it reserves.
+// The static shared memory of a kernel as CUDA tells it: from 9.0 on, with what the system reserves.
 int ToldStaticShared(const void* kernel) {
   return static_cast<int>(StaticSharedBytes(kernel)) + (Current().capability >= 90 ? Reserved(Current()) : 0);
 }
@@ -270,7 +269,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   simt::Allowed& may = simt::allowed[{kernel, simt::current_device}];
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) may.large_clusters = value != 0;
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    // By the strictest reading of CUDA's numbers.
+    // What a block may have is by the strictest reading of CUDA's numbers.
     const int reserved = Current().capability >= 90 ? simt::Reserved(Current()) : 0;
     if (value < 0 || value + simt::ToldStaticShared(kernel) + reserved > Current().shared_kb << 10) {
       return Error(cudaErrorInvalidValue, "more shared memory than this GPU has");

@@ -162,13 +162,13 @@ struct Device {
 };
 const std::vector<Device>& Devices();
 
-// From now on, launches of a kind ("cooperative", "cluster", "dynamic": with dynamic shared memory; "": of none) fail
-// with that error, and start nothing.
+// Has launches of a kind ("cooperative", "cluster", "dynamic": with dynamic shared memory; "": of none) fail with that
+// error from now on, and start nothing.
 void RefuseLaunches(const std::string& kind, cudaError_t error);
 // What all streams say when they are asked whether they are captured. Launches run all the same, and those that are
 // refused end a capture if `ends`.
 void SetCapturing(bool capturing, bool ends);
-// Launches are checked, and nothing runs: to measure what comes before them.
+// While it is set, launches are checked, and nothing runs: to measure what comes before them.
 void SetStubbed(bool stubbed);
 
 }  // namespace simt

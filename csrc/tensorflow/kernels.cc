@@ -390,7 +390,7 @@ void RegisterKernels(const char* device) {
   }
 }
 
-// When the library is loaded.
+// The kernels are registered when the library is loaded.
 [[maybe_unused]] const bool registered = [] {
   RegisterKernels<CpuDevice>(tensorflow::DEVICE_CPU);
 #ifdef TFOPS_WITH_CUDA

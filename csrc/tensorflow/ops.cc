@@ -26,7 +26,7 @@ class Shapes {
     return Locate();
   }
 
-  // For an op with no attributes but its types and its axis.
+  // Init() for an op with no attributes but its types and its axis.
   absl::Status InitTypes() {
     TF_RETURN_IF_ERROR(ReadTypes(context_, &attributes_));
     return Locate();
@@ -314,7 +314,8 @@ REGISTER_OP("Tfops>BatchNormInference")
     .Output("y: T")
     .TFOPS_COMMON_ATTRIBUTES.SetShapeFn(InferenceShapes);
 
-// residual: if there is one and an activation. dresidual: as above.
+// residual: nothing, unless there is one and an activation. dresidual: empty if it is dy itself, or if there was no
+// residual.
 REGISTER_OP("Tfops>BatchNormInferenceGrad")
     .Input("dy: T")
     .Input("x: T")
@@ -348,7 +349,7 @@ REGISTER_OP("Tfops>BatchNormMoments")
     .Attr("num_keeps: int >= 0 = 0")
     .SetShapeFn(MomentsShapes);
 
-// residual: if there is one and an activation; as in the next.
+// residual: nothing, unless there is one and an activation; so also for BatchNormGradientNormalize.
 REGISTER_OP("Tfops>BatchNormGradientMoments")
     .Input("dy: T")
     .Input("x: T")

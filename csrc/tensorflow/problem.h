@@ -1,4 +1,4 @@
-// From an op's attributes to a Problem, for the shape functions and the kernels; and from Status to absl::Status.
+// Turns an op's attributes into a Problem, for the shape functions and the kernels; and a Status into an absl::Status.
 
 #ifndef TFOPS_TENSORFLOW_PROBLEM_H_
 #define TFOPS_TENSORFLOW_PROBLEM_H_
@@ -99,7 +99,8 @@ absl::Status ReadTypes(Context* context, Attributes* attributes) {
   return context->GetAttr("axis", &attributes->axis);
 }
 
-// Reads a double: from the float attribute of that name, or from the bits that the next one has.
+// Reads a double: from the float attribute of that name, or from its bits in the attribute `name`_bits, if that is not
+// 0.
 template <typename Context>
 absl::Status ReadDouble(Context* context, const std::string& name, double* value) {
   float rounded = 0;

@@ -12,7 +12,8 @@
 
 namespace tfops {
 
-// For any U: the kernels say what is wrong with it, which TensorFlow would not, if it found no kernel.
+// Registers an op's kernel for a data type, and for any U: the kernels say what is wrong with it, which TensorFlow
+// would not, if it found no kernel.
 template <typename Op>
 void RegisterKernel(const char* op, const char* device, tensorflow::DataType type) {
   const tensorflow::KernelDef* kernel =

@@ -69,9 +69,9 @@ TensorShape ShapeOf(Extent extent, const TensorShape& x, const Problem& problem)
 
 using Aliasing = std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>>;
 
-// y in x's buffer: inference without a gradient, which tfops/_gradients.py tells. To XLA that is an order, not an
-// offer: where x is needed later, or is the program's own input, it would copy x first. So does it with dy where that
-// gives its buffer to dx, in networks with shortcuts.
+// What puts y in x's buffer: inference without a gradient, which tfops/_gradients.py tells. To XLA that is an order,
+// not an offer: where x is needed later, or is the program's own input, it would copy x first. For the same reason dx
+// does not take dy's buffer, which XLA would copy in networks with shortcuts.
 Aliasing AliasingOf(const xla::XlaOp& x, bool has_gradient) {
   using Friend = xla::internal::XlaBuilderFriend;
   const auto* producer = Friend::GetInstruction(x);

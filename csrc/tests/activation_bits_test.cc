@@ -10,7 +10,7 @@
 #include "csrc/tests/testing.h"
 #include "csrc/tests/walks.h"
 
-// Of csrc/simt's machine, what a load from memory asks for: nothing is counted.
+// The part of csrc/simt's machine that a load from memory asks for: nothing is counted.
 namespace simt {
 bool counting = false;
 void OnMisaligned(const void*, size_t) { EXPECT_TRUE(!"misaligned"); }
@@ -147,8 +147,8 @@ TEST(ItemsShareNoByteOfActivationBits) {
   });
 }
 
-// Bits on their way through a buffer, where they lie as the elements do: to the rows and back. Nothing else is written,
-// and bits past a row's end are zero, or ignored.
+// Bits pass through a buffer, where they lie as the elements do, to the rows and back. Nothing else is written, and
+// bits past a row's end are zero, or ignored.
 TEST(BufferedBitsKeepTheirPlaces) {
   int64_t buffered = 0;
   ForSmallProblems(kProblems, kMostElements, [&](const Problem& drawn, Random* random) {
@@ -199,7 +199,7 @@ TEST(VectorsKnowTheirBits) {
   });
 }
 
-// Where rows were put together, and rows of bits are not the view's, bits of several bytes come together.
+// Bits of several bytes come together where rows were put together, and rows of bits are not the view's.
 TEST(FoldedVectorsFindTheirBits) {
   int64_t folded = 0;
   ForSmallProblems(kProblems, kMostElements, [&](const Problem& drawn, Random* random) {

@@ -44,7 +44,7 @@ TEST(ItemsCoverEveryElementOnce) {
   });
 }
 
-// Four runs at a time, as moments and sums of channels-first data are taken.
+// Channels-first data are gone through by four runs at a time, for moments and sums.
 TEST(RunsAtOnceCoverEveryElementOnce) {
   ForSmallProblems(kProblems, kMostElements, [](const Problem& problem, Random*) {
     const Partition partition = MakePartition(problem, /*backward=*/true);
@@ -66,7 +66,7 @@ TEST(RunsAtOnceCoverEveryElementOnce) {
   });
 }
 
-// Four rows at a time, as channels-last data are gone through by tiles.
+// Channels-last data are gone through by tiles of four rows.
 TEST(TilesCoverEveryElementOnce) {
   ForSmallProblems(kProblems, kMostElements, [](const Problem& problem, Random*) {
     const Partition partition = MakePartition(problem, /*backward=*/false);
@@ -92,7 +92,7 @@ TEST(TilesCoverEveryElementOnce) {
   });
 }
 
-// Of huge problems, items are looked at as column blocks and chunks, and runs only here and there.
+// Huge problems' items are looked at as column blocks and chunks, and runs only here and there.
 TEST(ItemsCoverHugeProblemsOnce) {
   ForHugeProblems(kProblems, [](const Problem& problem, Random* random) {
     const Partition partition = MakePartition(problem, random->Flag());
@@ -124,7 +124,7 @@ TEST(ItemsCoverHugeProblemsOnce) {
     const int64_t channel = random->Below(problem.channels);
     const Run run = SegmentRun(problem, partition, row, channel);
     ExpectChannels(problem, partition, run);
-    // Of its plane, what is before it.
+    // `before`: the elements of the plane that come before the run.
     const int64_t before = run.offset - run.offset / problem.inner * problem.inner;
     EXPECT_EQ(run.offset / problem.inner / problem.channels * problem.inner + before,
               ElementsBefore(problem, partition, row));
@@ -192,7 +192,8 @@ auto Fields(const Partition& partition) {
                     partition.column_blocks, partition.chunks);
 }
 
-// Not of the threads that there are, nor of the one that asks; nor of what has no part in the order of sums.
+// A partition depends neither on the threads that there are, nor on the one that asks, nor on what has no part in the
+// order of sums.
 TEST(PartitionsAreOfTheProblemAlone) {
   static_assert(std::is_same_v<decltype(&MakePartition), Partition (*)(const Problem&, bool)>);
   std::vector<Problem> problems;

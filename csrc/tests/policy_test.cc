@@ -25,7 +25,7 @@ namespace {
 constexpr int kProblems = 1000;
 constexpr int64_t kMostElements = 3 << 20;
 
-// With clusters and without, large and small, with and without cooperative launches.
+// Devices with clusters and without, large and small, with and without cooperative launches.
 const Device kDevices[] = {
     {},
     {80, 108, 163 << 10, 164 << 10, 40 << 20, 1, true},
@@ -82,7 +82,7 @@ void ForCases(Body body) {
   ForHugeProblems(kProblems / 4, draw);
 }
 
-// The same with every plan that is chosen on the chip, of all tiers or of one.
+// Calls body(case, plan) for every plan that is chosen on the chip, of all tiers or of one.
 template <typename Body>
 void ForPlans(Body body) {
   ForCases([&body](const Case& drawn) {
@@ -407,7 +407,7 @@ TEST(BestChoicesAreThoseThatForcingTakes) {
   });
 }
 
-// Other constants, other estimates: each of them counts somewhere.
+// Other constants make other estimates: each of them counts somewhere.
 TEST(EveryConstantOfTheTuningCounts) {
   const std::map<std::string, double> defaults = ToPublic({}).tuning;
   EXPECT_EQ(defaults.size(), size_t{12});
@@ -427,8 +427,8 @@ TEST(EveryConstantOfTheTuningCounts) {
   }
 }
 
-// Of choices that differ in one thing alone, each is remembered by itself: for all GPUs, and forced tiers, and for more
-// problems than are remembered.
+// Choices that differ in one thing alone are each remembered by themselves: for all GPUs, and forced tiers, and for
+// more problems than are remembered.
 TEST(ChoicesAreRememberedAsTheyWere) {
   constexpr int64_t kSizes[] = {1, 7, 64, 1024};
   Random random(5);

@@ -58,7 +58,8 @@ inline std::string Shown(const Problem& problem) {
          (problem.has_residual ? ", residual" : "") + (problem.training ? ", training" : ", inference");
 }
 
-// Of at most so many elements, and sizes that are mostly next to what vectors, segments and blocks are sized by.
+// A problem of at most so many elements, with sizes that are mostly next to what vectors, segments and blocks are sized
+// by.
 inline Problem SmallProblem(Random* random, int64_t most_elements) {
   constexpr int64_t kSizes[] = {1,    1,    2,    3,    4,    5,    7,     8,     9,     15,    16,
                                 17,   24,   31,   33,   49,   63,   64,    65,    100,   127,   128,
@@ -73,7 +74,8 @@ inline Problem SmallProblem(Random* random, int64_t most_elements) {
   return problem;
 }
 
-// Of more elements than 31 bits can count, and at most 2^36, which are as many as a GPU's memory has room for.
+// A problem of more elements than 31 bits can count, and at most 2^36, which are as many as a GPU's memory has room
+// for.
 inline Problem HugeProblem(Random* random) {
   const auto size = [random](int64_t bits) {
     const int64_t power = int64_t{1} << random->Below(bits);

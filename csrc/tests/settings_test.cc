@@ -11,7 +11,7 @@
 #include "csrc/tests/problems.h"
 #include "csrc/tests/testing.h"
 
-// Allocations of the whole program.
+// The number of allocations of the whole program.
 static int64_t allocations = 0;
 
 __attribute__((noinline)) void* operator new(size_t bytes) {
@@ -61,7 +61,7 @@ TEST(EnvironmentSetsThePolicy) {
   unsetenv("TFOPS_TIER");
 }
 
-// From the second call on for a problem, whatever came of the first.
+// Calls allocate nothing from the second one on for a problem, whatever came of the first.
 TEST(CallsAllocateNothing) {
   Random random(7);
   Problem problem;

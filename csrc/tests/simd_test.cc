@@ -79,7 +79,7 @@ std::vector<float> FloatsNear(int exponent_bits) {
   return floats;
 }
 
-// To the nearer of the two numbers about it, and of two that are as near to the even one.
+// Rounding is to the nearer of the two numbers about it, and between two that are as near to the even one.
 void ExpectRounded(int exponent_bits, HalfwordVec (*narrow)(FloatVec)) {
   ExpectOfEach<uint16_t>(FloatsNear(exponent_bits), narrow, [&](float f, uint16_t got) {
     testing::about = std::to_string(BitsOf(f));
@@ -132,7 +132,8 @@ TEST(MasksAreBits) {
   ExpectMasks<double>();
 }
 
-// Bit for bit what a comparison and a choice give, zeros and NaN included. `Above` is of no bound that is zero.
+// Bounds give bit for bit what a comparison and a choice give, zeros and NaN included. `Above` is of no bound that is
+// zero.
 template <typename P>
 void ExpectBounds() {
   const P infinity = std::numeric_limits<P>::infinity();

@@ -92,7 +92,7 @@ TEST(WalksReachHugeTensors) {
   });
 }
 
-// By how many elements blocks count their channels' moments, where slabs have whole channels.
+// Blocks count their channels' elements by step, where slabs have whole channels.
 TEST(ElementsAreCountedByStep) {
   ForSmallProblems(kProblems / 2, kMostElements, [](const Problem& problem, Random* random) {
     const View view = MakeView(problem, random->Flag(), 1 << 30, true);
@@ -180,8 +180,8 @@ TEST(StreamingKeepsItsLimits) {
   ForHugeProblems(kProblems, expect);
 }
 
-// Where only some elements count, a vector has none that do beside others that do not.
-TEST(VectorsAreKeptAsAWhole) {
+// A vector has no elements that count beside others that do not.
+TEST(VectorsCountAsAWhole) {
   ForSmallProblems(kProblems, kMostElements, [](const Problem& problem, Random* random) {
     const uint8_t flag = 1;
     Mask mask;

@@ -47,7 +47,7 @@ void ForVectorsOfBlock(const cuda::Tiling& tiling, const Step& at, int64_t count
   });
 }
 
-// The same for every vector of the tensor, if blocks have `share_steps` steps of a slab each.
+// Calls body(walk, step) for every vector of the tensor, if blocks have `share_steps` steps of a slab each.
 template <cuda::Direction kDirection = cuda::Direction::kForward, typename Body>
 void ForVectors(const cuda::Tiling& tiling, int64_t share_steps, Body body) {
   for (int64_t slab = 0; slab < tiling.slabs; ++slab) {

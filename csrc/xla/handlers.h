@@ -32,7 +32,7 @@ namespace tfops {
 
 namespace ffi = xla::ffi;
 
-// Where a program runs. WorkspaceBytes(): as batch_norm.h has it; a compiler asks for cuda::Gpus::kAny.
+// Where a program runs. WorkspaceBytes() is batch_norm.h's; a compiler asks for cuda::Gpus::kAny.
 struct Cpu {
   template <typename Op>
   static Status WorkspaceBytes(const Problem& problem, size_t* bytes, cuda::Gpus) {
@@ -124,7 +124,7 @@ ffi::Error RunOnCuda(void* stream, const Problem& problem, ffi::RemainingArgs ar
   return ToFfi(Op::kCuda(problem, arrays, workspace, stream));
 }
 
-// Before a program runs: all that could be in the way of a capture.
+// Does all that could be in the way of a capture, before a program runs.
 template <typename Op>
 ffi::Error PrepareCuda(const Problem& problem, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
   const cuda::Rehearsal rehearsal;
@@ -144,8 +144,8 @@ XLA_FFI_Error* CpuHandler(XLA_FFI_CallFrame* frame) {
   return handler->Call(frame);
 }
 
-// May become part of a command buffer (a CUDA graph): XLA captures what it launches, and launches that again with the
-// same addresses. It neither allocates nor synchronizes.
+// The handler on a GPU, which may become part of a command buffer (a CUDA graph): XLA captures what it launches, and
+// launches that again with the same addresses. It neither allocates nor synchronizes.
 template <typename Op>
 XLA_FFI_Error* CudaHandler(XLA_FFI_CallFrame* frame) {
   static auto* const handler = ffi::Ffi::Bind()
@@ -158,7 +158,7 @@ XLA_FFI_Error* CudaHandler(XLA_FFI_CallFrame* frame) {
   return handler->Call(frame);
 }
 
-// For the stage that XLA calls initialize.
+// The handler for the stage that XLA calls initialize.
 template <typename Op>
 XLA_FFI_Error* CudaPreparer(XLA_FFI_CallFrame* frame) {
   static auto* const handler = ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()

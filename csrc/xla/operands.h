@@ -36,7 +36,7 @@ inline Extent ActivationBitsOf(const Problem& problem) {
   return NeedsActivationBits(problem) ? Extent::kActivationBits : Extent::kNothing;
 }
 
-// Where the flags of an op go that has them.
+// The mask of an op that takes one, or null.
 inline Mask* MaskOf(MomentsArrays* arrays) { return &arrays->mask; }
 inline Mask* MaskOf(GradientNormalizeArrays* arrays) { return &arrays->statistics.mask; }
 inline Mask* MaskOf(ForwardArrays*) { return nullptr; }
@@ -198,7 +198,7 @@ struct GradientNormalize : GradientNormalizeCall {
   }
 };
 
-// All of them, for what is to be done with each.
+// Calls a macro for each op, with its name and its type here.
 #define TFOPS_FOR_EACH_XLA_OP(DO)               \
   DO(BatchNormTraining, Training)               \
   DO(BatchNormTrainingGrad, TrainingGrad)       \

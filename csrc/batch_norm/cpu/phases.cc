@@ -30,8 +30,8 @@ class IeeeArithmetic {
  private:
   unsigned before_;
 #elif defined(__aarch64__)
-  // All of the control register: fesetenv() leaves some of its bits, such as that for default NaNs. Cores may have to
-  // empty their pipeline to write it, so that is done only if need be.
+  // Saves all of the control register, and sets it back: fesetenv() leaves some of its bits, such as that for default
+  // NaNs. Cores may have to empty their pipeline to write it, so that is done only if need be.
   IeeeArithmetic() {
     asm volatile("mrs %0, fpcr" : "=r"(before_));
     if (before_ != 0) Set(0);
@@ -75,7 +75,7 @@ class Call {
   void Help() { WorkAs(helpers_.fetch_add(1, std::memory_order_relaxed) + 1); }
 
  private:
-  // On a cache line of its own.
+  // A counter on a cache line of its own.
   struct alignas(64) Counter {
     std::atomic<int64_t> value{0};
   };

@@ -23,7 +23,7 @@ struct PartialMoments {
   F count;
   F m2;
 
-  // Chan's rule, as Merge() of moments.h.
+  // Merges another set by Chan's rule, as Merge() of moments.h does.
   __device__ __forceinline__ void Merge(const PartialMoments& other) {
     if (other.count == F(0)) return;
     const F delta = static_cast<F>(other.mean - mean);
@@ -37,9 +37,9 @@ struct PartialMoments {
   __device__ __forceinline__ PartialMoments<double> InDouble() const { return {mean, count, m2}; }
 };
 
-// Sums of x - shift and of its square. The shift of a chain is the mean of those before it: what its distance from the
-// chain's own mean adds to the squares, and loses to rounding, it adds to m2 as well. Only the first chain has to take
-// the shift from its first element, which may be an outlier, and so is a short one.
+// Sums of x - shift and of its square, in chains. The shift of a chain is the mean of those before it: what its
+// distance from the chain's own mean adds to the squares, and loses to rounding, it adds to m2 as well. Only the first
+// chain has to take the shift from its first element, which may be an outlier, and so is a short one.
 template <typename F, int kLanes>
 class MomentsAccumulator {
  public:
@@ -57,7 +57,7 @@ class MomentsAccumulator {
     ++chain_;
   }
 
-  // To be called after no more than `steps` calls of Add().
+  // Closes the chain if it is nearly full. It has to be called after no more than `steps` calls of Add().
   __device__ __forceinline__ void CloseLongChain(int steps) {
     if (count_ == F(0) || chain_ > Tuning::kChain - steps) CloseChain();
   }
@@ -87,7 +87,7 @@ class MomentsAccumulator {
   F shift_[kLanes] = {};
   F sum_[kLanes] = {};
   F squares_[kLanes] = {};
-  F count_ = 0;  // of the closed chains, as the next two
+  F count_ = 0;  // the moments of the closed chains: count_, mean_, m2_
   double mean_[kLanes] = {};
   F m2_[kLanes] = {};
 };

@@ -38,8 +38,8 @@ auto WithLanes(bool vectorize, Body body) {
   return body(std::integral_constant<int, 1>());
 }
 
-// In device code: these kernels wait for memory, so a branch that all threads take alike, once a vector, costs them
-// less than a kernel for each activation would cost every build.
+// Calls body with the activation as a constant, in device code: these kernels wait for memory, so a branch that all
+// threads take alike, once a vector, costs them less than a kernel for each activation would cost every build.
 template <typename Body>
 TFOPS_INLINE void WithActivation(Activation activation, const Body& body) {
   switch (activation) {

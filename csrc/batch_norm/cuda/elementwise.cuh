@@ -22,9 +22,9 @@ struct AffineArrays {
   double epsilon = 0;
 };
 
-// The same in registers: of each lane's channel, or of the one that all lanes share. An inverse root of a given
-// variance is taken in F, not in double as elsewhere: every thread takes one for each of its lanes, at the start of a
-// kernel.
+// What z takes from the channel, in registers: for each lane's channel, or for the one that all lanes share. An inverse
+// root of a given variance is taken in F, not in double as elsewhere: every thread takes one for each of its lanes, at
+// the start of a kernel.
 template <typename F, int kLanes>
 struct Affine {
   F mean[kLanes];

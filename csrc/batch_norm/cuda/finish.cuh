@@ -1,8 +1,8 @@
 // The merge of the splits' partial results, in double and in a fixed order, and what follows from it for a channel.
 //
-// A kernel of its own, not the work of the last block to arrive at the end of the phase before: that needs counters
-// that something has to zero, which is as good as a launch too, and one block for each slab of channels would merge
-// alone what here takes a block for every eight.
+// It is a kernel of its own, not the work of the last block to arrive at the end of the phase before: that needs
+// counters that something has to zero, which is as good as a launch too, and one block for each slab of channels would
+// merge alone what here takes a block for every eight.
 
 #ifndef TFOPS_BATCH_NORM_CUDA_FINISH_CUH_
 #define TFOPS_BATCH_NORM_CUDA_FINISH_CUH_
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(FinishTuning::kThreads* FinishTuning::kChannel
   }
 }
 
-// The moments by themselves.
+// Finishes the phase of moments by itself: writes count, mean and variance.
 template <typename F>
 __global__ void __launch_bounds__(FinishTuning::kThreads* FinishTuning::kChannels)
     FinishBatchMomentsKernel(MomentsArrays arrays, const PartialMoments<double>* partials, PartialsShape shape) {
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(FinishTuning::kThreads* FinishTuning::kChannel
   static_cast<F*>(arrays.variance)[c] = static_cast<F>(total.count > 0 ? total.m2 / total.count : 0);
 }
 
-// The coefficients of dx as they were given.
+// Gathers the coefficients of dx as they were given.
 template <typename F>
 __global__ void __launch_bounds__(FinishTuning::kThreads* FinishTuning::kChannels)
     GatherCoefficientsKernel(StatisticsGradient statistics, int64_t channels, GradientCoefficients<F>* coefficients) {

@@ -26,7 +26,7 @@ inline AffineArrays AffineOf(const Problem& problem, const BackwardArrays& array
   return {arrays.mean, inv_std, arrays.variance, arrays.scale, arrays.offset, problem.epsilon};
 }
 
-// Where dresidual has to be written, or null. Without an activation it is dy; where it is dy's array too, all is done.
+// Where dresidual has to be written. Null if it need not be: it is not wanted, or it is dy in dy's own array.
 inline void* ResidualGradient(const Problem& problem, const BackwardArrays& arrays) {
   return problem.activation == Activation::kNone && arrays.dresidual == arrays.dy ? nullptr : arrays.dresidual;
 }

@@ -20,13 +20,13 @@ namespace tfops::cuda {
 
 #ifndef TFOPS_SIMT
 
-// Coherent, unlike __ldg: an output may be the same array as an input.
+// Loads coherently, unlike __ldg: an output may be the same array as an input.
 template <typename Word>
 __device__ __forceinline__ Word LoadGlobal(const Word* address) {
   return *address;
 }
 
-// For data that this operation does not need again: the cache may drop it first, and keeps more of the rest.
+// Loads data that this operation does not need again: the cache may drop it first, and keeps more of the rest.
 template <typename Word>
 __device__ __forceinline__ Word LoadGlobalStreaming(const Word* address) {
   return __ldcs(address);
@@ -76,7 +76,8 @@ __device__ __forceinline__ void ClusterBarrier() {
 #endif
 }
 
-// Where the block `rank` of the cluster has what this block has at `local`, in shared memory. An ordinary pointer.
+// The address at which the block `rank` of the cluster has what this block has at `local` in its shared memory. It is
+// an ordinary pointer.
 template <typename T>
 __device__ __forceinline__ T* RemoteShared(T* local, unsigned rank) {
 #if TFOPS_HAS_CLUSTERS

@@ -69,7 +69,7 @@ cudaError_t Start(void (*kernel)(Parameters...), const LaunchShape& shape, void*
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 
-// The same, with a status.
+// Starts a kernel, and turns CUDA's error into a status.
 template <typename... Parameters, typename... Arguments>
 Status Launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream, Arguments&&... arguments) {
   return ToStatus(Start(kernel, shape, stream, std::forward<Arguments>(arguments)...), "starting a CUDA kernel");

@@ -19,7 +19,7 @@ void LayOut(const Problem& problem, Pass pass, int64_t shared_limit, OnChip* pla
   plan->slots = plan->planes ? plan->block.y : plan->block.x * plan->lanes;
   plan->entries = plan->planes ? plan->block.x * plan->block.z : plan->block.z;
   plan->slab_channels = plan->planes ? plan->block.y : static_cast<int>(plan->slots / plan->UnitsPerChannel());
-  // Both sums one after the other take the least time if they are equally long.
+  // The two sums, of entries and then of parts, take the least time together if they are equally long.
   const int64_t per_channel = plan->UnitsPerChannel();
   const int even = static_cast<int>(std::lround(std::sqrt(static_cast<double>(plan->entries) / per_channel)));
   plan->parts = std::clamp(even, 1, std::max(plan->threads / plan->slots, 1));

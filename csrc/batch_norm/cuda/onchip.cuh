@@ -11,7 +11,7 @@
 
 namespace tfops::cuda {
 
-// Where the calling thread and its block are.
+// The place of the calling thread in its block, and of the block in the grid.
 struct Share {
   int slab;
   int rank;  // of the block in its group

@@ -48,7 +48,7 @@ struct OnChip : Tiling {
   int64_t Blocks() const { return slabs * group; }
   // Items that blocks exchange through device memory.
   int64_t ExchangedItems() const { return scope == Scope::kGrid && group > 1 ? Blocks() * slab_channels : 0; }
-  // The first step of the how manieth block of a group.
+  // The first step of the slab that block `rank` of a group takes.
   TFOPS_INLINE int64_t FirstStep(int64_t rank) const { return steps * rank / group; }
 };
 

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
   const Share share(plan);
   const int c = threadIdx.x;
   const bool of_channel = c < share.channels;
-  // These are not needed before the moments are known, and should be here by then.
+  // Scale and offset are not needed before the moments are known, and should be here by then.
   const F scale = of_channel ? static_cast<const F*>(arrays.scale)[share.first_channel + c] : F(0);
   const F offset = of_channel ? static_cast<const F*>(arrays.offset)[share.first_channel + c] : F(0);
 

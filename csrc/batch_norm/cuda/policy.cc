@@ -49,7 +49,7 @@ double StreamingTime(const Situation& situation, const PolicyTuning& reckon) {
          (traffic.statistics + again + traffic.rest + traffic.written) / rate;
 }
 
-// How many blocks of a plan run at the same time. None, where it does not fit.
+// How many blocks of a plan run at the same time: none where it does not fit.
 struct AtOnce {
   int64_t blocks = 0;    // of a multiprocessor
   int64_t clusters = 0;  // of the device
@@ -97,7 +97,7 @@ Estimate OnChipTime(const Situation& situation, const OnChip& plan, const Policy
   const double block_bytes = static_cast<double>(plan.held_steps) * plan.block.x * plan.block.y * plan.block.z *
                              plan.lanes * SizeOf(problem.dtype) * (bytes / tensor);
   const auto [at_once, clusters] = AtOnceOf(plan, occupancy);
-  // Where clusters are, some multiprocessors remain without work.
+  // Some multiprocessors remain without work where blocks form clusters.
   const bool clustered = plan.scope == Scope::kCluster;
   const int64_t usable = clustered ? clusters * plan.group : device.multiprocessors * at_once;
   const int64_t working = std::clamp<int64_t>(usable / at_once, 1, device.multiprocessors);
@@ -159,7 +159,7 @@ void ForPlanes(const View& view, bool has_bits, int threads, const Body& body) {
     if (y > 1 && y > view.units) return;
     const int64_t most = threads / y / unit * unit;
     if (most == 0) return;
-    // As wide as leaves few threads without work.
+    // The block is as wide as leaves few threads without work.
     Extent best;
     double most_used = 0;
     const int64_t least_across = DivideUp(vectors, most);

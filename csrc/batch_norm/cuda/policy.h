@@ -33,7 +33,7 @@ PolicySettings ToPublic(const Settings& settings);
 // Changes what `given` says. InvalidArgument, and no change, if something in it is wrong.
 Status Apply(const PolicySettings& given, Settings* settings);
 Status Apply(const std::map<std::string, double>& given, PolicyTuning* tuning);
-// By TFOPS_TIER and TFOPS_FREE_MULTIPROCESSORS.
+// Reads TFOPS_TIER and TFOPS_FREE_MULTIPROCESSORS.
 Status ReadEnvironment(Settings* settings);
 
 // A problem, and what its plans have to fit.
@@ -65,7 +65,7 @@ struct Choice {
   int index = -1;
   int waves = 1;
   double nanoseconds = 0;
-  // What else there was.
+  // The best choice of another tier, for the explanation.
   Tier next = Tier::kStreaming;
   double next_nanoseconds = 0;
   bool any_fits = false;

@@ -57,7 +57,7 @@ Status Situate(const Problem& problem, Pass pass, bool aligned, const Device& de
                            &situation->occupancy);
 }
 
-// The same for the entry points, whose arguments may be anything.
+// Makes the situation for the entry points, whose arguments may be anything.
 Status SituateChecked(const Problem& problem, bool backward, bool aligned, const Device& device, Situation* situation,
                       Settings* settings) {
   if (const Status status = Validate(problem); !status.ok()) return status;

@@ -13,7 +13,7 @@
 
 namespace tfops::cuda {
 
-// What a call needs to know. By whether all arrays are aligned to 16 bytes.
+// What a call needs to know. Index 1 is for arrays that are all aligned to 16 bytes, 0 for others.
 struct Prepared {
   Status status[2];  // of the choice
   Choice choice[2];
@@ -21,12 +21,13 @@ struct Prepared {
   int64_t items = 0;  // partial results that a workspace has room for, whatever is aligned and whichever tier runs
 };
 
-// For a problem with at least one element. It is found in a table after the first call for it: without an allocation,
-// without a look at the environment. Not ok if the environment variables are wrong, or CUDA cannot be asked.
+// Prepares calls for a problem with at least one element. After the first call for a problem, what is prepared is found
+// in a table, without an allocation, without a look at the environment. Not ok if the environment variables are wrong,
+// or CUDA cannot be asked.
 Status Prepare(const Problem& problem, Pass pass, const Device& device, std::shared_ptr<const Prepared>* prepared);
 
-// From now on the problem streams, for CUDA would not start what was chosen. Counted, and the first of its kind told of
-// on stderr. It does not stream if the tier is forced.
+// Has the problem stream from now on, for CUDA would not start what was chosen; but not if the tier is forced. The
+// refusal is counted, and the first of its kind is told of on stderr.
 void RememberRefusal(const Problem& problem, Pass pass, bool aligned, const Device& device, const std::string& error);
 
 // Whether a Rehearsal lives on this thread: kernels are loaded and not started, and calls do not count.
@@ -34,8 +35,8 @@ bool IsRehearsal();
 
 void CountCall(Tier tier);
 
-// Of an on-chip kernel on a device with a number: what CUDA says, asked once. Defined with the kernels. Afterwards all
-// launches that this has room for may be made.
+// Asks CUDA, once, about the occupancy of an on-chip kernel on a device with a number. It is defined with the kernels.
+// Afterwards all launches that the occupancy has room for may be made.
 Status AskOccupancy(const Device& device, DataType dtype, Pass pass, bool vectors, Occupancy* occupancy);
 
 }  // namespace tfops::cuda

@@ -57,7 +57,8 @@ Status Look(int number, Device* device) {
   device->shared_bytes_per_multiprocessor = shared_per_multiprocessor;
   device->l2_bytes = l2;
   device->cooperative = cooperative != 0;
-  // The largest that any chip of these has. Whether this one does, and how many at once, AskOccupancy() is told.
+  // The largest cluster that any chip of this compute capability has. AskOccupancy() is told whether this chip has it,
+  // and how many at once.
   device->largest_cluster = clusters == 0 || device->compute_capability < 90 ? 1
                             : device->compute_capability < 120               ? 16
                                                                              : 8;
@@ -148,7 +149,7 @@ Status CheckGpu(int index) {
   Gpu gpu;
   if (const Status status = Describe(index, &gpu); !status.ok()) return status;
   cudaError_t error = cudaSuccess;
-  // In a thread of its own: the current GPU is a thread's.
+  // A thread of its own is asked, since the current GPU is a thread's.
   std::thread([&error, index] {
     error = cudaSetDevice(index);
     cudaFuncAttributes attributes;

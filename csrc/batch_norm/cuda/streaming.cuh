@@ -24,7 +24,7 @@ __device__ __forceinline__ Walk<kLanes, kDirection> WalkSplit(const StreamingTil
   return {tiling, place, slab, first, count};
 }
 
-// Whether the vector at an offset counts: as a whole, as MakeStreamingTiling has seen to.
+// Whether the vector at an offset counts, which it does as a whole: MakeStreamingTiling has seen to that.
 __device__ __forceinline__ bool IsCounted(const Mask& mask, int64_t offset) {
   return !mask.flags || LoadGlobal(mask.flags + offset / mask.length) != 0;
 }

@@ -20,13 +20,13 @@ struct StreamingTiling : Tiling {
   int64_t Splits() const { return grid.y; }
 };
 
-// For a problem with at least one element.
+// The tiling for a problem with at least one element.
 StreamingTiling MakeStreamingTiling(const Problem& problem, bool aligned, int multiprocessors);
 
-// The same where only some elements count: vectors hold none that count beside others that do not.
+// The tiling where only some elements count: vectors hold none that count beside others that do not.
 StreamingTiling MakeStreamingTiling(const Problem& problem, const Mask& mask, bool aligned, int multiprocessors);
 
-// Partial results, one for each split and unit.
+// The number of partial results, one for each split and unit.
 int64_t SplitItems(const Problem& problem, bool aligned, int multiprocessors);
 
 }  // namespace tfops::cuda

@@ -8,7 +8,7 @@
 namespace tfops::cuda {
 
 struct Tuning {
-  // Elements in a chain of sums of one thread: the longer, the more rounding error, and the less often to close one.
+  // The elements in a chain of a thread's sums: the longer, the more rounding error, and the less often to close one.
   static constexpr int kChain = 64;
 };
 
@@ -34,7 +34,7 @@ struct StreamingBatch {
   static constexpr int kMoments = 8;                                              // of x
   static constexpr int kNormalize = kLanes == 1 ? 8 : 4;                          // of x and residual
   static constexpr int kGradientMoments = kLanes == 1 ? 8 : kLanes == 8 ? 2 : 4;  // of dy, x and residual
-  static constexpr int kGradientNormalize = kLanes == 1 ? 8 : 2;                  // of the same
+  static constexpr int kGradientNormalize = kLanes == 1 ? 8 : 2;                  // of dy, x and residual
 };
 
 // The on-chip tiers, whose blocks keep what they read.

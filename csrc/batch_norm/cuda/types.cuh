@@ -43,7 +43,7 @@ __device__ __forceinline__ double MultiplyAdd(double a, double b, double c) { re
 __device__ __forceinline__ float InverseRoot(float value) { return 1 / sqrtf(value); }
 __device__ __forceinline__ double InverseRoot(double value) { return 1 / sqrt(value); }
 
-// As many neighbours as a 16-byte access holds.
+// The neighbours that a 16-byte access holds.
 template <typename T>
 inline constexpr int kVectorLanes = static_cast<int>(16 / sizeof(T));
 
@@ -77,7 +77,7 @@ struct Vector {
 
   __device__ __forceinline__ void Load(const void* array, int64_t offset) { word = LoadGlobal(Address(array, offset)); }
 
-  // For data that this operation does not need again, neither what it reads nor what it writes: the cache may drop it
+  // Loads data that this operation does not need again, neither what it reads nor what it writes: the cache may drop it
   // first, and keeps more of what the walk has yet to meet.
   __device__ __forceinline__ void LoadLast(const void* array, int64_t offset) {
     word = LoadGlobalStreaming(Address(array, offset));
@@ -85,7 +85,7 @@ struct Vector {
   __device__ __forceinline__ void Store(void* array, int64_t offset) const {
     StoreGlobalStreaming(const_cast<Word*>(Address(array, offset)), word);
   }
-  // For results that the next operation can still find in the cache.
+  // Stores results that the next operation can still find in the cache.
   __device__ __forceinline__ void StoreNext(void* array, int64_t offset) const {
     StoreGlobal(const_cast<Word*>(Address(array, offset)), word);
   }

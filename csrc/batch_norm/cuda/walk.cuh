@@ -37,7 +37,7 @@ class Walk {
     down_ = static_cast<int>(start / steps_across_);
     across_ = static_cast<int>(start - static_cast<int64_t>(down_) * steps_across_);
 
-    // Of the steps across and down, those in which this thread is inside the tensor.
+    // This thread is inside the tensor in steps before end_across_ and end_down_.
     const int64_t width = tiling.planes ? tiling.inner : tiling.units;
     const bool real = unit_ < tiling.units && place.z < tiling.block.z && place.z < tiling.outer;
     end_across_ = column < width ? static_cast<int>((width - column - 1) / stride_across_ + 1) : 0;
@@ -49,8 +49,7 @@ class Walk {
 
   // The unit of the thread's first lane. In rows, lane i is of unit Unit() + i.
   __device__ __forceinline__ int64_t Unit() const { return unit_; }
-  // Calls body(lane, channel) for each lane; for a thread past the last channel with channels whose parameters can be
-  // read.
+  // Calls body(lane, channel) for each lane. A thread past the last channel gets channels whose parameters can be read.
   template <typename Body>
   __device__ __forceinline__ void ForLanes(const Tiling& tiling, const Body& body) const {
     const int64_t unit = unit_ < tiling.units ? unit_ : 0;
@@ -66,7 +65,7 @@ class Walk {
 
   __device__ __forceinline__ bool Done() const { return left_ <= 0; }
   __device__ __forceinline__ bool Inside() const { return left_ > 0 && across_ < end_across_ && down_ < end_down_; }
-  // Of the vector's first element.
+  // The offset of the vector's first element in the tensor.
   __device__ __forceinline__ int64_t Offset() const { return offset_; }
 
   // Where the byte is that has the activation bit of the vector's first element, and which of its bits that is.
@@ -129,8 +128,8 @@ class Walk {
   int64_t unit_;
   int64_t offset_;
   int left_;    // steps to go, this one included
-  int across_;  // this step: the how manieth along a plane
-  int down_;    // and the how manieth of these rows of steps
+  int across_;  // this step's place along a plane
+  int down_;    // its place in the order of such rows of steps
   int end_across_;
   int end_down_;
   int steps_across_;
