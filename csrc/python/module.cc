@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "csrc/batch_norm/batch_norm.h"
+#include "csrc/batch_norm/calls.h"
 
 #ifdef TFOPS_SIMT
 #include "csrc/simt/controls.h"
@@ -134,70 +135,36 @@ std::unique_ptr<void, Free> AllocateAligned(size_t bytes) {
   return memory;
 }
 
-void CpuForward(const Problem& problem, const ForwardArrays& arrays, int threads) {
-  const auto workspace = AllocateAligned(cpu::ForwardWorkspaceBytes(problem));
+template <typename Call>
+void RunOnCpu(const Problem& problem, const typename Call::Arrays& arrays, int threads) {
+  const auto workspace = AllocateAligned(Call::kCpuWorkspaceBytes(problem));
   CallThreads call_threads(threads);
-  ThrowUnlessOk(cpu::Forward(problem, arrays, workspace.get(), call_threads.Get()));
+  ThrowUnlessOk(Call::kCpu(problem, arrays, workspace.get(), call_threads.Get()));
 }
 
-void CpuBackward(const Problem& problem, const BackwardArrays& arrays, int threads) {
-  const auto workspace = AllocateAligned(cpu::BackwardWorkspaceBytes(problem));
-  CallThreads call_threads(threads);
-  ThrowUnlessOk(cpu::Backward(problem, arrays, workspace.get(), call_threads.Get()));
+template <typename Call>
+void RunOnCuda(const Problem& problem, const typename Call::Arrays& arrays, uintptr_t workspace, uintptr_t stream) {
+  ThrowUnlessOk(Call::kCuda(problem, arrays, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
 }
 
-size_t CudaForwardWorkspaceBytes(const Problem& problem, bool any_gpu) {
+template <typename Call>
+size_t CudaWorkspaceBytes(const Problem& problem, bool any_gpu) {
   size_t bytes = 0;
-  ThrowUnlessOk(cuda::ForwardWorkspaceBytes(problem, &bytes, any_gpu ? cuda::Gpus::kAny : cuda::Gpus::kCurrent));
+  ThrowUnlessOk(Call::kCudaWorkspaceBytes(problem, &bytes, any_gpu ? cuda::Gpus::kAny : cuda::Gpus::kCurrent));
   return bytes;
 }
 
-size_t CudaBackwardWorkspaceBytes(const Problem& problem, bool any_gpu) {
-  size_t bytes = 0;
-  ThrowUnlessOk(cuda::BackwardWorkspaceBytes(problem, &bytes, any_gpu ? cuda::Gpus::kAny : cuda::Gpus::kCurrent));
-  return bytes;
-}
-
-void CudaForward(const Problem& problem, const ForwardArrays& arrays, uintptr_t workspace, uintptr_t stream) {
-  ThrowUnlessOk(cuda::Forward(problem, arrays, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
-}
-
-void CudaBackward(const Problem& problem, const BackwardArrays& arrays, uintptr_t workspace, uintptr_t stream) {
-  ThrowUnlessOk(cuda::Backward(problem, arrays, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
-}
-
-void CpuMoments(const Problem& problem, const MomentsArrays& arrays, int threads) {
-  const auto workspace = AllocateAligned(cpu::MomentsWorkspaceBytes(problem));
-  CallThreads call_threads(threads);
-  ThrowUnlessOk(cpu::BatchMoments(problem, arrays, workspace.get(), call_threads.Get()));
-}
-
-// One half of Backward: GradientNormalize if there are `statistics`, else GradientMoments.
+// A gradient phase is GradientNormalize if there are `statistics`, else GradientMoments.
 void CpuGradientPhase(const Problem& problem, const BackwardArrays& arrays, const StatisticsGradient* statistics,
                       int threads) {
-  const auto workspace = AllocateAligned(cpu::BackwardWorkspaceBytes(problem));
-  CallThreads call_threads(threads);
-  ThrowUnlessOk(statistics ? cpu::GradientNormalize(problem, arrays, *statistics, workspace.get(), call_threads.Get())
-                           : cpu::GradientMoments(problem, arrays, workspace.get(), call_threads.Get()));
+  if (!statistics) return RunOnCpu<GradientMomentsCall>(problem, arrays, threads);
+  RunOnCpu<GradientNormalizeCall>(problem, {arrays, *statistics}, threads);
 }
 
 void CudaGradientPhase(const Problem& problem, const BackwardArrays& arrays, const StatisticsGradient* statistics,
                        uintptr_t workspace, uintptr_t stream) {
-  void* memory = reinterpret_cast<void*>(workspace);
-  void* on = reinterpret_cast<void*>(stream);
-  ThrowUnlessOk(statistics ? cuda::GradientNormalize(problem, arrays, *statistics, memory, on)
-                           : cuda::GradientMoments(problem, arrays, memory, on));
-}
-
-size_t CudaMomentsWorkspaceBytes(const Problem& problem) {
-  size_t bytes = 0;
-  ThrowUnlessOk(cuda::MomentsWorkspaceBytes(problem, &bytes));
-  return bytes;
-}
-
-void CudaMoments(const Problem& problem, const MomentsArrays& arrays, uintptr_t workspace, uintptr_t stream) {
-  ThrowUnlessOk(
-      cuda::BatchMoments(problem, arrays, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
+  if (!statistics) return RunOnCuda<GradientMomentsCall>(problem, arrays, workspace, stream);
+  RunOnCuda<GradientNormalizeCall>(problem, {arrays, *statistics}, workspace, stream);
 }
 
 Problem MakeProblem(const std::vector<int64_t>& shape, int64_t axis, DataType dtype, const std::string& activation,
@@ -380,19 +347,22 @@ PYBIND11_MODULE(_kernels, m) {
         py::arg("tuning") = std::map<std::string, double>());
 
   const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("cpu_forward", &CpuForward, release);
-  m.def("cpu_backward", &CpuBackward, release);
-  m.def("cuda_forward", &CudaForward, release);
-  m.def("cuda_backward", &CudaBackward, release);
-  m.def("cuda_forward_workspace_bytes", &CudaForwardWorkspaceBytes, py::arg("problem"), py::arg("any_gpu") = false);
-  m.def("cuda_backward_workspace_bytes", &CudaBackwardWorkspaceBytes, py::arg("problem"), py::arg("any_gpu") = false);
+  m.def("cpu_forward", &RunOnCpu<ForwardCall>, release);
+  m.def("cpu_backward", &RunOnCpu<BackwardCall>, release);
+  m.def("cuda_forward", &RunOnCuda<ForwardCall>, release);
+  m.def("cuda_backward", &RunOnCuda<BackwardCall>, release);
+  m.def("cuda_forward_workspace_bytes", &CudaWorkspaceBytes<ForwardCall>, py::arg("problem"),
+        py::arg("any_gpu") = false);
+  m.def("cuda_backward_workspace_bytes", &CudaWorkspaceBytes<BackwardCall>, py::arg("problem"),
+        py::arg("any_gpu") = false);
   m.def("cpu_forward_workspace_bytes", &cpu::ForwardWorkspaceBytes);
   m.def("cpu_backward_workspace_bytes", &cpu::BackwardWorkspaceBytes);
-  m.def("cpu_moments", &CpuMoments, release);
+  m.def("cpu_moments", &RunOnCpu<MomentsCall>, release);
   m.def("cpu_gradient_phase", &CpuGradientPhase, release);
-  m.def("cuda_moments", &CudaMoments, release);
+  m.def("cuda_moments", &RunOnCuda<MomentsCall>, release);
   m.def("cuda_gradient_phase", &CudaGradientPhase, release);
-  m.def("cuda_moments_workspace_bytes", &CudaMomentsWorkspaceBytes);
+  m.def("cuda_moments_workspace_bytes", &CudaWorkspaceBytes<MomentsCall>, py::arg("problem"),
+        py::arg("any_gpu") = false);
 
   m.def("instruction_set", &cpu::InstructionSet);
   m.def("cuda_build", [] {
