@@ -1,5 +1,7 @@
 // Where activation bits lie: as batch_norm.h has it, as the CPU's runs do, and as CUDA's threads do.
 
+#include "csrc/batch_norm/cpu/activation_bits.h"
+
 #include <cstring>
 #include <vector>
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "csrc/batch_norm/cpu/runs.h"
+#include "csrc/batch_norm/cpu/tiles.h"
 #include "csrc/tests/problems.h"
 #include "csrc/tests/testing.h"
 
@@ -195,7 +196,7 @@ auto Fields(const Partition& partition) {
 // A partition depends neither on the threads that there are, nor on the one that asks, nor on what has no part in the
 // order of sums.
 TEST(PartitionsAreOfTheProblemAlone) {
-  static_assert(std::is_same_v<decltype(&MakePartition), Partition (*)(const Problem&, bool)>);
+  static_assert(std::is_same_v<decltype(&MakePartition), Partition (*)(const Problem&, bool, bool)>);
   std::vector<Problem> problems;
   ForSmallProblems(kProblems, kMostElements, [&](const Problem& problem, Random*) { problems.push_back(problem); });
   const auto partitions = [&problems] {

@@ -118,12 +118,10 @@ TEST(FloatsRoundToTheNearestBFloat16) { ExpectRounded(8, &FloatToBFloat16); }
 template <typename P>
 void ExpectMasks() {
   constexpr int kL = kLanes<P>;
-  for (int first = 0; first <= 32 - kL; first += kL) {
-    for (uint32_t bits = 0; bits < 1u << kL; ++bits) {
-      const IntVec<P> mask = MaskFromBits<P>(bits << first, first);
-      for (int i = 0; i < kL; ++i) EXPECT_EQ(mask[i], bits >> i & 1 ? -1 : 0);
-      EXPECT_EQ(BitsFromMask<P>(mask), bits);
-    }
+  for (uint32_t bits = 0; bits < 1u << kL; ++bits) {
+    const IntVec<P> mask = MaskFromBits<P>(bits | 5u << kL);  // what follows a vector's bits does not matter
+    for (int i = 0; i < kL; ++i) EXPECT_EQ(mask[i], bits >> i & 1 ? -1 : 0);
+    EXPECT_EQ(BitsFromMask<P>(mask), bits);
   }
 }
 
@@ -185,18 +183,10 @@ TEST(PartsOfVectorsEndWhereTheyShould) {
   ExpectFirst<double, uint64_t>();
 }
 
-TEST(WideVectorsHaveTheLanesInOrder) {
+TEST(LanesAddUpInDouble) {
   Vec<float> v;
   double sum = 0;
   for (int i = 0; i < kLanes<float>; ++i) sum += v[i] = 1.0f / static_cast<float>(i + 3);
-  const Wide<float> wide = Widen(v);
-  double lanes[kLanes<float>];
-  StoreWide<float>(lanes, wide);
-  const Vec<float> narrow = Narrow(wide);
-  for (int i = 0; i < kLanes<float>; ++i) {
-    EXPECT_EQ(lanes[i], double{v[i]});
-    EXPECT_EQ(narrow[i], v[i]);
-  }
   EXPECT_LE(std::fabs(SumOfLanes<float>(v) - sum), 1e-15);
   EXPECT_LE(std::fabs(SumOfLanes<double>(Vec<double>{} + 0.125) - 0.125 * kLanes<double>), 0.0);
 }

@@ -1,4 +1,5 @@
-// What a file of CPU kernels offers: the work of one item of each phase. cpu.cc calls them, in parallel.
+// What the kernels of an instruction set and a data type do, one item or some channels at a time. cpu.cc calls them, in
+// parallel.
 
 #ifndef TFOPS_BATCH_NORM_CPU_KERNELS_H_
 #define TFOPS_BATCH_NORM_CPU_KERNELS_H_
@@ -12,74 +13,74 @@ namespace tfops::cpu {
 struct Partials {
   double* first = nullptr;   // mean of x; or sum of dz
   double* second = nullptr;  // m2 of x; or sum of dz * (x - mean)
+  double* count = nullptr;   // elements that the mask lets through; only of moments with a mask
 };
 
-// [columns], of the param type: y = act((x - mean) * slope + offset + residual); dx = dz * slope + (x - mean) * tilt +
-// shift.
-struct Coefficients {
-  void* mean = nullptr;
-  void* slope = nullptr;
-  void* offset = nullptr;
-  void* tilt = nullptr;
-  void* shift = nullptr;
-};
+// The coefficients of y = act((x - mean) * slope + offset + residual) and of dx = dz * slope + (x - mean) * tilt +
+// shift. The first kCoefficientsOfZ are those of y.
+enum Coefficient { kMean, kSlope, kOffset, kTilt, kShift, kCoefficients };
+constexpr int kCoefficientsOfZ = kTilt;
 
-// How a job goes through its rows by tiles, if it does; see runs.h. kApart: nothing is streamed, or fetched ahead.
-enum class Traversal { kNone, kApart, kStreamed };
+// Each is [columns], of the param type.
+using Coefficients = void* [kCoefficients];
 
-// stream: the output goes past the cache, which is too small for it and what was read. ahead: that input, or a pass's
-// inputs, are fetched from memory so many elements before they are read; 0 if they are not.
-struct ForwardJob {
+// How the rows of channels-last data are gone through: one by one, or by tiles (see tiles.h), whose outputs may be
+// streamed.
+enum class Traversal { kRows, kTiles, kStreamedTiles };
+
+// What a call is to do. "Streamed" outputs go past the cache, which is too small for them and what is read. "Ahead" is
+// by how many elements inputs are fetched from memory before they are read; 0 if they are not.
+struct Job {
   Problem problem;
   Partition partition;
-  bool stream_y = false;
-  int64_t x_ahead = 0;  // in the pass that writes y, as the next
-  int64_t residual_ahead = 0;
-  Traversal traversal = Traversal::kNone;
-  ForwardArrays arrays;
+  Traversal traversal = Traversal::kRows;
+  Mask mask;  // the elements that count, in the phases by themselves
   Partials partials;
-  Coefficients coefficients;
+  Coefficients coefficients = {};
 };
 
-struct BackwardJob {
-  Problem problem;
-  Partition partition;
+struct ForwardJob : Job {
+  ForwardArrays arrays;
+  MomentsArrays moments;  // where the phase by itself writes its results
+  bool stream_y = false;
+  int64_t x_ahead = 0;  // in the pass that writes y; so is the next
+  int64_t residual_ahead = 0;
+};
+
+struct BackwardJob : Job {
+  BackwardArrays arrays;
+  StatisticsGradient statistics;      // what the phase by itself is given
+  bool has_statistics_terms = false;  // whether dx has tilt and shift
   bool stream_dx = false;
   bool stream_dresidual = false;
   int64_t sums_ahead = 0;
   int64_t dx_ahead = 0;
-  Traversal traversal = Traversal::kNone;
-  BackwardArrays arrays;
-  Partials partials;
-  Coefficients coefficients;
 };
 
-// counts: [chunks, columns], how many elements count in each chunk of a column.
-struct MomentsJob {
-  ForwardJob forward;
-  MomentsArrays arrays;
-  double* counts = nullptr;
+// Channels are ranges from `begin` to `end`, items those of the partition.
+class Kernels {
+ public:
+  // The forward pass: partial moments, which become statistics and coefficients, and then y.
+  virtual void Moments(const ForwardJob& job, int64_t item) const = 0;
+  virtual void FinishStatistics(const ForwardJob& job, int64_t begin, int64_t end) const = 0;
+  virtual void Normalize(const ForwardJob& job, int64_t item) const = 0;
+
+  // The backward pass: coefficients of z, partial sums, which become gradients and the coefficients of dx, and then dx.
+  virtual void PrepareGradient(const BackwardJob& job, int64_t begin, int64_t end) const = 0;
+  virtual void GradientMoments(const BackwardJob& job, int64_t item) const = 0;
+  virtual void FinishGradient(const BackwardJob& job, int64_t begin, int64_t end) const = 0;
+  virtual void GradientNormalize(const BackwardJob& job, int64_t item) const = 0;
+
+  // The phases by themselves: what moments come to, and dx's coefficients as they are given.
+  virtual void FinishMoments(const ForwardJob& job, int64_t begin, int64_t end) const = 0;
+  virtual void TakeStatisticsGradient(const BackwardJob& job, int64_t begin, int64_t end) const = 0;
+
+ protected:
+  ~Kernels() = default;
 };
 
-// For one data type. Finish functions take a range of channels, the others an item of the partition.
-struct Kernels {
-  void (*moments)(const ForwardJob& job, int64_t item);
-  void (*finish_statistics)(const ForwardJob& job, int64_t begin, int64_t end);
-  void (*normalize)(const ForwardJob& job, int64_t item);
-  void (*prepare_gradient)(const BackwardJob& job, int64_t begin, int64_t end);
-  void (*gradient_moments)(const BackwardJob& job, int64_t item);
-  void (*finish_gradient)(const BackwardJob& job, int64_t begin, int64_t end);
-  void (*gradient_normalize)(const BackwardJob& job, int64_t item);
-  // For the phases by themselves.
-  void (*masked_moments)(const MomentsJob& job, int64_t item);
-  void (*finish_moments)(const MomentsJob& job, int64_t begin, int64_t end);
-  void (*spread_statistics_gradient)(const BackwardJob& job, const StatisticsGradient& statistics, int64_t begin,
-                                     int64_t end);
-  void (*masked_gradient_normalize)(const BackwardJob& job, const Mask& mask, int64_t item);
-};
-
-// Those of each instruction set. A build has some of them (TFOPS_CPU_LEVELS in CMake), and defines TFOPS_HAS_ and the
-// name for each.
+// The kernels of each instruction set. A build has some of them (TFOPS_CPU_LEVELS in CMake), and defines TFOPS_HAS_ and
+// the name for each.
 #define TFOPS_DECLARE_KERNELS(level)               \
   namespace level {                                \
   template <DataType kType>                        \

@@ -19,7 +19,7 @@ constexpr int64_t kColumnBlock = 2048;  // whose coefficients stay in the first 
 constexpr int64_t kMinColumns = 512;   // channels-last: fold until a row is as long
 constexpr int64_t kMinFoldedRows = 8;  // fold only if that many rows remain
 
-constexpr int64_t kSegment = 16 * 1024;   // channels-first; a multiple of 8, for whole bytes of activation bits
+constexpr int64_t kSegment = 16 * 1024;   // channels-first; a multiple of 8, for whole bytes of mask
 constexpr int64_t kMinStraightRows = 16;  // fewer are not enough items; channels are shared out then
 
 // Channels-first: what an item of whole channels may read and find in its core's second-level cache when it reads it
@@ -112,11 +112,11 @@ int64_t ElementBytes(DataType dtype) {
   return 8;
 }
 
-Partition MakePartition(const Problem& problem, bool backward) {
+Partition MakePartition(const Problem& problem, bool backward, bool has_rows) {
   Partition partition;
   partition.columns = problem.channels;
   if (problem.Elements() == 0) return partition;  // no items
-  partition.channels_last = problem.inner == 1;
+  partition.channels_last = problem.inner == 1 && has_rows;
   const int64_t wanted = std::clamp<int64_t>(problem.Elements() / kItemElements, 1, kMaxItems);
   if (partition.channels_last) {
     PartitionChannelsLast(problem, wanted, &partition);

@@ -2,14 +2,14 @@
 //
 // The cut depends on the problem alone, never on the number of threads: so the results don't either.
 
-#ifndef TFOPS_BATCH_NORM_CPU_PLAN_H_
-#define TFOPS_BATCH_NORM_CPU_PLAN_H_
+#ifndef TFOPS_BATCH_NORM_CPU_PARTITION_H_
+#define TFOPS_BATCH_NORM_CPU_PARTITION_H_
 
 #include "csrc/batch_norm/batch_norm.h"
 
 namespace tfops::cpu {
 
-// Vector code works on blocks of 16 elements: one AVX-512 register of float32, two bytes of activation bits.
+// Vector code works on blocks of 16 elements: one AVX-512 register of float32, two bytes of mask.
 inline constexpr int64_t kBlock = 16;
 inline constexpr int64_t kLineBytes = 64;     // of a cache line
 inline constexpr int64_t kMaxColumns = 4096;  // of an item, channels-last
@@ -48,6 +48,8 @@ struct Partition {
     return end < columns ? end : columns;
   }
   TFOPS_INLINE int64_t Chunk(int64_t item) const { return item / column_blocks; }
+  // Where an item's partial statistics of a column are.
+  TFOPS_INLINE int64_t Slot(int64_t item, int64_t column) const { return Chunk(item) * columns + column; }
   TFOPS_INLINE int64_t RowBegin(int64_t chunk) const {
     if (chunk == chunks) return rows;
     const int64_t unit = channels_last ? kRowUnit : 1;
@@ -58,29 +60,11 @@ struct Partition {
   TFOPS_INLINE bool HasTail(int64_t chunk) const { return tail > 0 && chunk == chunks - 1; }
 };
 
-Partition MakePartition(const Problem& problem, bool backward);
+// has_rows: whether channels-last data may be taken for rows; else they are planes of one element.
+Partition MakePartition(const Problem& problem, bool backward, bool has_rows = true);
 
 int64_t ElementBytes(DataType dtype);
 
-// Hands out a workspace piece by piece; without memory, it adds up what is needed.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <typename T>
-  T* Take(int64_t count) {
-    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    return piece;
-  }
-  size_t used() const { return used_; }
-
- private:
-  static constexpr size_t kAlignment = 64;
-  char* base_;
-  size_t used_ = 0;
-};
-
 }  // namespace tfops::cpu
 
-#endif  // TFOPS_BATCH_NORM_CPU_PLAN_H_
+#endif  // TFOPS_BATCH_NORM_CPU_PARTITION_H_

@@ -7,6 +7,7 @@
 #define TFOPS_BATCH_NORM_CPU_SIMD_H_
 
 #include <cstring>
+#include <tuple>
 #include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -42,6 +43,9 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
+
+template <DataType kType>
+using ElementOf = std::tuple_element_t<static_cast<size_t>(kType), std::tuple<Half, BFloat16, float, double>>;
 
 // The type that data of type T are computed in, and that their parameters have.
 template <typename T>
@@ -97,21 +101,15 @@ TFOPS_INLINE Vec<P> Splat(P value) {
   return Vec<P>{} + value;
 }
 
-// a * b + c with one rounding, if the machine can.
-TFOPS_INLINE Vec<float> MultiplyAdd(Vec<float> a, Vec<float> b, Vec<float> c) {
+// a * b + c with one rounding, if the machine can. V: of floats, or of doubles.
+template <typename V>
+TFOPS_INLINE V MultiplyAdd(V a, V b, V c) {
 #if defined(__aarch64__)
-  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  if constexpr (sizeof(a[0]) == 4) return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  if constexpr (sizeof(a[0]) == 8) return (V)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #elif defined(__FMA__)
-  return (Vec<float>)TFOPS_X86_VECTOR(fmadd, ps)(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-TFOPS_INLINE Vec<double> MultiplyAdd(Vec<double> a, Vec<double> b, Vec<double> c) {
-#if defined(__aarch64__)
-  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
-#elif defined(__FMA__)
-  return (Vec<double>)TFOPS_X86_VECTOR(fmadd, pd)(a, b, c);
+  if constexpr (sizeof(a[0]) == 4) return (V)TFOPS_X86_VECTOR(fmadd, ps)(a, b, c);
+  if constexpr (sizeof(a[0]) == 8) return (V)TFOPS_X86_VECTOR(fmadd, pd)(a, b, c);
 #else
   return a * b + c;
 #endif
@@ -132,73 +130,45 @@ TFOPS_INLINE Vec<P> KeepFirst(Vec<P> v, int64_t n) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Vectors of doubles, as many as there are lanes of P.
+// Sums in double.
 
-template <typename P>
-struct Wide {
-  static constexpr int kParts = static_cast<int>(sizeof(double) / sizeof(P));
-  Vec<double> part[kParts];
-};
-
-TFOPS_INLINE Wide<double> Widen(Vec<double> v) { return {{v}}; }
-TFOPS_INLINE Wide<float> Widen(Vec<float> v) {
+// The two halves of a vector of floats as doubles, added to one another.
+TFOPS_INLINE Vec<double> SumOfHalves(Vec<double> v) { return v; }
+TFOPS_INLINE Vec<double> SumOfHalves(Vec<float> v) {
 #ifdef __aarch64__  // GCC converts lane by lane
   const float32x4_t lanes = (float32x4_t)v;
-  return {{(Vec<double>)vcvt_f64_f32(vget_low_f32(lanes)), (Vec<double>)vcvt_high_f64_f32(lanes)}};
+  return (Vec<double>)vcvt_f64_f32(vget_low_f32(lanes)) + (Vec<double>)vcvt_high_f64_f32(lanes);
 #else
-  typedef float Part __attribute__((vector_size(TFOPS_VECTOR_BYTES / 2)));
-  Part parts[2];
-  std::memcpy(parts, &v, sizeof(v));
-  return {{__builtin_convertvector(parts[0], Vec<double>), __builtin_convertvector(parts[1], Vec<double>)}};
+  typedef float Half __attribute__((vector_size(TFOPS_VECTOR_BYTES / 2)));
+  Half halves[2];
+  std::memcpy(halves, &v, sizeof(v));
+  return __builtin_convertvector(halves[0], Vec<double>) + __builtin_convertvector(halves[1], Vec<double>);
 #endif
-}
-
-TFOPS_INLINE Vec<double> Narrow(const Wide<double>& w) { return w.part[0]; }
-TFOPS_INLINE Vec<float> Narrow(const Wide<float>& w) {
-#ifdef __aarch64__  // GCC joins the halves in memory
-  return (Vec<float>)vcvt_high_f32_f64(vcvt_f32_f64((float64x2_t)w.part[0]), (float64x2_t)w.part[1]);
-#else
-  typedef float Part __attribute__((vector_size(TFOPS_VECTOR_BYTES / 2)));
-  const Part parts[2] = {__builtin_convertvector(w.part[0], Part), __builtin_convertvector(w.part[1], Part)};
-  return BitCast<Vec<float>>(parts);
-#endif
-}
-
-template <typename P>
-TFOPS_INLINE Wide<P> LoadWide(const double* p) {
-  return LoadBits<Wide<P>>(p);
-}
-
-template <typename P>
-TFOPS_INLINE void StoreWide(double* p, const Wide<P>& w) {
-  std::memcpy(p, &w, sizeof(w));
 }
 
 template <typename P>
 TFOPS_INLINE double SumOfLanes(Vec<P> v) {
-  const Wide<P> wide = Widen(v);
-  Vec<double> sum = wide.part[0];
-  for (int k = 1; k < Wide<P>::kParts; ++k) sum += wide.part[k];
+  const Vec<double> sum = SumOfHalves(v);
   double total = 0;
   for (int lane = 0; lane < kLanes<double>; ++lane) total += sum[lane];
   return total;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Masks: a comparison's result, as bits.
+// Comparisons, whose results are vectors of integers that are all ones or zero, as bits.
 
-// 1 << (first + lane).
+// 1 << lane.
 template <typename P>
-TFOPS_INLINE IntVec<P> LaneBits(int first = 0) {
+TFOPS_INLINE IntVec<P> LaneBits() {
   IntVec<P> bits;
-  for (int i = 0; i < kLanes<P>; ++i) bits[i] = static_cast<typename IntOf<P>::Type>(uint64_t{1} << (first + i));
+  for (int i = 0; i < kLanes<P>; ++i) bits[i] = static_cast<typename IntOf<P>::Type>(uint64_t{1} << i);
   return bits;
 }
 
-// Of bits `first` and those that follow it.
+// All ones in lanes whose bit is set, the first lane's being the lowest.
 template <typename P>
-TFOPS_INLINE IntVec<P> MaskFromBits(uint32_t bits, int first) {
-  return (LaneBits<P>(first) & static_cast<typename IntOf<P>::Type>(bits)) != 0;
+TFOPS_INLINE IntVec<P> MaskFromBits(uint32_t bits) {
+  return (LaneBits<P>() & static_cast<typename IntOf<P>::Type>(bits)) != 0;
 }
 
 template <typename P>
@@ -219,27 +189,6 @@ TFOPS_INLINE uint32_t BitsFromMask(IntVec<P> mask) {
   for (int i = 0; i < kLanes<P>; ++i) bits |= static_cast<uint32_t>(selected[i]);
   return bits;
 #endif
-}
-
-// Bits i to i + n - 1 of a row of bits, n <= lanes. What follows them is undefined. kInPlace: n is all lanes, and i a
-// multiple of that or of 8.
-template <typename P, bool kInPlace>
-TFOPS_INLINE uint32_t LoadActivationBits(const uint8_t* row, int64_t i, int64_t n) {
-  if constexpr (kInPlace) return kLanes<P> > 8 ? LoadBits<uint16_t>(row + i / 8) : uint32_t{row[i / 8]} >> (i % 8);
-  const int64_t first = i / 8, last = (i + n - 1) / 8;
-  uint32_t bits = row[first];
-  if (first < last) bits |= static_cast<uint32_t>(row[first + 1]) << 8;
-  if (kLanes<P> > 8 && i % 8 != 0 && first + 1 < last) bits |= static_cast<uint32_t>(row[last]) << 16;
-  return bits >> (i % 8);
-}
-
-// Bits i to i + kCount - 1, kCount being 8, 16 or 32.
-template <int64_t kCount>
-TFOPS_INLINE uint32_t LoadActivationBits(const uint8_t* row, int64_t i) {
-  using Bits = std::conditional_t<kCount == 8, uint8_t, std::conditional_t<kCount == 16, uint16_t, uint32_t>>;
-  uint64_t bits = LoadBits<Bits>(row + i / 8);
-  if (i % 8 != 0) bits |= static_cast<uint64_t>(row[(i + kCount) / 8]) << kCount;
-  return static_cast<uint32_t>(bits >> i % 8);
 }
 
 }  // namespace

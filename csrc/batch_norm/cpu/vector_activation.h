@@ -1,54 +1,46 @@
-// What activation.h asks of vectors.
+// Activations of vectors: what activation.h asks of these, and activations that no loop knows.
 
 #ifndef TFOPS_BATCH_NORM_CPU_VECTOR_ACTIVATION_H_
 #define TFOPS_BATCH_NORM_CPU_VECTOR_ACTIVATION_H_
 
+#include <type_traits>
+
 #include "csrc/batch_norm/activation.h"
-#include "csrc/batch_norm/cpu/simd.h"
+#include "csrc/batch_norm/cpu/conversions.h"
 
 namespace tfops {
 
+// x86: one instruction each. Of NaN and a number, and of two zeros, max and min return the second.
+//
+// AArch64: a comparison and a selection, but for what is one instruction: the lesser of a number other than zero and of
+// z, which stays what it is if it is NaN, and a result of arithmetic, whose NaNs are quiet. (The greater of two zeros
+// would be the positive one, which x86's may not be.)
+template <typename V>
+struct VectorBound {
+  static constexpr bool kIsFloat = std::is_same_v<V, cpu::TFOPS_CPU_LEVEL::FloatVec>;
+
+  static TFOPS_INLINE V Below(V z, V low) {
 #ifdef __x86_64__
-
-// One instruction: of NaN and a number, and of two zeros, max and min return the second.
-template <>
-struct Bound<cpu::TFOPS_CPU_LEVEL::FloatVec> {
-  using V = cpu::TFOPS_CPU_LEVEL::FloatVec;
-
-  static TFOPS_INLINE V Below(V z, V low) { return TFOPS_X86_VECTOR(max, ps)(low, z); }
-  static TFOPS_INLINE V Above(V z, V high) { return TFOPS_X86_VECTOR(min, ps)(high, z); }
-};
-
-template <>
-struct Bound<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
-  using V = cpu::TFOPS_CPU_LEVEL::Vec<double>;
-
-  static TFOPS_INLINE V Below(V z, V low) { return TFOPS_X86_VECTOR(max, pd)(low, z); }
-  static TFOPS_INLINE V Above(V z, V high) { return TFOPS_X86_VECTOR(min, pd)(high, z); }
-};
-
-#elif defined(__aarch64__)
-
-// A comparison and a selection, but for what is one instruction: the lesser of a number other than zero and of z, which
-// stays what it is if it is NaN, and a result of arithmetic, whose NaNs are quiet. (The greater of two zeros would be
-// the positive one, which x86's may not be.)
-template <>
-struct Bound<cpu::TFOPS_CPU_LEVEL::FloatVec> {
-  using V = cpu::TFOPS_CPU_LEVEL::FloatVec;
-
-  static TFOPS_INLINE V Below(V z, V low) { return z < low ? low : z; }
-  static TFOPS_INLINE V Above(V z, V high) { return (V)vminq_f32((float32x4_t)z, (float32x4_t)high); }
-};
-
-template <>
-struct Bound<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
-  using V = cpu::TFOPS_CPU_LEVEL::Vec<double>;
-
-  static TFOPS_INLINE V Below(V z, V low) { return z < low ? low : z; }
-  static TFOPS_INLINE V Above(V z, V high) { return (V)vminq_f64((float64x2_t)z, (float64x2_t)high); }
-};
-
+    if constexpr (kIsFloat) return TFOPS_X86_VECTOR(max, ps)(low, z);
+    if constexpr (!kIsFloat) return TFOPS_X86_VECTOR(max, pd)(low, z);
 #endif
+    return z < low ? low : z;
+  }
+  static TFOPS_INLINE V Above(V z, V high) {
+#if defined(__x86_64__)
+    if constexpr (kIsFloat) return TFOPS_X86_VECTOR(min, ps)(high, z);
+    if constexpr (!kIsFloat) return TFOPS_X86_VECTOR(min, pd)(high, z);
+#elif defined(__aarch64__)
+    if constexpr (kIsFloat) return (V)vminq_f32((float32x4_t)z, (float32x4_t)high);
+    if constexpr (!kIsFloat) return (V)vminq_f64((float64x2_t)z, (float64x2_t)high);
+#endif
+    return z > high ? high : z;
+  }
+};
+template <>
+struct Bound<cpu::TFOPS_CPU_LEVEL::FloatVec> : VectorBound<cpu::TFOPS_CPU_LEVEL::FloatVec> {};
+template <>
+struct Bound<cpu::TFOPS_CPU_LEVEL::Vec<double>> : VectorBound<cpu::TFOPS_CPU_LEVEL::Vec<double>> {};
 
 // Cephes' expf: x = k ln 2 + r, |r| <= ln 2 / 2, and a polynomial for exp(r). Error < 2 ulp; inf above 88.73, 0 (or a
 // subnormal) below -87.33.
@@ -87,6 +79,66 @@ struct Exponential<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
     return x;
   }
 };
+
+namespace cpu::TFOPS_CPU_LEVEL {
+namespace {
+
+// Calls body with the activation as a constant.
+template <Activation kValue>
+using ActivationConstant = std::integral_constant<Activation, kValue>;
+template <typename Body>
+TFOPS_INLINE void WithActivation(Activation activation, Body body) {
+  switch (activation) {
+    case Activation::kNone:
+      return body(ActivationConstant<Activation::kNone>());
+    case Activation::kRelu:
+      return body(ActivationConstant<Activation::kRelu>());
+    case Activation::kRelu6:
+      return body(ActivationConstant<Activation::kRelu6>());
+    case Activation::kLeakyRelu:
+      return body(ActivationConstant<Activation::kLeakyRelu>());
+    case Activation::kSilu:
+      return body(ActivationConstant<Activation::kSilu>());
+  }
+}
+
+// What follows takes a few vectors at a time, and is out of line: one copy serves all loops.
+
+// Puts act(z) in the place of z. Returns where its slope is 1, as bits, the first vector's first; of 64 elements at
+// most, and of piecewise linear activations alone.
+template <typename P>
+__attribute__((noinline)) uint64_t ActivateVectors(Activation activation, Vec<P>* z, int count) {
+  uint64_t bits = 0;
+  WithActivation(activation, [&](auto constant) {
+    constexpr Activation kActivation = decltype(constant)::value;
+    for (int v = 0; v < count; ++v) {
+      if constexpr (kIsPiecewiseLinear<kActivation>) {
+        bits |= static_cast<uint64_t>(BitsFromMask<P>(IsOn<kActivation>(z[v]))) << v * kLanes<P>;
+      }
+      z[v] = Activate<kActivation>(z[v]);
+    }
+  });
+  return bits;
+}
+
+// What dz = dy * act'(z) is computed from and for.
+template <typename P>
+struct Gradient {
+  Vec<P> dz;  // dy at first, if no loop knows the activation
+  Vec<P> xc;  // x - mean
+  Vec<P> z;   // only if no loop knows the activation
+};
+
+// Puts dz in the place of dy.
+template <typename P>
+__attribute__((noinline)) void ActivateGradients(Activation activation, Gradient<P>* g, int count) {
+  WithActivation(activation, [&](auto constant) {
+    for (int v = 0; v < count; ++v) g[v].dz = ActivationGradient<decltype(constant)::value>(g[v].dz, g[v].z);
+  });
+}
+
+}  // namespace
+}  // namespace cpu::TFOPS_CPU_LEVEL
 
 }  // namespace tfops
 
