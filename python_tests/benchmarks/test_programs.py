@@ -8,20 +8,22 @@ import json
 import os
 import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+import tfops_kernels
 from tfops_testing import oracle
 from tfops_testing.fresh_process import run_python
 from tfops_testing.paths import BENCHMARKS
 from tfops_testing.requirements import needs_tensorflow
 
 
-def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    return run_python(BENCHMARKS / script, *arguments)
+def _run(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    return run_python(BENCHMARKS / script, *map(str, arguments))
 
 
 @pytest.fixture
@@ -29,6 +31,25 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch):
     """Imports a module of benchmarks/."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module
+
+
+def test_builds_alternate_in_one_process(tmp_path):
+    """cpu_versions.py loads a build three times, as libraries of their own, whose results are the same to the bit."""
+    installed = Path(tfops_kernels.__file__).parents[1]
+    cells = "mnist-256 256x128 NHWC float32 (add_relu|plain)"
+    run = _run("cpu_versions.py", installed, installed, "--out", tmp_path / "out.md", "--cells", cells)
+    assert run.returncode == 0, run.stderr
+    report = (tmp_path / "out.md").read_text()
+    assert "Results differ in 0 of 6 cells." in report
+    assert len(re.findall(r"^\| mnist-256 256x128 NHWC float32 .* \| \d\.\d+ \| \d\.\d+ \|$", report, re.M)) == 6
+
+
+def test_other_results_are_told_from_the_same(benchmarks):
+    cpu_versions = benchmarks("cpu_versions")
+    arrays = cpu_versions.Arrays(benchmarks("problems").Cell("", (4, 3), "NHWC", "float32", "plain", "forward"))
+    first = cpu_versions.results(lambda: None, arrays)
+    assert first == cpu_versions.results(lambda: None, arrays)
+    assert first != cpu_versions.results(lambda: arrays.outputs["y"].fill(-0.0), arrays)
 
 
 @needs_tensorflow
