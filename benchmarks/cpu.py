@@ -7,8 +7,8 @@ cpu_worker.py; the problems in problems.py.
 For each problem all peers get the same numbers, and their results must agree with tfops' before anything is timed.
 Where one does not, float64 tells whose error it is (cpu_exact.py): one that rounds in between is timed all the same.
 Then come rounds, each with every peer in another order: after a call that is not counted, a few that are. A time is the
-median over all rounds, 5 or more of them (3 for a peer that takes ten times as long as tfops). A streaming copy of
-arrays much larger than the caches is timed in between.
+median over all rounds, 5 or more of them (3 for a peer that takes ten times as long as tfops). Before each problem a
+streaming copy of arrays much larger than the caches is timed, and what it takes to read them.
 
 FILE.json has a line for each problem with medians, quartiles and counts; it is written as they come, and `--resume`
 goes on where a run was cut off, and measures again what other programs disturbed. FILE.md has the same as a table after
@@ -210,7 +210,8 @@ def measure(processes: list[Process], copy: Process, problem: list[Cell], budget
                     print(f"cpu.py: less accurate: {line}", file=sys.stderr, flush=True)
     row: dict[str, Any] = {**cell._asdict(), "shape": list(cell.shape), "absent": absent, "passes": {}}
     del row["what"]
-    row["copy_bytes_per_second"] = statistics.median(copy.ask("rates", 3))
+    row["copy_bytes_per_second"] = statistics.median(copy.ask("copies", 3))
+    row["read_bytes_per_second"] = statistics.median(copy.ask("reads", 3))
     row["seconds_to_prepare"] = round(time.perf_counter() - begin, 2)
     pids = [os.getpid(), *(process.pid for process in processes)]
     start, (machine_before, ours_before) = time.perf_counter(), cpu_seconds(pids)
@@ -234,11 +235,15 @@ def summary(times: list[float]) -> dict[str, Any]:
 
 
 def last_level_cache() -> int:
-    """Bytes of the last-level cache that a core sees."""
+    """Bytes of the last-level cache that a core sees, but no more than 16 MiB for each core that this process has.
+
+    A virtual machine sees all of its host's. The kernels reckon with as much (csrc/batch_norm/cpu/jobs.cc).
+    """
     sizes = [0]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         sizes.append(int(file.read_text().strip().removesuffix("K")) << 10)
-    return max(sizes) or max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), os.sysconf("SC_LEVEL2_CACHE_SIZE"))
+    bytes_seen = max(sizes) or max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), os.sysconf("SC_LEVEL2_CACHE_SIZE"))
+    return min(bytes_seen, (os.cpu_count() or 1) * 16 << 20)
 
 
 def cpu_model() -> str:

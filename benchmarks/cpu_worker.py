@@ -194,33 +194,41 @@ class Worker:
 
 
 class CopyWorker:
-    """A streaming copy: each thread memcpys its share of an array, with non-temporal stores."""
+    """What memory gives: each thread copies, or reads, its share of an array, by the C library."""
 
     def __init__(self, threads: int):
         self.versions: dict[str, str] = {}
         self.threads, self.pool = threads, ThreadPoolExecutor(threads)
-        self.memcpy = ctypes.CDLL(None).memcpy
+        library = ctypes.CDLL(None)
+        self.memcpy, self.memchr = library.memcpy, library.memchr
         self.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+        self.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
         self.source, self.target = np.ones(COPY_BYTES[0], np.uint8), np.ones(COPY_BYTES[0], np.uint8)
         self.best: int | None = None
 
-    def rates(self, times: int) -> list[float]:
-        """Bytes read and written a second, of so many copies of the size that does best."""
-        self.best = self.best or max(COPY_BYTES, key=lambda size: statistics.median(self._rates(9, size)))
-        return self._rates(times, self.best)
+    def copies(self, times: int) -> list[float]:
+        """Bytes read and written a second, with non-temporal stores, of so many copies of the size that does best."""
+        self.best = self.best or max(COPY_BYTES, key=lambda size: statistics.median(self._copies(9, size)))
+        return self._copies(times, self.best)
 
-    def _rates(self, times: int, size: int) -> list[float]:
-        share = size // self.threads
+    def reads(self, times: int) -> list[float]:
+        """Bytes read a second, in a search for a byte that is not there."""
+        source = self.source.ctypes.data
+        return self._rates(times, COPY_BYTES[0], lambda begin, count: self.memchr(source + begin, 0, count))
+
+    def _copies(self, times: int, size: int) -> list[float]:
         source, target = self.source.ctypes.data, self.target.ctypes.data
+        copy = lambda begin, count: self.memcpy(target + begin, source + begin, count)  # noqa: E731
+        return [2 * rate for rate in self._rates(times, size, copy)]
 
-        def copy(i: int) -> None:
-            self.memcpy(target + i * share, source + i * share, share)
+    def _rates(self, times: int, size: int, work: Callable[[int, int], Any]) -> list[float]:
+        share = size // self.threads
 
-        def copy_all() -> None:
-            list(self.pool.map(copy, range(self.threads)))
+        def work_all() -> None:
+            list(self.pool.map(lambda i: work(i * share, share), range(self.threads)))
 
-        copy_all()
-        return [2 * share * self.threads / seconds for seconds in seconds_a_call(copy_all, times)]
+        work_all()
+        return [share * self.threads / seconds for seconds in seconds_a_call(work_all, times)]
 
 
 def serve(make: Callable[[int], Any], threads: int) -> None:

@@ -64,23 +64,34 @@ class Cell(NamedTuple):
         return self.elements * BYTES[self.dtype]
 
     @property
+    def _mask_bytes(self) -> int:
+        return self.elements // 8 if self.variant == "add_relu" else 0
+
+    @property
+    def written_bytes(self) -> int:
+        """What has to be written: tensors, and bits of masks."""
+        if self.what == "forward_backward":
+            return sum(self._replace(what=what).written_bytes for what in ("forward", "backward"))
+        if self.what == "backward":  # dx, dresidual
+            return (1 + (self.variant == "add_relu")) * self.tensor_bytes
+        return self.tensor_bytes + (self._mask_bytes if self.what == "forward" else 0)  # y, mask
+
+    @property
     def least_bytes(self) -> int:
-        """What has to be read and written if everything is read and written once: tensors, and bits of masks."""
+        """What has to be read and written if everything is read and written once."""
         add = self.variant == "add_relu"
-        mask = self.elements // 8 if add else 0
-        if self.what == "backward":  # dy, x, mask; dx, dresidual
-            return (3 + add) * self.tensor_bytes + mask
-        return (2 + add) * self.tensor_bytes + (mask if self.what == "forward" else 0)  # x, residual; y, mask
+        if self.what == "backward":  # dy, x, mask
+            return 2 * self.tensor_bytes + self._mask_bytes + self.written_bytes
+        return (1 + add) * self.tensor_bytes + self.written_bytes  # x, residual
 
     @property
     def streamed_bytes(self) -> int:
         """What has to be moved where nothing stays on the chip from statistics to results: inputs are read twice."""
         if self.what == "forward_backward":
             return sum(self._replace(what=what).streamed_bytes for what in ("forward", "backward"))
-        mask = self.elements // 8 if self.variant == "add_relu" else 0
         again = {
             "forward": self.tensor_bytes,
-            "backward": 2 * self.tensor_bytes + mask,
+            "backward": 2 * self.tensor_bytes + self._mask_bytes,
             "inference": 0,
         }  # x; dy, x, mask
         return self.least_bytes + again[self.what]

@@ -186,6 +186,7 @@ def _row(variant: str, dtype: str, channels: int, ours: float, peers: dict[str, 
         "absent": {},
         "others": 0.0,
         "copy_bytes_per_second": 1e9,
+        "read_bytes_per_second": 2e9,
         "passes": {what: {"peers": times} for what in ("forward", "backward", "inference", "forward_backward")},
     }
 
@@ -209,6 +210,9 @@ def test_cpu_report_derives_rates_and_ratios(benchmarks):
     for what, tensors in (("forward", 3), ("backward", 5), ("inference", 2), ("forward_backward", 8)):
         assert plain[what]["of_copy"] == pytest.approx(tensors * tensor / 1e6, abs=1e-3)
         assert plain[what]["regime"] == "streamed"
+    # y is copied, and x read once more; dx is copied, and dy, x and dy read alone
+    for what, tensors in (("forward", 2 + 1 / 2), ("backward", 2 + 3 / 2), ("inference", 2)):
+        assert plain[what]["of_memory"] == pytest.approx(tensors * tensor / 1e6, abs=1e-3)
     tensor, mask = 1000 * 16 * 2, 1000 * 16 // 8
     # and residual, the mask written; the mask read twice, dresidual
     for what, tensors, masks in (("forward", 4, 1), ("backward", 6, 2), ("inference", 3, 0)):
@@ -223,3 +227,5 @@ def test_cpu_report_derives_rates_and_ratios(benchmarks):
     assert f"| PyTorch | {(0.8 * 27) ** 0.25:.2f} (4) |  | 1.5 | yes |" in text
     assert "below 0.95 of the best peer: 4 of 16." in text
     assert "- test 1000x64 NHWC float32 plain forward: 0.80, PyTorch" in text
+    assert "| backward | 2 | 0.96 | 0.64 | 0.67 | 0.45 |" in text
+    assert "- test 1000x64 NHWC float32 plain forward: 0.77, 0.64" in text
