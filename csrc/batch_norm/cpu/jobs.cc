@@ -82,8 +82,9 @@ int64_t NextImage(const Job& job) {
 
 void SetFetchDistances(ForwardJob* job) {
   const Problem& problem = job->problem;
-  const bool is_straight = !job->partition.channels_last && !problem.training;  // nothing that a core would not guess
-  const bool is_near = problem.training && job->partition.IsWhole();            // x is, since its moments were taken
+  // Planes in the order of memory are nothing that a core would not guess, but where conversions take long.
+  const bool is_straight = !job->partition.channels_last && !problem.training && ElementBytes(problem.dtype) > 2;
+  const bool is_near = problem.training && job->partition.IsWhole();  // x is, since its moments were taken
   if (!is_straight && !is_near) job->x_ahead = NearAhead(problem);
   if (!is_straight && problem.has_residual) job->residual_ahead = is_near ? NextImage(*job) : NearAhead(problem);
 }
