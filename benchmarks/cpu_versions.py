@@ -122,14 +122,16 @@ def call_of(kernels: Any, cell: Cell, arrays: Arrays) -> Callable[[], None]:
         return lambda: kernels.cpu_forward(problem, forward, 1)
     fill(forward, same("mean_out", "variance_out", "saved_mean", "saved_inv_std"))
     bits = "mask" if hasattr(forward, "mask") else "activation_bits"
-    fill(forward, {bits: "mask"} if add else {})
+    has_bits = problem.needs_mask if hasattr(problem, "needs_mask") else problem.needs_activation_bits
+    fill(forward, {bits: "mask"} if has_bits else {})
     if cell.what == "forward":
         return lambda: kernels.cpu_forward(problem, forward, 1)
     kernels.cpu_forward(problem, forward, 1)
     backward = fill(kernels.BackwardArrays(), same("dy", "x", "scale", "offset", "dx", "dscale", "doffset"))
     inv_std = "spread" if hasattr(backward, "spread") else "inv_std"
     fill(backward, {"mean": "saved_mean", inv_std: "saved_inv_std"})
-    fill(backward, {"dresidual": "dresidual", bits: "mask"} if add else {})
+    fill(backward, {"dresidual": "dresidual"} if add else {})
+    fill(backward, {bits: "mask"} if has_bits else {})
     fill(backward, {"residual": "residual"} if problem.needs_residual else {})
     return lambda: kernels.cpu_backward(problem, backward, 1)
 

@@ -61,7 +61,7 @@ struct GradientInputs {
     if constexpr (K::kIsKnown && K::kActivation == Activation::kNone) return {dy_i, xc, Vec<P>{}};
     if (HasBits()) {
       const IntVec<P> on = MaskFromBits<P>(word);
-      if constexpr (K::kIsKnown) return {on ? dy_i : Vec<P>{}, xc, Vec<P>{}};
+      if constexpr (K::kIsKnown) return {on ? dy_i : OffGradient<K::kActivation>(dy_i), xc, Vec<P>{}};
       return {dy_i, xc, on ? Splat<P>(1) : Splat<P>(-1)};  // a z where the slope is what it is at the real one
     }
     Vec<P> z = Affine<P>(xc, c, column);
@@ -77,7 +77,7 @@ struct GradientInputs {
 
   template <int kVectors>
   TFOPS_INLINE void Finish(Gradient<P> (&g)[kVectors]) const {
-    if (!K::kIsKnown && activation != Activation::kNone) ActivateGradients<P>(activation, g, kVectors);
+    if constexpr (!K::kIsKnown) ActivateGradients<P>(activation, g);
   }
 
   static TFOPS_INLINE void Add(const Gradient<P>& g, Vec<P>* sum_dz, Vec<P>* sum_dz_xc) {
@@ -95,9 +95,16 @@ TFOPS_INLINE void WithKnownGradient(const BackwardJob& job, bool cached, Body bo
   WithCached(cached, [&](auto is_cached) {
     constexpr bool kCached = decltype(is_cached)::value;
     if (activation == Activation::kNone) return body(Known<Activation::kNone, false, false, kCached>());
-    if (activation != Activation::kRelu) return body(Unknown());
-    if (!bits) return body(Known<Activation::kRelu, false, false, kCached>());
-    body(Known<Activation::kRelu, kAddition, true, kCached>());
+    WithActivation(activation, [&](auto constant) {
+      constexpr Activation kActivation = decltype(constant)::value;
+      if constexpr (!kCached && kActivation != Activation::kRelu) {
+        body(Unknown());
+      } else if (!bits) {
+        body(Known<kActivation, false, false, kCached>());
+      } else if constexpr (kIsPiecewiseLinear<kActivation>) {
+        body(Known<kActivation, kAddition, true, kCached>());
+      }
+    });
   });
 }
 

@@ -66,7 +66,7 @@ struct GradientNormalizeWork : GradientInputs<T, K> {
 
   // dresidual's elements: dz, which is dy or 0 where slopes are 1 and 0.
   static TFOPS_INLINE Stored<T> EncodeDz(Vec<P> dz) {
-    if constexpr (K::kIsKnown) return EncodeExact<T>(dz);
+    if constexpr (K::kIsKnown && K::kHasBits && K::kActivation != Activation::kLeakyRelu) return EncodeExact<T>(dz);
     return Encode<T>(dz);
   }
 

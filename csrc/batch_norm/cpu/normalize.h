@@ -68,7 +68,7 @@ struct NormalizeWork {
   // Puts y in the place of z. Returns the bits.
   template <int kVectors>
   TFOPS_INLINE uint64_t Finish(Vec<P> (&z)[kVectors]) const {
-    if constexpr (!K::kIsKnown) return ActivateVectors<P>(activation, z, kVectors);
+    if constexpr (!K::kIsKnown) return ActivateVectors<P>(activation, z);
     uint64_t word = 0;
     for (int v = 0; v < kVectors; ++v) {
       if constexpr (K::kHasBits) word |= uint64_t{BitsFromMask<P>(IsOn<K::kActivation>(z[v]))} << v * kL;
@@ -120,10 +120,18 @@ struct Normalize {
     WithCached(tiles || (!job.stream_y && job.x_ahead == 0 && job.residual_ahead == 0), [&](auto is_cached) {
       constexpr bool kCached = decltype(is_cached)::value;
       if (activation == Activation::kNone && !residual) return body(Known<Activation::kNone, false, false, kCached>());
-      if (activation != Activation::kRelu) return body(Unknown());
-      if (!residual) return body(Known<Activation::kRelu, false, false, kCached>());
-      if (!bits) return body(Known<Activation::kRelu, true, false, kCached>());
-      body(Known<Activation::kRelu, true, true, kCached>());
+      WithActivation(activation, [&](auto constant) {
+        constexpr Activation kActivation = decltype(constant)::value;
+        if constexpr (kActivation == Activation::kNone || (!kCached && kActivation != Activation::kRelu)) {
+          body(Unknown());
+        } else if (!residual) {
+          body(Known<kActivation, false, false, kCached>());
+        } else if (!bits) {
+          body(Known<kActivation, true, false, kCached>());
+        } else if constexpr (kIsPiecewiseLinear<kActivation>) {
+          body(Known<kActivation, true, true, kCached>());
+        }
+      });
     });
   }
 };

@@ -102,23 +102,19 @@ TFOPS_INLINE void WithActivation(Activation activation, Body body) {
   }
 }
 
-// What follows takes a few vectors at a time, and is out of line: one copy serves all loops.
-
-// Puts act(z) in the place of z. Returns where its slope is 1, as bits, the first vector's first; of 64 elements at
-// most, and of piecewise linear activations alone.
-template <typename P>
-__attribute__((noinline)) uint64_t ActivateVectors(Activation activation, Vec<P>* z, int count) {
-  uint64_t bits = 0;
-  WithActivation(activation, [&](auto constant) {
-    constexpr Activation kActivation = decltype(constant)::value;
-    for (int v = 0; v < count; ++v) {
-      if constexpr (kIsPiecewiseLinear<kActivation>) {
-        bits |= static_cast<uint64_t>(BitsFromMask<P>(IsOn<kActivation>(z[v]))) << v * kLanes<P>;
-      }
-      z[v] = Activate<kActivation>(z[v]);
-    }
-  });
-  return bits;
+// Calls body with a piecewise linear activation as a constant, and rest() for any other.
+template <typename Body, typename Rest>
+TFOPS_INLINE void WithPiecewiseLinear(Activation activation, Body body, Rest rest) {
+  switch (activation) {
+    case Activation::kRelu:
+      return body(ActivationConstant<Activation::kRelu>());
+    case Activation::kRelu6:
+      return body(ActivationConstant<Activation::kRelu6>());
+    case Activation::kLeakyRelu:
+      return body(ActivationConstant<Activation::kLeakyRelu>());
+    default:
+      return rest();
+  }
 }
 
 // What dz = dy * act'(z) is computed from and for.
@@ -129,12 +125,62 @@ struct Gradient {
   Vec<P> z;   // only if no loop knows the activation
 };
 
-// Puts dz in the place of dy.
+// Activations that are not piecewise linear take a few vectors at a time, and are out of line: one copy serves all
+// loops. This puts act(z) in the place of z.
 template <typename P>
-__attribute__((noinline)) void ActivateGradients(Activation activation, Gradient<P>* g, int count) {
+__attribute__((noinline)) void ActivateOutOfLine(Activation activation, Vec<P>* z, int count) {
+  WithActivation(activation, [&](auto constant) {
+    for (int v = 0; v < count; ++v) z[v] = Activate<decltype(constant)::value>(z[v]);
+  });
+}
+
+// And this puts dz in the place of dy.
+template <typename P>
+__attribute__((noinline)) void ActivateGradientsOutOfLine(Activation activation, Gradient<P>* g, int count) {
   WithActivation(activation, [&](auto constant) {
     for (int v = 0; v < count; ++v) g[v].dz = ActivationGradient<decltype(constant)::value>(g[v].dz, g[v].z);
   });
+}
+
+// For loops that do not know the activation: puts act(z) in the place of z. Returns where its slope is 1, as bits, the
+// first vector's first; of 64 elements at most, and of piecewise linear activations alone.
+template <typename P, int kVectors>
+TFOPS_INLINE uint64_t ActivateVectors(Activation activation, Vec<P> (&z)[kVectors]) {
+  uint64_t bits = 0;
+  WithPiecewiseLinear(
+      activation,
+      [&](auto constant) {
+        constexpr Activation kActivation = decltype(constant)::value;
+        for (int v = 0; v < kVectors; ++v) {
+          bits |= static_cast<uint64_t>(BitsFromMask<P>(IsOn<kActivation>(z[v]))) << v * kLanes<P>;
+          z[v] = Activate<kActivation>(z[v]);
+        }
+      },
+      [&] {
+        if (activation == Activation::kNone) return;
+        Vec<P> copies[kVectors];  // so that z need not be in memory where it is not
+        for (int v = 0; v < kVectors; ++v) copies[v] = z[v];
+        ActivateOutOfLine<P>(activation, copies, kVectors);
+        for (int v = 0; v < kVectors; ++v) z[v] = copies[v];
+      });
+  return bits;
+}
+
+// Likewise puts dz in the place of dy.
+template <typename P, int kVectors>
+TFOPS_INLINE void ActivateGradients(Activation activation, Gradient<P> (&g)[kVectors]) {
+  WithPiecewiseLinear(
+      activation,
+      [&](auto constant) {
+        for (int v = 0; v < kVectors; ++v) g[v].dz = ActivationGradient<decltype(constant)::value>(g[v].dz, g[v].z);
+      },
+      [&] {
+        if (activation == Activation::kNone) return;
+        Gradient<P> copies[kVectors];
+        for (int v = 0; v < kVectors; ++v) copies[v] = g[v];
+        ActivateGradientsOutOfLine<P>(activation, copies, kVectors);
+        for (int v = 0; v < kVectors; ++v) g[v].dz = copies[v].dz;
+      });
 }
 
 }  // namespace
