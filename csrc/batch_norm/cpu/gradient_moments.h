@@ -70,9 +70,11 @@ class PlaneGradientMoments {
     Clear();
   }
 
-  // Adds the elements of kRuns runs of this length.
+  // Adds the elements of kRuns runs of this channel and length.
   template <int kRuns>
-  TFOPS_INLINE void Add(const GradientInputs<T, K> (&runs)[kRuns], const ChannelCoefficients<P>& c, int64_t length) {
+  TFOPS_INLINE void Add(const GradientInputs<T, K> (&runs)[kRuns], const Coefficients& coefficients, int64_t channel,
+                        int64_t length) {
+    const ChannelCoefficients<P> c(coefficients, channel);
     constexpr int64_t kPiece = kChainElements<kRuns, kChainRows, P>;
     for (int64_t begin = 0; begin < length; begin += kPiece) {
       const int64_t end = Min(begin + kPiece, length);

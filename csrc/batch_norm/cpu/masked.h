@@ -57,7 +57,7 @@ void MaskedRowMoments(const ForwardJob& job, int64_t item) {
   constexpr int64_t kRows = kMomentsChainRows<Param<T>>;
   constexpr int64_t kColumns = (32 << 10) / (kRows * static_cast<int64_t>(sizeof(T)));
   const UnfoldedRows rows = RowsOfItem(job.problem, job.partition, item);
-  const int64_t slot = job.partition.Chunk(item) * job.partition.columns;
+  const int64_t slot = job.partition.Slot(item, 0);
   alignas(64) T gathered[kRows * kColumns];
   for (int64_t begin = rows.column_begin; begin < rows.column_end; begin += kColumns) {
     const int64_t columns = Min(kColumns, rows.column_end - begin);
@@ -86,14 +86,13 @@ template <typename T>
 void MaskedPlaneMoments(const ForwardJob& job, int64_t item) {
   const Partition& partition = job.partition;
   const int64_t chunk = partition.Chunk(item);
-  const ChannelCoefficients<Param<T>> none(job.coefficients, 0);
   ForEachTotals<PlaneMoments<T>>(job, item, [&](PlaneMoments<T>* moments, int64_t group_begin, int64_t group_end) {
     for (int64_t r = partition.RowBegin(chunk); r < partition.RowEnd(chunk); ++r) {
       for (int64_t c = group_begin; c < group_end; ++c) {
         const Run run = SegmentRun(job.problem, partition, r, c);
         ForEachStretch(job.mask, run.offset, run.length, [&](int64_t begin, int64_t length, bool counts) {
           const MomentsInputs<T> stretch[] = {{At<const T>(job.arrays.x, run) + begin}};
-          if (counts) moments[c - group_begin].Add(stretch, none, length);
+          if (counts) moments[c - group_begin].Add(stretch, job.coefficients, c, length);
         });
       }
     }

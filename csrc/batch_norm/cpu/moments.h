@@ -135,7 +135,7 @@ void PartialColumnMoments(const ForwardJob& job, int64_t item) {
   constexpr int64_t kFirstSteps = 4, kMostSteps = kChainRows - kRowsAtOnce;
   const Partition& partition = job.partition;
   const T* x = static_cast<const T*>(job.arrays.x);
-  const int64_t begin = partition.ColumnBegin(item), slot = partition.Chunk(item) * partition.columns + begin;
+  const int64_t begin = partition.ColumnBegin(item), slot = partition.Slot(item, begin);
   ColumnMoments<T> moments(job.partials.first + slot, job.partials.second + slot, partition.ColumnEnd(item) - begin);
   // A chain's end takes as long as three steps, so chains grow with what their shift is the mean of: a step, at first.
   const auto steps_of = [](int64_t count) {
@@ -164,7 +164,7 @@ class PlaneMoments {
 
   // Adds the elements of kRuns runs of this length.
   template <int kRuns>
-  TFOPS_INLINE void Add(const MomentsInputs<T> (&runs)[kRuns], const ChannelCoefficients<P>&, int64_t length) {
+  TFOPS_INLINE void Add(const MomentsInputs<T> (&runs)[kRuns], const Coefficients&, int64_t, int64_t length) {
     constexpr int64_t kPiece = kChainElements<kRuns, kMomentsChainRows<P>, P>;
     for (int64_t begin = 0; begin < length; begin += kPiece) {
       const int64_t end = Min(begin + kPiece, length);

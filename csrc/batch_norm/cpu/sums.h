@@ -168,7 +168,7 @@ TFOPS_INLINE void SumPlanes(const Job& job, int64_t item, InputsOf inputs_of) {
       constexpr int kRuns = std::extent_v<std::remove_reference_t<decltype(runs)>>;
       Inputs inputs[kRuns];
       for (int k = 0; k < kRuns; ++k) inputs[k] = inputs_of(runs[k]);
-      totals[c - begin].Add(inputs, ChannelCoefficients<typename Inputs::P>(job.coefficients, c), runs[0].length);
+      totals[c - begin].Add(inputs, job.coefficients, c, runs[0].length);
     });
   });
 }

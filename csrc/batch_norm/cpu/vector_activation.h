@@ -102,21 +102,6 @@ TFOPS_INLINE void WithActivation(Activation activation, Body body) {
   }
 }
 
-// Calls body with a piecewise linear activation as a constant, and rest() for any other.
-template <typename Body, typename Rest>
-TFOPS_INLINE void WithPiecewiseLinear(Activation activation, Body body, Rest rest) {
-  switch (activation) {
-    case Activation::kRelu:
-      return body(ActivationConstant<Activation::kRelu>());
-    case Activation::kRelu6:
-      return body(ActivationConstant<Activation::kRelu6>());
-    case Activation::kLeakyRelu:
-      return body(ActivationConstant<Activation::kLeakyRelu>());
-    default:
-      return rest();
-  }
-}
-
 // What dz = dy * act'(z) is computed from and for.
 template <typename P>
 struct Gradient {
@@ -147,40 +132,37 @@ __attribute__((noinline)) void ActivateGradientsOutOfLine(Activation activation,
 template <typename P, int kVectors>
 TFOPS_INLINE uint64_t ActivateVectors(Activation activation, Vec<P> (&z)[kVectors]) {
   uint64_t bits = 0;
-  WithPiecewiseLinear(
-      activation,
-      [&](auto constant) {
-        constexpr Activation kActivation = decltype(constant)::value;
-        for (int v = 0; v < kVectors; ++v) {
-          bits |= static_cast<uint64_t>(BitsFromMask<P>(IsOn<kActivation>(z[v]))) << v * kLanes<P>;
-          z[v] = Activate<kActivation>(z[v]);
-        }
-      },
-      [&] {
-        if (activation == Activation::kNone) return;
-        Vec<P> copies[kVectors];  // so that z need not be in memory where it is not
-        for (int v = 0; v < kVectors; ++v) copies[v] = z[v];
-        ActivateOutOfLine<P>(activation, copies, kVectors);
-        for (int v = 0; v < kVectors; ++v) z[v] = copies[v];
-      });
+  WithActivation(activation, [&](auto constant) {
+    constexpr Activation kActivation = decltype(constant)::value;
+    if constexpr (kIsPiecewiseLinear<kActivation>) {
+      for (int v = 0; v < kVectors; ++v) {
+        bits |= static_cast<uint64_t>(BitsFromMask<P>(IsOn<kActivation>(z[v]))) << v * kLanes<P>;
+        z[v] = Activate<kActivation>(z[v]);
+      }
+    } else if constexpr (kActivation != Activation::kNone) {
+      Vec<P> copies[kVectors];  // so that z need not be in memory where it is not
+      for (int v = 0; v < kVectors; ++v) copies[v] = z[v];
+      ActivateOutOfLine<P>(activation, copies, kVectors);
+      for (int v = 0; v < kVectors; ++v) z[v] = copies[v];
+    }
+  });
   return bits;
 }
 
 // Likewise puts dz in the place of dy.
 template <typename P, int kVectors>
 TFOPS_INLINE void ActivateGradients(Activation activation, Gradient<P> (&g)[kVectors]) {
-  WithPiecewiseLinear(
-      activation,
-      [&](auto constant) {
-        for (int v = 0; v < kVectors; ++v) g[v].dz = ActivationGradient<decltype(constant)::value>(g[v].dz, g[v].z);
-      },
-      [&] {
-        if (activation == Activation::kNone) return;
-        Gradient<P> copies[kVectors];
-        for (int v = 0; v < kVectors; ++v) copies[v] = g[v];
-        ActivateGradientsOutOfLine<P>(activation, copies, kVectors);
-        for (int v = 0; v < kVectors; ++v) g[v].dz = copies[v].dz;
-      });
+  WithActivation(activation, [&](auto constant) {
+    constexpr Activation kActivation = decltype(constant)::value;
+    if constexpr (kIsPiecewiseLinear<kActivation>) {
+      for (int v = 0; v < kVectors; ++v) g[v].dz = ActivationGradient<kActivation>(g[v].dz, g[v].z);
+    } else if constexpr (kActivation != Activation::kNone) {
+      Gradient<P> copies[kVectors];
+      for (int v = 0; v < kVectors; ++v) copies[v] = g[v];
+      ActivateGradientsOutOfLine<P>(activation, copies, kVectors);
+      for (int v = 0; v < kVectors; ++v) g[v].dz = copies[v].dz;
+    }
+  });
 }
 
 }  // namespace
