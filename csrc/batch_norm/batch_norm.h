@@ -46,6 +46,19 @@ struct [[nodiscard]] Status {
 
 enum class DataType { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
+inline int ElementBytes(DataType dtype) {
+  switch (dtype) {
+    case DataType::kFloat16:
+    case DataType::kBFloat16:
+      return 2;
+    case DataType::kFloat32:
+      return 4;
+    case DataType::kFloat64:
+      break;
+  }
+  return 8;
+}
+
 enum class Activation { kNone, kRelu, kRelu6, kLeakyRelu, kSilu };
 
 struct Problem {

@@ -101,25 +101,12 @@ class Array {
   size_t bytes_;
 };
 
-int64_t BytesOf(DataType type) {
-  switch (type) {
-    case DataType::kFloat16:
-    case DataType::kBFloat16:
-      return 2;
-    case DataType::kFloat32:
-      return 4;
-    case DataType::kFloat64:
-      break;
-  }
-  return 8;
-}
-
 // kind 0: any bits, so NaN of every payload, Inf, denormals; 1: numbers of ordinary size; 2: zeros of either sign;
 // 3: denormals.
 void Array::Fill(uint32_t seed, int kind, DataType type) {
   // Repeated after a prime number of elements: a sanitizer makes every step here slow.
   constexpr size_t kPeriod = 4099;
-  const auto width = static_cast<size_t>(BytesOf(type));
+  const auto width = static_cast<size_t>(ElementBytes(type));
   uint64_t state = seed;
   for (size_t i = 0; i + width <= bytes_; i += width) {
     if (i >= kPeriod * width) {
@@ -235,12 +222,12 @@ class Run {
 
  private:
   DataType ParamType() const { return problem_.dtype == DataType::kFloat64 ? problem_.dtype : DataType::kFloat32; }
-  int64_t DataBytes() const { return problem_.Elements() * BytesOf(problem_.dtype); }
-  int64_t VectorBytes() const { return problem_.channels * BytesOf(ParamType()); }
+  int64_t DataBytes() const { return problem_.Elements() * ElementBytes(problem_.dtype); }
+  int64_t VectorBytes() const { return problem_.channels * ElementBytes(ParamType()); }
 
   Array* New(int64_t bytes, DataType type) {
     const int64_t elements = case_.misalignment >> (arrays_.size() % 8) & 3;
-    arrays_.push_back(std::make_unique<Array>(bytes, static_cast<int>(elements * BytesOf(type)), garbage_));
+    arrays_.push_back(std::make_unique<Array>(bytes, static_cast<int>(elements * ElementBytes(type)), garbage_));
     return arrays_.back().get();
   }
   Array* Input(int64_t bytes, DataType type) {

@@ -205,7 +205,7 @@ TEST(GroupsShareTheirSteps) {
 // What lies in shared memory, one behind the other, by onchip.h.
 TEST(SharedMemoryHoldsWhatABlockKeeps) {
   ForPlans([](const Case& drawn, const OnChip& plan) {
-    const int64_t size = SizeOf(drawn.problem.dtype), arithmetic = std::max<int64_t>(size, 4);
+    const int64_t size = ElementBytes(drawn.problem.dtype), arithmetic = std::max<int64_t>(size, 4);
     const int64_t channels = plan.slab_channels, vectors = int64_t{plan.held_steps} * plan.threads;
     const bool backward = drawn.pass == Pass::kBackward;
     const bool bits = NeedsActivationBits(drawn.problem) && (backward || plan.Folded());

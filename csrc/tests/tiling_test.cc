@@ -129,7 +129,7 @@ TEST(VectorsAreTakenWhereTheyCanBe) {
     const bool aligned = random->Below(4) > 0, fold_bits = random->Flag();
     const int64_t most_units = random->Flag() ? 1 << 30 : 1 << random->Below(20);
     const View view = MakeView(problem, aligned, most_units, fold_bits);
-    const int lanes = 16 / SizeOf(problem.dtype);
+    const int lanes = 16 / ElementBytes(problem.dtype);
     EXPECT_EQ(view.RowElements() * view.outer, problem.Elements());
     EXPECT_EQ(view.channels, problem.channels);
     EXPECT_TRUE(view.lanes == 1 || view.lanes == lanes);

@@ -140,35 +140,34 @@ void FinishStatisticsOf(const ForwardJob& job, int64_t begin, int64_t end) {
   CopyCoefficients<P>(job, kOffset, arrays.offset, begin, end);
 }
 
-// Writes what the partial moments of channels `begin` to `end` come to, of all elements or of those that a mask lets
-// through: then each chunk has a count of its own, and folded rows were seen one by one.
+// Likewise, of the elements that a mask lets through: each chunk has a count of its own, and folded rows were seen one
+// by one. The counts of the whole become the first chunk's.
+inline void MergeMaskedPartials(const Job& job, int64_t begin, int64_t end) {
+  double* mean = job.partials.first;
+  double* m2 = job.partials.second;
+  double* count = job.partials.count;
+  ForEachPartial(job.problem, job.partition, [&](int64_t slot, int64_t) {
+    if (slot == 0 || slot % job.partition.columns != 0) return;
+    for (int64_t c = begin; c < end; ++c) {
+      const Moments<double> a{count[c], mean[c], m2[c]}, b{count[slot + c], mean[slot + c], m2[slot + c]};
+      const Moments<double> both = Merge(a, b);
+      count[c] = both.count;
+      mean[c] = both.mean;
+      m2[c] = both.m2;
+    }
+  });
+}
+
+// Writes what the partial moments of channels `begin` to `end` come to.
 template <typename P>
 void FinishMomentsOf(const ForwardJob& job, int64_t begin, int64_t end) {
-  const bool masked = job.mask.flags != nullptr;
-  double* __restrict mean = job.partials.first;
-  double* __restrict m2 = job.partials.second;
-  double* __restrict count = job.partials.count;
-  const auto merge = [&](int64_t slot, double all) {
-    for (int64_t c = begin; c < end; ++c) {
-      const double added = masked ? count[slot + c] : all;
-      const bool both = count[c] > 0 && added > 0;  // else no delta, whose square might overflow
-      const double share = added > 0 ? added / (count[c] + added) : 0;
-      const double delta = both ? mean[slot + c] - mean[c] : 0;
-      mean[c] = count[c] > 0 ? MergedMean(mean[c], mean[slot + c], delta * share) : mean[slot + c];
-      m2[c] += m2[slot + c] + delta * delta * (count[c] * share);
-      count[c] += added;
-    }
-  };
-  bool first = true;
-  ForEachPartial(job.problem, job.partition, [&](int64_t slot, int64_t n) {
-    if (masked && slot % job.partition.columns != 0) return;
-    if (!first) return merge(slot, static_cast<double>(n));
-    first = false;
-    if (masked) return;
-    for (int64_t c = begin; c < end; ++c) count[c] = static_cast<double>(n);
-  });
+  const double* mean = job.partials.first;
+  const double* m2 = job.partials.second;
+  const double* counts = job.mask.flags ? job.partials.count : nullptr;
+  const double count = counts ? 0 : MergePartials(job, begin, end);
+  if (counts) MergeMaskedPartials(job, begin, end);
   for (int64_t c = begin; c < end; ++c) {
-    const double n = first ? 0 : count[c];
+    const double n = counts && job.partition.chunks > 0 ? counts[c] : count;
     static_cast<P*>(job.moments.count)[c] = static_cast<P>(n);
     static_cast<P*>(job.moments.mean)[c] = static_cast<P>(n > 0 ? mean[c] : 0);
     static_cast<P*>(job.moments.variance)[c] = static_cast<P>(n > 0 ? m2[c] / n : 0);

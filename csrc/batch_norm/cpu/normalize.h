@@ -68,7 +68,7 @@ struct NormalizeWork {
   // Puts y in the place of z. Returns the bits.
   template <int kVectors>
   TFOPS_INLINE uint64_t Finish(Vec<P> (&z)[kVectors]) const {
-    if constexpr (!K::kIsKnown) return ActivateVectors<P>(activation, z);
+    if constexpr (!K::kIsKnown) return ActivateVectors<P>(activation, HasBits(), z);
     uint64_t word = 0;
     for (int v = 0; v < kVectors; ++v) {
       if constexpr (K::kHasBits) word |= uint64_t{BitsFromMask<P>(IsOn<K::kActivation>(z[v]))} << v * kL;

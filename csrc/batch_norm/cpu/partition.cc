@@ -99,19 +99,6 @@ void PartitionChannelsFirst(const Problem& problem, bool backward, int64_t wante
 
 }  // namespace
 
-int64_t ElementBytes(DataType dtype) {
-  switch (dtype) {
-    case DataType::kFloat16:
-    case DataType::kBFloat16:
-      return 2;
-    case DataType::kFloat32:
-      return 4;
-    case DataType::kFloat64:
-      break;
-  }
-  return 8;
-}
-
 Partition MakePartition(const Problem& problem, bool backward, bool has_rows) {
   Partition partition;
   partition.columns = problem.channels;

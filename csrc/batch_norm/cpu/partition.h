@@ -63,8 +63,6 @@ struct Partition {
 // has_rows: whether channels-last data may be taken for rows; else they are planes of one element.
 Partition MakePartition(const Problem& problem, bool backward, bool has_rows = true);
 
-int64_t ElementBytes(DataType dtype);
-
 }  // namespace tfops::cpu
 
 #endif  // TFOPS_BATCH_NORM_CPU_PARTITION_H_

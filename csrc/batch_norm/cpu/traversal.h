@@ -97,7 +97,7 @@ TFOPS_INLINE void TraverseKnownRun(const Work& work, const C& c, int64_t column,
 
 // A run of which nothing is known. It is out of line, for it is what is left over in many places, or rare.
 template <typename Work, typename C>
-__attribute__((noinline)) void TraverseUnknownRun(const Work work, const C c, int64_t column, int64_t i,
+__attribute__((noinline)) void TraverseUnknownRun(const Work& work, const C& c, int64_t column, int64_t i,
                                                   int64_t length) {
   static_assert(!Work::Knows::kIsKnown);
   TraverseKnownRun(work, c, column, i, length);

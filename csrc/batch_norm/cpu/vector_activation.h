@@ -127,18 +127,18 @@ __attribute__((noinline)) void ActivateGradientsOutOfLine(Activation activation,
   });
 }
 
-// For loops that do not know the activation: puts act(z) in the place of z. Returns where its slope is 1, as bits, the
-// first vector's first; of 64 elements at most, and of piecewise linear activations alone.
+// For loops that do not know the activation: puts act(z) in the place of z. If there are to be bits, which only
+// piecewise linear activations have, returns where the slope is 1, the first vector's first; of 64 elements at most.
 template <typename P, int kVectors>
-TFOPS_INLINE uint64_t ActivateVectors(Activation activation, Vec<P> (&z)[kVectors]) {
+TFOPS_INLINE uint64_t ActivateVectors(Activation activation, bool has_bits, Vec<P> (&z)[kVectors]) {
   uint64_t bits = 0;
   WithActivation(activation, [&](auto constant) {
     constexpr Activation kActivation = decltype(constant)::value;
     if constexpr (kIsPiecewiseLinear<kActivation>) {
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kVectors && has_bits; ++v) {
         bits |= static_cast<uint64_t>(BitsFromMask<P>(IsOn<kActivation>(z[v]))) << v * kLanes<P>;
-        z[v] = Activate<kActivation>(z[v]);
       }
+      for (int v = 0; v < kVectors; ++v) z[v] = Activate<kActivation>(z[v]);
     } else if constexpr (kActivation != Activation::kNone) {
       Vec<P> copies[kVectors];  // so that z need not be in memory where it is not
       for (int v = 0; v < kVectors; ++v) copies[v] = z[v];

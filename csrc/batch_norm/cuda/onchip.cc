@@ -14,7 +14,7 @@ constexpr int64_t kItemBytes = 24;
 }  // namespace
 
 void LayOut(const Problem& problem, Pass pass, int64_t shared_limit, OnChip* plan) {
-  const int64_t size = SizeOf(problem.dtype);
+  const int64_t size = ElementBytes(problem.dtype);
   const int64_t arithmetic = std::max<int64_t>(size, 4);
   plan->slots = plan->planes ? plan->block.y : plan->block.x * plan->lanes;
   plan->entries = plan->planes ? plan->block.x * plan->block.z : plan->block.z;

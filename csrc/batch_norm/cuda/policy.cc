@@ -29,7 +29,7 @@ struct Traffic {
 };
 
 Traffic TrafficOf(const Problem& problem, Pass pass) {
-  const double tensor = static_cast<double>(problem.Elements()) * SizeOf(problem.dtype);
+  const double tensor = static_cast<double>(problem.Elements()) * ElementBytes(problem.dtype);
   const double bits = NeedsActivationBits(problem) ? static_cast<double>(LayoutOfActivationBits(problem).Bytes()) : 0;
   if (pass == Pass::kForward) return {tensor, problem.has_residual ? tensor : 0, tensor + bits};
   const bool dresidual = problem.has_residual && problem.activation != Activation::kNone;
@@ -93,9 +93,9 @@ Estimate OnChipTime(const Situation& situation, const OnChip& plan, const Policy
   const Traffic traffic = TrafficOf(problem, pass);
   const double bytes = traffic.statistics + traffic.rest + traffic.written;
   // The busiest multiprocessor takes so many blocks, each of so many steps, of which some vectors may be past an edge.
-  const double tensor = static_cast<double>(problem.Elements()) * SizeOf(problem.dtype);
+  const double tensor = static_cast<double>(problem.Elements()) * ElementBytes(problem.dtype);
   const double block_bytes = static_cast<double>(plan.held_steps) * plan.block.x * plan.block.y * plan.block.z *
-                             plan.lanes * SizeOf(problem.dtype) * (bytes / tensor);
+                             plan.lanes * ElementBytes(problem.dtype) * (bytes / tensor);
   const auto [at_once, clusters] = AtOnceOf(plan, occupancy);
   // Some multiprocessors remain without work where blocks form clusters.
   const bool clustered = plan.scope == Scope::kCluster;
@@ -107,12 +107,12 @@ Estimate OnChipTime(const Situation& situation, const OnChip& plan, const Policy
   const double run = plan.planes       ? static_cast<double>(plan.inner) * plan.block.y
                      : plan.slabs == 1 ? static_cast<double>(plan.units) * plan.block.z
                                        : static_cast<double>(plan.slots);
-  const double run_bytes = run * SizeOf(problem.dtype);
+  const double run_bytes = run * ElementBytes(problem.dtype);
   const double efficiency = run_bytes >= 128 ? 1 : run_bytes >= 64 ? 0.9 : run_bytes >= 32 ? 0.7 : 0.4;
   // What a multiprocessor has in flight at once limits its rate.
   const int batch = Batch(pass, plan.lanes);
   const double resident = std::min(static_cast<double>(at_once), busiest);
-  const double in_flight = resident * plan.threads * batch * plan.lanes * SizeOf(problem.dtype);
+  const double in_flight = resident * plan.threads * batch * plan.lanes * ElementBytes(problem.dtype);
   const double own_rate = std::min(reckon.own_rate, in_flight / reckon.latency);
   const double moving =
       std::max(bytes / (reckon.memory_rate * device.multiprocessors), busiest * block_bytes / own_rate) / efficiency;
@@ -208,7 +208,7 @@ void ForAllPlans(const Situation& situation, const Settings& settings, const Bod
     if (view.planes) {
       ForPlanes(view, NeedsActivationBits(problem), threads, with_groups);
     } else {
-      ForRows(view, NeedsActivationBits(problem), SizeOf(problem.dtype), threads, with_groups);
+      ForRows(view, NeedsActivationBits(problem), ElementBytes(problem.dtype), threads, with_groups);
     }
   }
 }

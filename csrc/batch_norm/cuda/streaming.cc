@@ -66,7 +66,7 @@ StreamingTiling MakeStreamingTiling(const Problem& problem, bool aligned, int mu
 
 StreamingTiling MakeStreamingTiling(const Problem& problem, const Mask& mask, bool aligned, int multiprocessors) {
   constexpr int kVectorBytes = 16;
-  const bool uniform = !mask.flags || mask.length % (kVectorBytes / SizeOf(problem.dtype)) == 0;
+  const bool uniform = !mask.flags || mask.length % (kVectorBytes / ElementBytes(problem.dtype)) == 0;
   return MakeStreamingTiling(problem, aligned && uniform, multiprocessors);
 }
 

@@ -7,21 +7,8 @@
 
 namespace tfops::cuda {
 
-int SizeOf(DataType dtype) {
-  switch (dtype) {
-    case DataType::kFloat16:
-    case DataType::kBFloat16:
-      return 2;
-    case DataType::kFloat32:
-      return 4;
-    case DataType::kFloat64:
-      break;
-  }
-  return 8;
-}
-
 View MakeView(const Problem& problem, bool aligned, int64_t most_units, bool fold_bits) {
-  const int lanes = 16 / SizeOf(problem.dtype);
+  const int lanes = 16 / ElementBytes(problem.dtype);
   View view;
   view.channels = view.units = problem.channels;
   const ActivationBitsLayout bits = LayoutOfActivationBits(problem);

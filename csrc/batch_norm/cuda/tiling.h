@@ -70,8 +70,6 @@ struct View {
   }
 };
 
-int SizeOf(DataType dtype);  // in bytes
-
 // Vectors of 16 bytes if they can be had, for a problem with at least one element. `aligned`: every array is, to 16
 // bytes. Rows are not put together to more than `most_units`, of at most 2^30; nor where there are activation bits,
 // unless `fold_bits`, for then their rows are not the view's.
