@@ -71,7 +71,7 @@ def to_layout(cell: Cell) -> tuple[tuple[int, ...], int]:
     return (cell.shape[0], cell.shape[-1], *cell.shape[1:-1]), 1
 
 
-def moved_bytes(cell: Cell, streams: bool) -> int:
-    """What a cell moves, in the streaming tier or one that keeps its data on the chip."""
-    again = (2 if cell.what == "backward" else 1) if streams and cell.what != "inference" else 0
-    return cell.least_bytes + again * cell.elements * BYTES[cell.dtype]
+def moved_bytes(cell: Cell, read_again: float) -> int:
+    """What a cell moves, if it reads so much of what it sums up a second time."""
+    summed = (2 if cell.what == "backward" else 1) * cell.elements * BYTES[cell.dtype]
+    return cell.least_bytes + round(read_again * summed)

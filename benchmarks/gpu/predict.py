@@ -26,7 +26,7 @@ def predict(cell: Cell) -> dict[str, Any]:
         training=cell.what != "inference",
         activation=None if cell.variant == "plain" else "relu",
     )
-    moved = moved_bytes(cell, plan.tier == "streaming")
+    moved = moved_bytes(cell, plan.read_again)
     seconds = plan.launches * LAUNCH_SECONDS + moved / COPY_BYTES_PER_SECOND
     rate = cell.least_bytes / seconds
     return {

@@ -76,7 +76,7 @@ def facts(context: Context) -> int:
 
     def occupancy(dtype: str, backward: bool) -> dict[str, Any]:
         raw = context.backend.raw
-        found = raw.cuda_occupancy(getattr(raw.DataType, dtype), backward, True, raw.CudaDevice())
+        found = raw.cuda_occupancy(getattr(raw.DataType, dtype), backward, raw.CudaDevice())
         return {"occupancy": found}
 
     items = [("machine", machine), ("driver", driver), ("device", device)]

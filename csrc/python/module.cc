@@ -55,9 +55,9 @@ void DefineDeviceProperty(py::class_<cuda::Device>& type, const char* name, T cu
       });
 }
 
-py::dict OccupancyForPython(DataType dtype, bool backward, bool vectors, const cuda::Device& device) {
+py::dict OccupancyForPython(DataType dtype, bool backward, const cuda::Device& device) {
   cuda::Occupancy occupancy;
-  ThrowUnlessOk(cuda::DescribeOccupancy(device, dtype, backward, vectors, &occupancy));
+  ThrowUnlessOk(cuda::DescribeOccupancy(device, dtype, backward, &occupancy));
   const auto list = [](const auto& numbers) { return std::vector<int64_t>(std::begin(numbers), std::end(numbers)); };
   py::dict blocks, clusters;
   for (size_t t = 0; t < std::size(occupancy.kThreads); ++t) {
@@ -318,6 +318,7 @@ PYBIND11_MODULE(_kernels, m) {
       .def_readonly("blocks", &cuda::Plan::blocks)
       .def_readonly("blocks_per_slab", &cuda::Plan::blocks_per_slab)
       .def_readonly("shared_bytes", &cuda::Plan::shared_bytes)
+      .def_readonly("read_again", &cuda::Plan::read_again)
       .def_readonly("waves", &cuda::Plan::waves)
       .def_readonly("nanoseconds", &cuda::Plan::nanoseconds)
       .def_readonly("index", &cuda::Plan::index);

@@ -4,8 +4,10 @@
 #define TFOPS_SIMT_BLOCK_H_
 
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "csrc/simt/fiber.h"
@@ -31,6 +33,8 @@ struct Thread {
   const char* operation = nullptr;
   unsigned mask = 0;
   uint64_t deposit = 0;
+  // Copies to shared memory that are not waited for yet, by groups; the last group is open.
+  std::deque<std::deque<std::pair<void*, const void*>>> copies = {{}};
 };
 
 // A warp's accesses to global memory, put together from what its lanes do one after another: the n-th time that a lane

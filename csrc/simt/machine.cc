@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <tuple>
 #include <utility>
 
 #include "csrc/simt/block.h"
@@ -190,6 +191,7 @@ void RunSideBySide() {
       thread->block = &block;
       thread->linear = linear;
       thread->index = {linear % blockDim.x, linear / blockDim.x % blockDim.y, linear / blockDim.x / blockDim.y};
+      thread->copies.assign(1, {});
       thread->fiber.Start(&MainOfThread);
       block.threads.push_back(thread);
       Wake(thread);
@@ -247,6 +249,24 @@ void MayYield() {
   if (random.Below(4) != 0) return;
   current->state = State::kReady;
   current->fiber.Suspend();
+}
+
+void BeginCopy(void* to, const void* from) { current->copies.back().emplace_back(to, from); }
+
+void CommitCopies() { current->copies.emplace_back(); }
+
+bool NextCopy(size_t pending, void** to, const void** from) {
+  auto& groups = current->copies;
+  while (groups.size() > pending + 1) {
+    if (groups.front().empty()) {
+      groups.pop_front();
+      continue;
+    }
+    std::tie(*to, *from) = groups.front().front();
+    groups.front().pop_front();
+    return true;
+  }
+  return false;
 }
 
 unsigned ClusterSize() { return running.grid->cluster; }

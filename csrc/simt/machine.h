@@ -40,6 +40,12 @@ void GridBarrier(Position position);
 // Lets the other threads run, now and then.
 void MayYield();
 
+// Copies to shared memory that are made when they are waited for, so that whoever does not wait finds what was there
+// before. NextCopy() says of one of a group that is not among the last `pending`, or returns false.
+void BeginCopy(void* to, const void* from);
+void CommitCopies();
+bool NextCopy(size_t pending, void** to, const void** from);
+
 unsigned ClusterSize();
 unsigned ClusterRank();
 unsigned Lane();

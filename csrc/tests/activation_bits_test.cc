@@ -192,7 +192,7 @@ TEST(VectorsKnowTheirBits) {
   ForSmallProblems(kProblems / 3, kMostElements, [](const Problem& drawn, Random* random) {
     const Problem problem = WithActivationBits(drawn);
     const cuda::View view = cuda::MakeView(problem, random->Flag(), 1 << 30, /*fold_bits=*/false);
-    const cuda::Tiling tiling = cuda::MakeTiling(view, RandomBlock(view, /*has_bits=*/true, random));
+    const cuda::Tiling tiling = cuda::MakeTiling(view, RandomBlock(view, /*has_bits=*/true, random), 1, false);
     ForVectors(tiling, tiling.steps, [&](const auto& walk, const Step&) {
       const int64_t bit = walk.BitsOffset(tiling) * 8 + walk.BitInByte();
       EXPECT_EQ(bit, BitOf(problem, walk.Offset()));
@@ -209,7 +209,7 @@ TEST(FoldedVectorsFindTheirBits) {
     const cuda::View view = cuda::MakeView(problem, true, 1 << 30, /*fold_bits=*/true);
     if (!view.Folded()) return;
     ++folded;
-    const cuda::Tiling tiling = cuda::MakeTiling(view, RandomBlock(view, /*has_bits=*/true, random));
+    const cuda::Tiling tiling = cuda::MakeTiling(view, RandomBlock(view, /*has_bits=*/true, random), 1, false);
     std::vector<uint8_t> bytes(LayoutOfActivationBits(problem).Bytes());
     for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random->Below(256));
     ForVectors(tiling, tiling.steps, [&](const auto& walk, const Step&) {

@@ -48,7 +48,8 @@ TEST(StreamingWalksEveryElementOnce) {
 TEST(AnyBlockWalksEveryElementOnce) {
   ForSmallProblems(kProblems, kMostElements, [](const Problem& problem, Random* random) {
     const View view = MakeView(problem, random->Flag(), 1 << 30, random->Flag());
-    const Tiling tiling = MakeTiling(view, RandomBlock(view, /*has_bits=*/false, random));
+    const Extent block = RandomBlock(view, /*has_bits=*/false, random);
+    const Tiling tiling = MakeTiling(view, block, block.x * block.y * block.z, random->Flag());
     ExpectEveryElementOnce<Direction::kForward>(problem, tiling, random->Below(tiling.steps) + 1);
   });
 }
@@ -89,32 +90,6 @@ TEST(WalksReachHugeTensors) {
         EXPECT_TRUE(backward.Inside());
       });
     }
-  });
-}
-
-// Blocks count their channels' elements by step, where slabs have whole channels.
-TEST(ElementsAreCountedByStep) {
-  ForSmallProblems(kProblems / 2, kMostElements, [](const Problem& problem, Random* random) {
-    const View view = MakeView(problem, random->Flag(), 1 << 30, true);
-    const Tiling tiling = MakeTiling(view, RandomBlock(view, false, random));
-    const int64_t share_steps = random->Below(tiling.steps) + 1;
-    const int64_t shares = DivideUp(tiling.steps, share_steps);
-    std::vector<int64_t> counts(shares * problem.channels);
-    ForVectors(tiling, share_steps, [&](const auto& walk, const Step& step) {
-      for (int lane = 0; lane < tiling.lanes; ++lane) {
-        ++counts[step.share * problem.channels + ChannelOf(problem, walk.Offset() + lane)];
-      }
-    });
-    for (int64_t share = 0; share < shares; ++share) {
-      const int64_t end = std::min((share + 1) * share_steps, tiling.steps);
-      const int64_t count = tiling.ElementsBefore(end) - tiling.ElementsBefore(share * share_steps);
-      for (int64_t c = 0; c < problem.channels; ++c) EXPECT_EQ(counts[share * problem.channels + c], count);
-    }
-  });
-  ForHugeProblems(kProblems, [](const Problem& problem, Random* random) {
-    const Tiling tiling = MakeStreamingTiling(problem, random->Flag(), random->Of(kMultiprocessors));
-    EXPECT_EQ(tiling.ElementsBefore(0), 0);
-    EXPECT_EQ(tiling.ElementsBefore(tiling.steps), problem.Count());
   });
 }
 

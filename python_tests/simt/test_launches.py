@@ -35,7 +35,7 @@ def refusing(simt):
     ("device", "shape", "axis", "dtype", "offset"),
     [
         ("h200", (600, 64), -1, "float32", 0),
-        ("three", (129, 65), -1, "float16", 0),
+        ("three", (136, 65), -1, "float16", 0),
         ("three", (129, 65), -1, "float64", 1),
         ("small", (4, 6, 16, 16), 1, "bfloat16", 0),
         ("small_old", (600, 24), -1, "float32", 1),
@@ -50,7 +50,8 @@ def test_every_plan_that_fits_agrees_and_is_the_one_that_runs(simt, device, shap
     simt.configure(device, offset=offset)
     case = Case(shape, axis, dtype, True, "relu", True, 0.25)
     names = tier_cases.check_every_plan(case, simt, simt.machine, simt.place, np.asarray, aligned=offset == 0)
-    assert {"one_block", "streaming"} <= names <= tier_cases.names_on(simt.machine)
+    least = {"one_block", "streaming"} if offset == 0 else {"streaming"}
+    assert least <= names <= tier_cases.names_on(simt.machine)
 
 
 @pytest.mark.parametrize("device", ["h200", "three", "rtx", "slice"])
@@ -175,13 +176,13 @@ def test_plans_go_by_what_cuda_says(simt):
     simt.configure("slice")
     module = simt.machine
     device = module.CudaDevice()
-    asked = module.cuda_occupancy(module.DataType.float32, False, True, device)
+    asked = module.cuda_occupancy(module.DataType.float32, False, device)
     assert asked["asked"]
     assert {size: counts[0] for size, counts in asked["clusters"][512].items()} == {2: 8, 4: 3, 8: 0, 16: 0}
     case = Case((4096, 64), -1, "float32")
     assert max(plan.blocks_per_slab for plan in tier_cases.plans(module, case, True)[0] if plan.tier == "cluster") == 4
     device.multiprocessors = device.multiprocessors  # one on paper now
-    paper = module.cuda_occupancy(module.DataType.float32, False, True, device)
+    paper = module.cuda_occupancy(module.DataType.float32, False, device)
     assert not paper["asked"]
     assert paper["clusters"][512][8] == [1, 1, 1, 1]
 
@@ -194,7 +195,7 @@ def test_room_is_within_every_reading_of_the_limit(simt, device):
     new = gpu.compute_capability >= 90
     for dtype in module.DataType.__members__.values():
         for backward in (False, True):
-            got = module.cuda_occupancy(dtype, backward, True, gpu)
+            got = module.cuda_occupancy(dtype, backward, gpu)
             assert got["static_shared_bytes"] == (1024 if new else 0)
             assert got["room"][0] == gpu.shared_bytes_per_block - (2048 if new else 0)
             assert got["room"] == sorted(got["room"], reverse=True)

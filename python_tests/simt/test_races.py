@@ -44,11 +44,11 @@ def test_warp_collectives_count_as_barriers(race, name):
 
 
 @pytest.mark.parametrize("tier", ["one_block", "cluster", "grid", "streaming"])
-@pytest.mark.parametrize(("shape", "axis"), [((300, 64), -1), ((400, 7), -1), ((4, 6, 16, 16), 1), ((3, 5, 10, 7), 1)])
+@pytest.mark.parametrize(("shape", "axis"), [((300, 64), -1), ((400, 7), -1), ((4, 6, 16, 16), 1), ((4, 5, 10, 7), 1)])
 def test_training_kernels_have_no_races(race, force, tier, shape, axis):
     force(race, tier=tier)
     for i, dtype in enumerate(("float32", "float16", "float64")):
-        race.configure("three", seed=i, offset=i % 2)
+        race.configure("three", seed=i, offset=i % 2 if tier == "streaming" else 0)
         try:
             kernel_cases.check(Case(shape, axis, dtype, True, "relu", True), race.place, np.asarray, kernels=race)
         except ValueError as error:

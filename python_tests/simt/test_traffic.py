@@ -40,28 +40,55 @@ def _efficiency(launches: list[dict[str, Any]], tensor: str) -> float:
     return asked / sum(t["load_moved"] + t["store_moved"] for t in traffic)
 
 
-# How often each tier reads what it reads, in training and in its gradient.
-READS = {"one_block": 1, "cluster": 1, "grid": 1, "streaming": 2}
+def _reads(simt, case: Case) -> tuple[float, float]:
+    """How often forward and backward are to read what they sum up, at most."""
+    problem = kernel_cases.make_problem(simt.machine, case)
+    plans = (simt.machine.cuda_plan(problem, backward, True, simt.machine.CudaDevice()) for backward in (False, True))
+    forward, backward = (1 + plan.read_again for plan in plans)
+    return forward, backward
 
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), [((512, 64), -1), ((4, 8, 32, 32), 1)], ids=str)
-@pytest.mark.parametrize("tier", READS)
+@pytest.mark.parametrize("tier", ["one_block", "cluster", "grid", "streaming"])
 def test_training_reads_and_writes_as_often_as_promised(simt, force, tier, shape, axis, dtype):
     force(simt, tier=tier)
     size = int(np.prod(shape)) * ITEM[dtype]
-    forward, backward = _split(_counted(simt, Case(shape, axis, dtype, True, "relu", residual=True), "three"))
+    case = Case(shape, axis, dtype, True, "relu", residual=True)
+    forward, backward = _split(_counted(simt, case, "three"))
+    of_forward, of_backward = _reads(simt, case)
+    if tier == "streaming":
+        assert of_forward == of_backward == 2
+    elif dtype in ("float16", "bfloat16"):
+        assert of_forward == of_backward == 1  # small enough to be kept
     assert len(forward) == len(backward) == (3 if tier == "streaming" else 1)
-    assert _passes(forward, "x", size) == (READS[tier], 0)
+    assert _passes(forward, "x", size) == (of_forward, 0)
     assert _passes(forward, "residual", size) == (1, 0)
     assert _passes(forward, "y", size) == (0, 1)
-    assert _passes(backward, "x", size) == (READS[tier], 0)
-    assert _passes(backward, "dy", size) == (READS[tier], 0)
+    assert _passes(backward, "x", size) == (of_backward, 0)
+    assert _passes(backward, "dy", size) == (of_backward, 0)
     assert _passes(backward, "dx", size) == (0, 1)
     assert _passes(backward, "dresidual", size) == (0, 1)
     for launches, tensors in ((forward, ("x", "residual", "y")), (backward, ("x", "dy", "dx", "dresidual"))):
         for tensor in tensors:
             assert _efficiency(launches, tensor) > 0.95, tensor
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("rows", "forward_passes", "backward_passes"), [(4560, 2, 4), (9120, 2.35, 4.5)])
+def test_what_a_grid_has_no_room_for_is_read_again(simt, force, rows, forward_passes, backward_passes, residual):
+    """On 3 multiprocessors as much to each as an H200's have of 25.7 and 51.4 MB: x and y, or dy, x and dx."""
+    force(simt, tier="grid")
+    case = Case((rows, 64), -1, "float16", True, "relu", residual)
+    forward, backward = _split(_counted(simt, case, "three"))
+    size = rows * 64 * 2
+    moved = sum(sum(_passes(forward, tensor, size)) for tensor in ("x", "y"))
+    assert 2 <= moved <= forward_passes
+    moved = sum(sum(_passes(backward, tensor, size)) for tensor in ("dy", "x", "dx"))
+    assert 3 < moved <= backward_passes
+    if residual:
+        assert _passes(forward, "residual", size) == (1, 0)
+        assert _passes(backward, "dresidual", size) == (0, 1)
 
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)

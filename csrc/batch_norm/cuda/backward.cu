@@ -24,7 +24,7 @@ size_t CoefficientBytes(const Problem& problem) {
 template <typename F>
 Status FinishGradients(const Problem& problem, const BackwardArrays& arrays, const GradientSums* partials,
                        const PartialsShape& shape, GradientCoefficients<F>* coefficients, void* stream) {
-  return Launch(FinishGradientKernel<F>, FinishGrid(problem.channels), kFinishBlock, stream, problem, arrays, partials,
+  return Launch(FinishGradientKernel<F>, FinishGrid(shape), FinishBlock(shape), stream, problem, arrays, partials,
                 shape, coefficients);
 }
 
@@ -137,8 +137,8 @@ Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays, c
     return WithLanes<T>(tiling.lanes > 1, [&](auto lanes) {
       using F = Arithmetic<T>;
       auto* coefficients = static_cast<GradientCoefficients<F>*>(workspace);
-      const Status gather = Launch(GatherCoefficientsKernel<F>, FinishGrid(problem.channels), kFinishBlock, stream,
-                                   statistics, problem.channels, coefficients);
+      const Status gather = Launch(GatherCoefficientsKernel<F>, GatherGrid(problem.channels),
+                                   Extent{FinishTuning::kThreads}, stream, statistics, problem.channels, coefficients);
       if (!gather.ok()) return gather;
       return Launch(GradientNormalizeKernel<T, decltype(lanes)::value>, tiling.grid, tiling.block, stream, tiling,
                     AffineOf(problem, arrays), GradientOf(problem, arrays), problem.activation, coefficients,

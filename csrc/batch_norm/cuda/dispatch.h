@@ -7,7 +7,6 @@
 
 #include "csrc/batch_norm/batch_norm.h"
 #include "csrc/batch_norm/cuda/types.cuh"
-#include "csrc/batch_norm/portable.h"
 
 namespace tfops::cuda {
 
@@ -36,24 +35,6 @@ template <typename T, typename Body>
 auto WithLanes(bool vectorize, Body body) {
   if (vectorize) return body(std::integral_constant<int, kVectorLanes<T>>());
   return body(std::integral_constant<int, 1>());
-}
-
-// Calls body with the activation as a constant, in device code: these kernels wait for memory, so a branch that all
-// threads take alike, once a vector, costs them less than a kernel for each activation would cost every build.
-template <typename Body>
-TFOPS_INLINE void WithActivation(Activation activation, const Body& body) {
-  switch (activation) {
-    case Activation::kNone:
-      return body(std::integral_constant<Activation, Activation::kNone>());
-    case Activation::kRelu:
-      return body(std::integral_constant<Activation, Activation::kRelu>());
-    case Activation::kRelu6:
-      return body(std::integral_constant<Activation, Activation::kRelu6>());
-    case Activation::kLeakyRelu:
-      return body(std::integral_constant<Activation, Activation::kLeakyRelu>());
-    case Activation::kSilu:
-      return body(std::integral_constant<Activation, Activation::kSilu>());
-  }
 }
 
 }  // namespace tfops::cuda

@@ -6,7 +6,6 @@
 
 #include "csrc/batch_norm/activation.h"
 #include "csrc/batch_norm/batch_norm.h"
-#include "csrc/batch_norm/cuda/dispatch.h"
 #include "csrc/batch_norm/cuda/tiling.h"
 #include "csrc/batch_norm/cuda/types.cuh"
 
@@ -56,43 +55,66 @@ struct Affine {
   __device__ __forceinline__ F Apply(F xc, int lane) const { return MultiplyAdd(xc, slope[lane], offset[lane]); }
 };
 
-// y = act(z), in place. Returns a bit for each lane whose slope is 1, if the activation is one of those that have them.
+// These ask for the activation once a vector, which all threads answer alike: ReLU, which is what most problems have,
+// is not to take more instructions than it needs, and a kernel for each activation would cost every build.
+
+// y = act(z), in place. Returns a bit for each lane whose slope is 1, if bits are wanted.
 template <typename F, int kLanes>
-__device__ __forceinline__ unsigned ActivateVector(Activation activation, F (&z)[kLanes]) {
+__device__ __forceinline__ unsigned ActivateVector(Activation activation, bool wants_bits, F (&z)[kLanes]) {
   unsigned bits = 0;
-  WithActivation(activation, [&](auto tag) {
-    constexpr Activation kActivation = decltype(tag)::value;
+  const auto pieces = Pieces<F>::Of(activation);
+  if (wants_bits) {
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if constexpr (kIsPiecewiseLinear<kActivation>) bits |= (IsOn<kActivation>(z[lane]) ? 1u : 0u) << lane;
-      z[lane] = Activate<kActivation>(z[lane]);
-    }
-  });
+    for (int lane = 0; lane < kLanes; ++lane) bits |= (pieces.IsOn(z[lane]) ? 1u : 0u) << lane;
+  }
+  if (activation == Activation::kNone) return bits;
+  if (activation == Activation::kRelu) {
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) z[lane] = Activate<Activation::kRelu>(z[lane]);
+  } else if (activation == Activation::kSilu) {
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) z[lane] = Activate<Activation::kSilu>(z[lane]);
+  } else {
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) z[lane] = pieces.Activate(z[lane]);
+  }
   return bits;
 }
 
-// dz = dy * act'(z), in place, where z is known.
+// dz = dy * act'(z), in place, where `is_on` says of each lane whether the slope is 1.
+template <typename F, int kLanes, typename IsOn>
+__device__ __forceinline__ void GradientOfPieces(const Pieces<F>& pieces, const IsOn& is_on, F (&gradient)[kLanes]) {
+  if (pieces.slope == F(0)) {
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) gradient[lane] = is_on(lane) ? gradient[lane] : F(0);
+  } else {
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) {
+      gradient[lane] = is_on(lane) ? gradient[lane] : gradient[lane] * pieces.slope;
+    }
+  }
+}
+
+// Likewise, where z is known.
 template <typename F, int kLanes>
 __device__ __forceinline__ void ActivationGradientVector(Activation activation, const F (&z)[kLanes],
                                                          F (&gradient)[kLanes]) {
-  WithActivation(activation, [&](auto tag) {
+  if (activation == Activation::kSilu) {
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
-      gradient[lane] = ActivationGradient<decltype(tag)::value>(gradient[lane], z[lane]);
+      gradient[lane] = ActivationGradient<Activation::kSilu>(gradient[lane], z[lane]);
     }
-  });
+    return;
+  }
+  const auto pieces = Pieces<F>::Of(activation);
+  GradientOfPieces(pieces, [&](int lane) { return pieces.IsOn(z[lane]); }, gradient);
 }
 
-// dz = dy * act'(z), in place, where the activation bits are known instead of z.
+// Likewise, where the activation bits are known instead of z.
 template <typename F, int kLanes>
 __device__ __forceinline__ void ActivationGradientFromBits(Activation activation, unsigned bits,
                                                            F (&gradient)[kLanes]) {
-  WithActivation(activation, [&](auto tag) {
-#pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (!(bits >> lane & 1)) gradient[lane] = OffGradient<decltype(tag)::value>(gradient[lane]);
-    }
-  });
+  GradientOfPieces(Pieces<F>::Of(activation), [bits](int lane) { return (bits >> lane & 1) != 0; }, gradient);
 }
 
 // A byte of activation bits from those of 8 / kLanes neighbours in a warp. All threads of the warp take part; the

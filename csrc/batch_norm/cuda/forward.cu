@@ -16,9 +16,9 @@ namespace {
 
 // Merges the splits' moments, of which there are none in an empty batch, and writes the vectors [C].
 template <typename F>
-Status FinishMoments(const Problem& problem, const ForwardArrays& arrays, const PartialMoments<double>* partials,
+Status FinishMoments(const Problem& problem, const ForwardArrays& arrays, const Moments<double>* partials,
                      const PartialsShape& shape, void* stream) {
-  return Launch(FinishMomentsKernel<F>, FinishGrid(problem.channels), kFinishBlock, stream, problem, arrays, partials,
+  return Launch(FinishMomentsKernel<F>, FinishGrid(shape), FinishBlock(shape), stream, problem, arrays, partials,
                 shape);
 }
 
@@ -27,7 +27,7 @@ Status StreamingForward(const Problem& problem, const ForwardArrays& arrays, con
                         void* workspace, void* stream) {
   AffineArrays affine{arrays.mean, nullptr, arrays.variance, arrays.scale, arrays.offset, problem.epsilon};
   if (problem.training) {
-    auto* partials = static_cast<PartialMoments<double>*>(workspace);
+    auto* partials = static_cast<Moments<double>*>(workspace);
     const Status moments =
         Launch(MomentsKernel<T, kLanes>, tiling.grid, tiling.block, stream, tiling, arrays.x, Mask{}, partials);
     if (!moments.ok()) return moments;
@@ -50,7 +50,7 @@ Status ForwardWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus) {
     if (!problem.training || problem.Elements() == 0) return {};
     std::shared_ptr<const Prepared> prepared;
     if (const Status status = Prepare(problem, Pass::kForward, device, &prepared); !status.ok()) return status;
-    *bytes = std::max(*bytes, static_cast<size_t>(prepared->items) * sizeof(PartialMoments<double>));
+    *bytes = std::max(*bytes, static_cast<size_t>(prepared->items) * sizeof(Moments<double>));
     return {};
   });
 }
@@ -94,7 +94,7 @@ Status MomentsWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus) {
     if (problem.Elements() == 0) return {};
     for (const bool aligned : {false, true}) {
       const auto items = static_cast<size_t>(SplitItems(problem, aligned, device.multiprocessors));
-      *bytes = std::max(*bytes, items * sizeof(PartialMoments<double>));
+      *bytes = std::max(*bytes, items * sizeof(Moments<double>));
     }
     return {};
   });
@@ -104,11 +104,10 @@ Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* w
   Device device;
   if (const Status status = CurrentDevice(&device); !status.ok()) return status;
   if (problem.channels == 0) return {};
-  auto* partials = static_cast<PartialMoments<double>*>(workspace);
+  auto* partials = static_cast<Moments<double>*>(workspace);
   const auto finish = [&](auto type, const PartialsShape& shape) {
     using F = Arithmetic<typename decltype(type)::Type>;
-    return Launch(FinishBatchMomentsKernel<F>, FinishGrid(problem.channels), kFinishBlock, stream, arrays, partials,
-                  shape);
+    return Launch(FinishBatchMomentsKernel<F>, FinishGrid(shape), FinishBlock(shape), stream, arrays, partials, shape);
   };
   if (problem.Elements() == 0) {
     return WithDataType(problem.dtype, [&](auto type) { return finish(type, PartialsShape{0, 0, problem.channels}); });

@@ -4,6 +4,7 @@
 #define TFOPS_BATCH_NORM_CUDA_GRADIENT_CUH_
 
 #include "csrc/batch_norm/cuda/elementwise.cuh"
+#include "csrc/batch_norm/cuda/sums.cuh"
 #include "csrc/batch_norm/cuda/types.cuh"
 #include "csrc/batch_norm/cuda/walk.cuh"
 
@@ -42,21 +43,32 @@ struct GradientStep {
   unsigned bits;
   bool inside;
 
-  template <bool kLast, bool kFoldsBits, typename Walk>
-  __device__ __forceinline__ void Load(const GradientArrays& arrays, const Tiling& tiling, const Walk& walk) {
+  // kLast: it is the last time that these are read.
+  template <bool kLast, typename Walk>
+  __device__ __forceinline__ void LoadVectors(const GradientArrays& arrays, const Walk& walk) {
     inside = walk.Inside();
     if (!inside) return;
     LoadVector<kLast>(&dy, arrays.dy, walk.Offset());
     LoadVector<kLast>(&x, arrays.x, walk.Offset());
     if (arrays.residual) LoadVector<kLast>(&residual, arrays.residual, walk.Offset());
-    if (kFoldsBits && arrays.activation_bits && tiling.Folded()) {
-      bits = walk.LoadFoldedBits(tiling, arrays.activation_bits);
-      return;
-    }
-    if (arrays.activation_bits) bits = LoadGlobal(arrays.activation_bits + walk.BitsOffset(tiling)) >> walk.BitInByte();
   }
 
-  __device__ __forceinline__ bool Inside() const { return inside; }
+  // Of a vector that is inside, if there are activation bits. kMayFold: their rows may not be the view's.
+  template <bool kMayFold, typename Walk>
+  __device__ __forceinline__ void LoadBits(const GradientArrays& arrays, const Tiling& tiling, const Walk& walk) {
+    if (!arrays.activation_bits) return;
+    if (kMayFold && tiling.Folded()) {
+      bits = walk.LoadFoldedBits(tiling, arrays.activation_bits);
+    } else {
+      bits = LoadGlobal(arrays.activation_bits + walk.BitsOffset(tiling)) >> walk.BitInByte();
+    }
+  }
+
+  template <bool kLast, bool kMayFold, typename Walk>
+  __device__ __forceinline__ void Load(const GradientArrays& arrays, const Tiling& tiling, const Walk& walk) {
+    LoadVectors<kLast>(arrays, walk);
+    if (inside) LoadBits<kMayFold>(arrays, tiling, walk);
+  }
 
   // dz = dy * act'(z) and xc = x - mean.
   __device__ __forceinline__ void Compute(const GradientArrays& arrays, Activation activation,
@@ -89,6 +101,30 @@ struct GradientStep {
     }
   }
 };
+
+// Adds the gradients of what a walk comes to, with kBatch vectors of each array in flight.
+template <typename T, int kBatch, int kLanes>
+__device__ __forceinline__ void AddGradients(const GradientArrays& arrays, const Tiling& tiling, Activation activation,
+                                             const Affine<Arithmetic<T>, kLanes>& affine,
+                                             Walk<kLanes, Direction::kForward>* walk,
+                                             GradientAccumulator<Arithmetic<T>, kLanes, true>* accumulator) {
+  while (!walk->Done()) {
+    GradientStep<T, kLanes> batch[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      batch[i].template Load<false, false>(arrays, tiling, *walk);
+      walk->Advance();
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (!batch[i].inside) continue;
+      Arithmetic<T> dz[kLanes], xc[kLanes];
+      batch[i].Compute(arrays, activation, affine, dz, xc);
+      accumulator->Add(dz, xc);
+    }
+    accumulator->CloseLongChain(kBatch);
+  }
+}
 
 // dx from dz, in place. Where the statistics were given (not `centered`), xc has no part in it, and may be infinite.
 template <typename F, int kLanes>

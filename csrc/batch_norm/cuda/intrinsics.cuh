@@ -42,6 +42,35 @@ __device__ __forceinline__ void StoreGlobalStreaming(Word* address, Word value) 
   __stcs(address, value);
 }
 
+// Copies a word of 16 bytes from global to shared memory, which is there for this thread after WaitForCopies(): on 8.0
+// and later without registers, or a wait, in between. Copies between two calls of CommitCopies() are a group.
+template <typename Word>
+__device__ __forceinline__ void CopyAsync(Word* shared, const Word* global) {
+  static_assert(sizeof(Word) == 16);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  *shared = *global;
+#else
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+      "l"(global)
+      : "memory");
+#endif
+}
+
+__device__ __forceinline__ void CommitCopies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until no more than kPending groups, the last ones, are under way.
+template <int kPending>
+__device__ __forceinline__ void WaitForCopies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
 // Clusters are of compute capability 9.0 and later. Before, each block is a cluster of its own, and to ask for more is
 // the caller's mistake.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -135,6 +164,23 @@ __device__ __forceinline__ void StoreGlobalStreaming(Word* address, Word value) 
   StoreGlobal(address, value);
 }
 
+template <typename Word>
+__device__ __forceinline__ void CopyAsync(Word* shared, const Word* global) {
+  static_assert(sizeof(Word) == 16);
+  simt::OnGlobalAccess(global, sizeof(Word), simt::Access::kLoad);
+  if (reinterpret_cast<uintptr_t>(shared) % sizeof(Word) != 0) simt::OnMisaligned(shared, sizeof(Word));
+  simt::BeginCopy(shared, global);
+}
+
+__device__ __forceinline__ void CommitCopies() { simt::CommitCopies(); }
+
+template <int kPending>
+__device__ __forceinline__ void WaitForCopies() {
+  void* to;
+  const void* from;
+  while (simt::NextCopy(kPending, &to, &from)) *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+}
+
 __device__ __forceinline__ unsigned ClusterSize() { return simt::ClusterSize(); }
 __device__ __forceinline__ unsigned ClusterRank() { return simt::ClusterRank(); }
 __device__ __forceinline__ void ClusterBarrier(simt::Position position = simt::Position::Here()) {
@@ -160,6 +206,9 @@ __device__ __forceinline__ T& BlockShared() {
 }
 
 #endif  // TFOPS_SIMT
+
+// What the lane has whose number differs from this one's by those bits. All lanes of the warp take part.
+__device__ __forceinline__ double FromLane(double value, int bits) { return __shfl_xor_sync(0xffffffffu, value, bits); }
 
 }  // namespace tfops::cuda
 

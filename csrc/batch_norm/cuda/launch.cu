@@ -73,11 +73,11 @@ Status Ask(const Device& device, const void* kernel, Occupancy* occupancy) {
 
 }  // namespace
 
-Status AskOccupancy(const Device& device, DataType dtype, Pass pass, bool vectors, Occupancy* occupancy) {
+Status AskOccupancy(const Device& device, DataType dtype, Pass pass, Occupancy* occupancy) {
   static std::mutex mutex;
-  static auto* const answers = new std::map<std::array<int, 4>, Occupancy>;
+  static auto* const answers = new std::map<std::array<int, 3>, Occupancy>;
   const std::lock_guard<std::mutex> lock(mutex);
-  const std::array<int, 4> key = {device.number, static_cast<int>(dtype), static_cast<int>(pass), vectors};
+  const std::array<int, 3> key = {device.number, static_cast<int>(dtype), static_cast<int>(pass)};
   if (const auto found = answers->find(key); found != answers->end()) {
     *occupancy = found->second;
     return {};
@@ -87,8 +87,7 @@ Status AskOccupancy(const Device& device, DataType dtype, Pass pass, bool vector
   cudaError_t error = cudaGetDevice(&current);
   if (error == cudaSuccess && current != device.number) error = cudaSetDevice(device.number);
   if (error != cudaSuccess) return ToStatus(error, "asking for the current GPU");
-  const void* const kernel =
-      pass == Pass::kForward ? OnChipForwardKernelOf(dtype, vectors) : OnChipBackwardKernelOf(dtype, vectors);
+  const void* const kernel = pass == Pass::kForward ? OnChipForwardKernelOf(dtype) : OnChipBackwardKernelOf(dtype);
   const Status status = Ask(device, kernel, occupancy);
   if (current != device.number) cudaSetDevice(current);
   if (status.ok()) answers->emplace(key, *occupancy);

@@ -7,12 +7,10 @@
 
 namespace tfops::cuda {
 
-const void* OnChipBackwardKernelOf(DataType dtype, bool vectors) {
+const void* OnChipBackwardKernelOf(DataType dtype) {
   return WithDataType(dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
-    return WithLanes<T>(vectors, [&](auto lanes) {
-      return reinterpret_cast<const void*>(&OnChipBackwardKernel<T, decltype(lanes)::value>);
-    });
+    return reinterpret_cast<const void*>(&OnChipBackwardKernel<T, kVectorLanes<T>>);
   });
 }
 
@@ -20,11 +18,8 @@ cudaError_t OnChipBackward(const OnChip& plan, const Problem& problem, const Bac
                            void* stream) {
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
-    return WithLanes<T>(plan.lanes > 1, [&](auto lanes) {
-      return Start(OnChipBackwardKernel<T, decltype(lanes)::value>, ShapeOf(plan), stream, plan, problem, arrays,
-                   AffineOf(problem, arrays), GradientOf(problem, arrays), ResidualGradient(problem, arrays),
-                   static_cast<GradientSums*>(workspace));
-    });
+    return Start(OnChipBackwardKernel<T, kVectorLanes<T>>, ShapeOf(plan), stream, plan, problem, arrays,
+                 AffineOf(problem, arrays), GradientOf(problem, arrays), ResidualGradient(problem, arrays), workspace);
   });
 }
 

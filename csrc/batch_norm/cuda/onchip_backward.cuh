@@ -1,4 +1,4 @@
-// The backward pass of the on-chip tiers: one read of all that it needs, one write of dx and dresidual. See onchip.h.
+// The backward pass of the on-chip tiers. See onchip.h.
 
 #ifndef TFOPS_BATCH_NORM_CUDA_ONCHIP_BACKWARD_CUH_
 #define TFOPS_BATCH_NORM_CUDA_ONCHIP_BACKWARD_CUH_
@@ -10,96 +10,114 @@
 
 namespace tfops::cuda {
 
-// `exchanged` is for the grid's partial results. `dresidual` is null if it is not wanted, or as good as written.
+// `exchanged` is for what the grid's blocks exchange. `dresidual` is null if it is not wanted, or as good as written.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
     OnChipBackwardKernel(OnChip plan, Problem problem, BackwardArrays arrays, AffineArrays affine_arrays,
-                         GradientArrays gradient, void* dresidual, GradientSums* exchanged) {
+                         GradientArrays gradient, void* dresidual, void* exchanged) {
   using F = Arithmetic<T>;
-  using HeldWords = Held<T, kLanes>;
-  constexpr int kBatch = OnChipBatch<kLanes>::kBackward;
+  using V = Vector<T, kLanes>;
+  constexpr int kKept = OnChipVectors<kLanes>::kBackwardKept;
   const Share share(plan);
-  auto walk = share.WalkShare<kLanes>(plan);
-  const Affine<F, kLanes> affine(affine_arrays, plan, walk);
+  const Held<T, kLanes> held{plan, share};
+  const int slab_channels = plan.sums.results;
 
-  F sum_dz[kLanes] = {}, sum_dz_xc[kLanes] = {};
-  for (int step = 0; !walk.Done(); step += kBatch) {
-    GradientStep<T, kLanes> batch[kBatch];
+  held.AskForAll([&](int step, int64_t offset) {
+    V::LoadAsync(gradient.dy, offset, &held.At(0, step));
+    V::LoadAsync(gradient.x, offset, &held.At(1, step));
+    if (gradient.residual) V::LoadAsync(gradient.residual, offset, &held.At(2, step));
+  });
+  V kept_dy[kKept], kept_x[kKept];
+  auto first = share.template Through<kLanes>(plan, 0, share.in_registers);
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      batch[i].template Load<true, true>(gradient, plan, walk);
+  for (int i = 0; i < kKept; ++i, first.Advance()) {
+    if (!first.Inside()) continue;
+    kept_dy[i].LoadLast(gradient.dy, first.Offset());
+    kept_x[i].LoadLast(gradient.x, first.Offset());
+  }
+
+  auto walk = share.template Through<kLanes>(plan, 0, share.steps);
+  const Affine<F, kLanes> affine(affine_arrays, plan, walk);
+  GradientAccumulator<F, kLanes, /*kInChains=*/false> accumulator;
+  // What is not kept is asked for one step ahead.
+  const auto fetch = [&](int step, const auto& at, GradientStep<T, kLanes>* vectors) {
+    vectors->inside = at.Inside();
+    if (!vectors->inside) return;
+    if (step < share.in_registers) {
+      vectors->dy = Pick(kept_dy, step);
+      vectors->x = Pick(kept_x, step);
+    } else if (step < share.Kept()) {
+      vectors->dy.word = held.At(0, step);
+      vectors->x.word = held.At(1, step);
+      if (gradient.residual) vectors->residual.word = held.At(2, step);
+    } else {
+      vectors->template LoadVectors<false>(gradient, at);
+    }
+  };
+  int arrived = share.in_registers;
+  int group = 0;
+  GradientStep<T, kLanes> vectors;
+#pragma unroll 1
+  for (int step = -1; step < share.steps; ++step) {
+    GradientStep<T, kLanes> next;
+    next.inside = false;
+    if (step + 1 < share.steps) {
+      while (step + 1 >= arrived && group < OnChipTuning::kCopyGroups) arrived = held.Await(group++);
+      fetch(step + 1, walk, &next);
+      if (next.inside) next.template LoadBits<true>(gradient, plan, walk);
       walk.Advance();
     }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (!batch[i].Inside()) continue;
+    if (step >= 0 && vectors.inside) {
+      if (gradient.activation_bits) held.Bits(step) = static_cast<uint8_t>(vectors.bits);
       F dz[kLanes], xc[kLanes];
-      batch[i].Compute(gradient, problem.activation, affine, dz, xc);
-#pragma unroll
-      for (int lane = 0; lane < kLanes; ++lane) {
-        sum_dz[lane] += dz[lane];
-        sum_dz_xc[lane] = MultiplyAdd(dz[lane], xc[lane], sum_dz_xc[lane]);
-      }
-      HeldWords::At(plan, 0, step + i) = batch[i].dy.word;
-      HeldWords::At(plan, 1, step + i) = batch[i].x.word;
-      if (gradient.residual) HeldWords::At(plan, 2, step + i) = batch[i].residual.word;
-      if (gradient.activation_bits) HeldWords::Bits(plan, step + i) = static_cast<uint8_t>(batch[i].bits);
+      vectors.Compute(gradient, problem.activation, affine, dz, xc);
+      accumulator.Add(dz, xc);
     }
+    vectors = next;
   }
 
-  double* const totals = SharedAt<double>(plan.totals_at);
-  SumOverBlock(plan, share, sum_dz, totals);
-  SumOverBlock(plan, share, sum_dz_xc, totals + plan.slab_channels);
   auto* const own = SharedAt<GradientSums>(plan.own_at);
-  const int c = threadIdx.x;
-  if (c < plan.slab_channels) own[c] = {totals[c], totals[c + plan.slab_channels]};
-  const GradientSums* const theirs = Collect(plan, share, own, exchanged);
-
-  F* const coefficients = SharedAt<F>(plan.channels_at);
-  const bool of_channel = c < share.channels;
-  GradientSums sums = {};
-  if (of_channel) {
-#pragma unroll 4
-    for (int rank = 0; rank < plan.group; ++rank) sums.Merge(theirs[rank * plan.slab_channels + c]);
+  GradientsOverBlock(plan, share.place, accumulator, OnChipSumsMemory<F>(plan),
+                     [&](int c, const GradientSums& sums) { own[c] = sums; });
+  F* const channels = SharedAt<F>(plan.channels_at);
+  MeetGroup(plan, share, own, channels, exchanged, [&](int c, const GradientSums& merged) {
     const GradientCoefficients<F> result =
-        CoefficientsOfGradient<F>(problem, arrays, sums.dz, sums.dz_xc, share.first_channel + c);
-    coefficients[c] = result.tilt;
-    coefficients[c + plan.slab_channels] = result.shift;
-  }
-  __syncthreads();
-  if (of_channel && share.rank == 0) {
-    WriteGradients<F>(problem, arrays, sums.dz, sums.dz_xc, share.first_channel + c);
-  }
+        CoefficientsOfGradient<F>(problem, arrays, merged.dz, merged.dz_xc, share.first_channel + c);
+    return Pair<F>{result.tilt, result.shift};
+  });
+  ForMerged(plan, share, own, [&](int c, const GradientSums& merged) {
+    WriteGradients<F>(problem, arrays, merged.dz, merged.dz_xc, share.first_channel + c);
+  });
 
   F tilt[kLanes], shift[kLanes];
-#pragma unroll
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const F* const of_lane = coefficients + share.Channel<kLanes>(plan, lane);
-    tilt[lane] = of_lane[0];
-    shift[lane] = of_lane[plan.slab_channels];
-  }
-  walk = share.WalkShare<kLanes>(plan);
-  for (int step = 0; !walk.Done(); ++step) {
-    if (walk.Inside()) {
-      GradientStep<T, kLanes> held = {};
-      held.dy.word = HeldWords::At(plan, 0, step);
-      held.x.word = HeldWords::At(plan, 1, step);
-      if (gradient.residual) held.residual.word = HeldWords::At(plan, 2, step);
-      if (gradient.activation_bits) held.bits = HeldWords::Bits(plan, step);
+  ForResults<kLanes>(plan, share.place, [&](int lane, int c) {
+    tilt[lane] = channels[c];
+    shift[lane] = channels[slab_channels + c];
+  });
+  auto back = share.template Through<kLanes, Direction::kBackward>(plan, 0, share.steps);
+  int64_t offset = 0;
+#pragma unroll 1
+  for (int step = share.steps; step >= 0; --step) {
+    GradientStep<T, kLanes> next;
+    next.inside = false;
+    if (step > 0) fetch(step - 1, back, &next);
+    if (step < share.steps && vectors.inside) {
+      if (gradient.activation_bits) vectors.bits = held.Bits(step);
       F dz[kLanes], xc[kLanes];
-      held.Compute(gradient, problem.activation, affine, dz, xc);
-      Vector<T, kLanes> result;
+      vectors.Compute(gradient, problem.activation, affine, dz, xc);
+      V result;
       if (dresidual) {
         result.Pack(dz);
-        result.StoreNext(dresidual, walk.Offset());
+        result.StoreNext(dresidual, offset);
       }
       InputGradientVector(problem.training, affine, tilt, shift, xc, dz);
       result.Pack(dz);
-      result.StoreNext(arrays.dx, walk.Offset());
+      result.StoreNext(arrays.dx, offset);
     }
-    walk.Advance();
+    offset = back.Offset();
+    back.Advance();
+    vectors = next;
   }
-  LeaveTogether(plan);
 }
 
 }  // namespace tfops::cuda

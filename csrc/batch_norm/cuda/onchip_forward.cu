@@ -7,12 +7,10 @@
 
 namespace tfops::cuda {
 
-const void* OnChipForwardKernelOf(DataType dtype, bool vectors) {
+const void* OnChipForwardKernelOf(DataType dtype) {
   return WithDataType(dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
-    return WithLanes<T>(vectors, [&](auto lanes) {
-      return reinterpret_cast<const void*>(&OnChipForwardKernel<T, decltype(lanes)::value>);
-    });
+    return reinterpret_cast<const void*>(&OnChipForwardKernel<T, kVectorLanes<T>>);
   });
 }
 
@@ -22,10 +20,7 @@ cudaError_t OnChipForward(const OnChip& plan, const Problem& problem, const Forw
   if (!NeedsActivationBits(problem)) used.activation_bits = nullptr;
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
-    return WithLanes<T>(plan.lanes > 1, [&](auto lanes) {
-      return Start(OnChipForwardKernel<T, decltype(lanes)::value>, ShapeOf(plan), stream, plan, problem, used,
-                   static_cast<PartialMoments<double>*>(workspace));
-    });
+    return Start(OnChipForwardKernel<T, kVectorLanes<T>>, ShapeOf(plan), stream, plan, problem, used, workspace);
   });
 }
 

@@ -21,11 +21,11 @@ inline LaunchShape ShapeOf(const OnChip& plan) {
           cooperative};
 }
 
-// The kernel for a data type, on vectors or on single elements.
-const void* OnChipForwardKernelOf(DataType dtype, bool vectors);
-const void* OnChipBackwardKernelOf(DataType dtype, bool vectors);
+// The kernel for a data type.
+const void* OnChipForwardKernelOf(DataType dtype);
+const void* OnChipBackwardKernelOf(DataType dtype);
 
-// The workspace has room for plan.ExchangedItems() partial results.
+// The workspace has room for plan.ExchangedItems().
 cudaError_t OnChipForward(const OnChip& plan, const Problem& problem, const ForwardArrays& arrays, void* workspace,
                           void* stream);
 cudaError_t OnChipBackward(const OnChip& plan, const Problem& problem, const BackwardArrays& arrays, void* workspace,

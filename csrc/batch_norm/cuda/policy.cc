@@ -3,6 +3,7 @@
 #include "csrc/batch_norm/cuda/policy.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "csrc/batch_norm/cuda/streaming.h"
@@ -68,21 +69,6 @@ AtOnce AtOnceOf(const OnChip& plan, const Occupancy& occupancy) {
   return at_once;
 }
 
-// Vectors that a thread has in flight.
-int Batch(Pass pass, int lanes) {
-  const auto of = [pass](auto batch) { return pass == Pass::kForward ? batch.kForward : 2 * batch.kBackward; };
-  switch (lanes) {
-    case 1:
-      return of(OnChipBatch<1>());
-    case 2:
-      return of(OnChipBatch<2>());
-    case 4:
-      return of(OnChipBatch<4>());
-    default:
-      return of(OnChipBatch<8>());
-  }
-}
-
 struct Estimate {
   double nanoseconds = 0;
   int waves = 1;
@@ -91,37 +77,49 @@ struct Estimate {
 Estimate OnChipTime(const Situation& situation, const OnChip& plan, const PolicyTuning& reckon) {
   const auto& [problem, pass, aligned, device, occupancy] = situation;
   const Traffic traffic = TrafficOf(problem, pass);
-  const double bytes = traffic.statistics + traffic.rest + traffic.written;
-  // The busiest multiprocessor takes so many blocks, each of so many steps, of which some vectors may be past an edge.
-  const double tensor = static_cast<double>(problem.Elements()) * ElementBytes(problem.dtype);
-  const double block_bytes = static_cast<double>(plan.held_steps) * plan.block.x * plan.block.y * plan.block.z *
-                             plan.lanes * ElementBytes(problem.dtype) * (bytes / tensor);
   const auto [at_once, clusters] = AtOnceOf(plan, occupancy);
   // Some multiprocessors remain without work where blocks form clusters.
   const bool clustered = plan.scope == Scope::kCluster;
   const int64_t usable = clustered ? clusters * plan.group : device.multiprocessors * at_once;
+  // What is read again, L2 still has if it is not too much, of all blocks that run at the same time.
+  const double again = traffic.statistics * plan.ReadAgain();
+  const double of_running = std::min(1.0, static_cast<double>(usable) / static_cast<double>(plan.Blocks()));
+  const bool cached = again * of_running <= reckon.cache_share * static_cast<double>(device.l2_bytes);
+  const double twice = again * (cached ? 1 + reckon.cache_factor : 2);  // of what is read again, both times
+  const double once = traffic.statistics - again + traffic.rest + traffic.written;
+  // The busiest multiprocessor takes so many blocks, each of so many steps, of which some vectors may be past an edge.
+  const double block_elements =
+      static_cast<double>(plan.share_steps) * plan.block.x * plan.block.y * plan.block.z * plan.lanes;
+  const double of_block = block_elements / static_cast<double>(problem.Elements());
   const int64_t working = std::clamp<int64_t>(usable / at_once, 1, device.multiprocessors);
   const double waves = static_cast<double>(DivideUp(plan.Blocks(), usable));
   const double busiest = static_cast<double>(DivideUp(plan.Blocks(), working));
   // Neighbours in memory that a block reads: short runs waste memory's bursts.
   const double run = plan.planes       ? static_cast<double>(plan.inner) * plan.block.y
                      : plan.slabs == 1 ? static_cast<double>(plan.units) * plan.block.z
-                                       : static_cast<double>(plan.slots);
+                                       : static_cast<double>(plan.sums.slots);
   const double run_bytes = run * ElementBytes(problem.dtype);
   const double efficiency = run_bytes >= 128 ? 1 : run_bytes >= 64 ? 0.9 : run_bytes >= 32 ? 0.7 : 0.4;
-  // What a multiprocessor has in flight at once limits its rate.
-  const int batch = Batch(pass, plan.lanes);
+  // What a multiprocessor has in flight at once limits its rate: of what is kept, all is asked for at once.
   const double resident = std::min(static_cast<double>(at_once), busiest);
-  const double in_flight = resident * plan.threads * batch * plan.lanes * ElementBytes(problem.dtype);
-  const double own_rate = std::min(reckon.own_rate, in_flight / reckon.latency);
+  const int arrays = pass == Pass::kForward ? 1 : 2 + NeedsResidual(problem);
+  const auto rate = [&](int steps) {
+    const int vectors = arrays * std::min(steps, plan.share_steps);
+    const double in_flight = resident * plan.threads * vectors * plan.lanes * ElementBytes(problem.dtype);
+    return std::min(reckon.own_rate, in_flight / reckon.latency);
+  };
+  const int rest_steps = InFlight(pass, plan.lanes);
+  const double of_busiest =
+      busiest * of_block *
+      (once / rate(plan.register_steps + plan.shared_steps + rest_steps) + twice / rate(rest_steps));
   const double moving =
-      std::max(bytes / (reckon.memory_rate * device.multiprocessors), busiest * block_bytes / own_rate) / efficiency;
+      std::max((once + twice) / (reckon.memory_rate * device.multiprocessors), of_busiest) / efficiency;
   double meeting = 0;
   if (plan.group > 1) {
-    meeting = clustered ? reckon.cluster_barrier : reckon.grid_barrier;
+    meeting = 2 * (clustered ? reckon.cluster_barrier : reckon.grid_barrier);
     meeting += plan.group * reckon.merge_block;
   }
-  const double extra_phase = problem.has_residual && !plan.holds_residual ? reckon.phase : 0;
+  const double extra_phase = problem.has_residual && !plan.keeps_residual && pass == Pass::kForward ? reckon.phase : 0;
   return {reckon.launch + waves * (2 * reckon.phase + reckon.merge + meeting + extra_phase) + moving,
           static_cast<int>(waves)};
 }
@@ -141,7 +139,7 @@ void ForRows(const View& view, bool has_bits, int64_t size, int threads, const B
     const int64_t wanted = std::max<int64_t>(bytes / (view.lanes * size), 1);
     const int64_t slabs = std::max<int64_t>(DivideUp(vectors, RoundUp(wanted, unit)), 1);
     const int64_t x = RoundUp(DivideUp(vectors, slabs), unit);
-    if (x > threads || x * view.lanes / view.UnitsPerChannel() > threads) return;
+    if (x > threads) return;
     if (x == last) continue;
     last = x;
     Extent block;
@@ -184,17 +182,24 @@ void ForAllPlans(const Situation& situation, const Settings& settings, const Bod
   const Problem& problem = situation.problem;
   const Device& device = situation.device;
   const View view = OnChipView(problem, situation.aligned);
+  if (view.lanes == 1) return;  // single elements are streamed
   int index = 0;
   for (const int threads : Occupancy::kThreads) {
     const auto with_groups = [&](const Extent& block) {
       OnChip plan;
-      static_cast<Tiling&>(plan) = MakeTiling(view, block);
+      static_cast<Tiling&>(plan) = MakeTiling(view, block, threads, /*by_channel=*/true);
       plan.threads = threads;
       const auto with_group = [&](Scope scope, int64_t group) {
         plan.scope = scope;
         plan.group = static_cast<int>(group);
-        LayOut(problem, situation.pass, situation.occupancy.room[0], &plan);
-        body(plan, index++);
+        // A block keeps what there is room for, beside so many others on its multiprocessor.
+        int64_t before = INT64_MAX;
+        for (const int64_t room : situation.occupancy.room) {
+          if (before <= room) continue;
+          LayOut(problem, situation.pass, room, &plan);
+          before = plan.shared_bytes;
+          body(plan, index++);
+        }
       };
       with_group(Scope::kBlock, 1);
       for (const int group : Occupancy::kClusters) {
@@ -232,9 +237,13 @@ std::string Microseconds(double nanoseconds) {
   return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " us";
 }
 
+bool SumsTooMuch(Pass pass, const OnChip& plan) {
+  return pass == Pass::kBackward && plan.share_steps > OnChipTuning::kMostBackwardSteps;
+}
+
 bool Fits(const Situation& situation, const Settings& settings, const OnChip& plan) {
   const auto [blocks, clusters] = AtOnceOf(plan, situation.occupancy);
-  if (blocks == 0 || plan.Blocks() > INT32_MAX) return false;
+  if (blocks == 0 || plan.Blocks() > INT32_MAX || SumsTooMuch(situation.pass, plan)) return false;
   if (plan.scope == Scope::kCluster) return clusters > 0;
   const int64_t multiprocessors = situation.device.multiprocessors - settings.free_multiprocessors;
   return plan.scope == Scope::kBlock || plan.Blocks() <= blocks * multiprocessors;
@@ -265,9 +274,14 @@ bool IsForced(const Settings& settings, Tier tier, int group) {
 // Why nothing that is forced fits.
 std::string WhyNot(const Situation& situation, const Settings& settings) {
   const Device& device = situation.device;
+  if (OnChipView(situation.problem, situation.aligned).lanes == 1) {
+    return "its rows are not vectors of 16 bytes, and single elements are streamed";
+  }
   int64_t least_shared = INT64_MAX;
+  bool all_sum_too_much = true;
   ForAllPlans(situation, settings, [&](const OnChip& plan, int) {
     if (!IsForced(settings, TierOf(plan), plan.group)) return;
+    all_sum_too_much = all_sum_too_much && SumsTooMuch(situation.pass, plan);
     least_shared = std::min<int64_t>(least_shared, plan.shared_bytes);
   });
   if (settings.tier == Tier::kCluster && device.largest_cluster < 2) {
@@ -276,6 +290,9 @@ std::string WhyNot(const Situation& situation, const Settings& settings) {
   }
   if (settings.tier == Tier::kGrid && !device.cooperative) return "this GPU has no cooperative launches";
   if (least_shared == INT64_MAX) return "there is no work for a second block";
+  if (all_sum_too_much) {
+    return "a thread would sum more than " + std::to_string(OnChipTuning::kMostBackwardSteps) + " vectors in one chain";
+  }
   const int64_t room = situation.occupancy.room[0];
   if (least_shared <= room) return "this GPU does not hold so many blocks at once";
   return "a block would have to keep " + Kilobytes(least_shared) + " on the chip, and has at most " + Kilobytes(room);
@@ -397,9 +414,12 @@ std::string Explain(const Situation& situation, const Choice& choice) {
     what = "two passes over memory";
   } else {
     what = std::to_string(plan.slabs) + (plan.slabs == 1 ? " slab of " : " slabs of ") +
-           std::to_string(plan.slab_channels) + (plan.slab_channels == 1 ? " channel, " : " channels, ") +
+           std::to_string(plan.SlabChannels()) + (plan.SlabChannels() == 1 ? " channel, " : " channels, ") +
            std::to_string(plan.group) + (plan.group == 1 ? " block each, " : " blocks each, ") +
            Kilobytes(plan.shared_bytes) + " a block";
+    if (plan.ReadAgain() > 0) {
+      what += ", " + std::to_string(static_cast<int>(std::lround(100 * plan.ReadAgain()))) + " % read again";
+    }
   }
   if (choice.forced) return what + ": the tier is forced";
   if (choice.tier == Tier::kStreaming && !choice.any_fits) return what + ": the data do not fit on the chip";

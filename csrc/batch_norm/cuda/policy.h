@@ -42,12 +42,12 @@ struct Situation {
   Pass pass = Pass::kForward;
   bool aligned = true;
   Device device;
-  Occupancy occupancy;  // of the kernel for the lanes of OnChipView()
+  Occupancy occupancy;  // of the on-chip kernel
 
   bool IsSinglePass() const { return pass == Pass::kForward && !problem.training; }
 };
 
-// What the on-chip tiers make of a tensor. Its lanes say which kernel they take.
+// What the on-chip tiers make of a tensor. They do not take single elements: those have no plans.
 View OnChipView(const Problem& problem, bool aligned);
 
 // What an on-chip kernel is taken to have on a device that cannot be asked: a table, made of numbers of an H100.

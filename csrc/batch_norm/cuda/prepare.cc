@@ -53,8 +53,7 @@ Status Situate(const Problem& problem, Pass pass, bool aligned, const Device& de
   situation->aligned = aligned;
   situation->device = device;
   if (situation->IsSinglePass()) return {};  // on no chip
-  return DescribeOccupancy(device, problem.dtype, pass == Pass::kBackward, OnChipView(problem, aligned).lanes > 1,
-                           &situation->occupancy);
+  return DescribeOccupancy(device, problem.dtype, pass == Pass::kBackward, &situation->occupancy);
 }
 
 // Makes the situation for the entry points, whose arguments may be anything.
@@ -84,6 +83,7 @@ Plan DescribePlan(const Situation& situation, const Choice& choice) {
     const StreamingTiling tiling =
         MakeStreamingTiling(situation.problem, situation.aligned, situation.device.multiprocessors);
     plan.launches = situation.IsSinglePass() ? 1 : 3;
+    plan.read_again = situation.IsSinglePass() ? 0 : 1;
     plan.lanes = tiling.lanes;
     plan.threads = tiling.block.x * tiling.block.y * tiling.block.z;
     plan.blocks = tiling.grid.x * tiling.grid.y;
@@ -96,6 +96,7 @@ Plan DescribePlan(const Situation& situation, const Choice& choice) {
   plan.blocks = static_cast<int>(choice.plan.Blocks());
   plan.blocks_per_slab = choice.plan.group;
   plan.shared_bytes = choice.plan.shared_bytes;
+  plan.read_again = choice.plan.ReadAgain();
   plan.waves = choice.waves;
   plan.index = choice.index;
   return plan;
@@ -207,9 +208,9 @@ Status SetPolicySettings(const PolicySettings& settings) {
   return {};
 }
 
-Status DescribeOccupancy(const Device& device, DataType dtype, bool backward, bool vectors, Occupancy* occupancy) {
+Status DescribeOccupancy(const Device& device, DataType dtype, bool backward, Occupancy* occupancy) {
   if (device.number >= 0) {
-    return AskOccupancy(device, dtype, backward ? Pass::kBackward : Pass::kForward, vectors, occupancy);
+    return AskOccupancy(device, dtype, backward ? Pass::kBackward : Pass::kForward, occupancy);
   }
   *occupancy = OccupancyOnPaper(device);
   return {};

@@ -37,7 +37,7 @@ void CountCall(Tier tier);
 
 // Asks CUDA, once, about the occupancy of an on-chip kernel on a device with a number. It is defined with the kernels.
 // Afterwards all launches that the occupancy has room for may be made.
-Status AskOccupancy(const Device& device, DataType dtype, Pass pass, bool vectors, Occupancy* occupancy);
+Status AskOccupancy(const Device& device, DataType dtype, Pass pass, Occupancy* occupancy);
 
 }  // namespace tfops::cuda
 

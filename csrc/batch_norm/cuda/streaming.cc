@@ -51,7 +51,7 @@ StreamingTiling MakeStreamingTiling(const Problem& problem, bool aligned, int mu
   block.z = std::min(kThreads / (block.x * block.y), 64);  // CUDA's limit
 
   StreamingTiling tiling;
-  static_cast<Tiling&>(tiling) = MakeTiling(view, block);
+  static_cast<Tiling&>(tiling) = MakeTiling(view, block, block.x * block.y * block.z, /*by_channel=*/false);
   // Whole waves of resident blocks, if there is work for one.
   const int64_t resident = int64_t{multiprocessors} * StreamingTuning::kBlocks;
   int64_t blocks =

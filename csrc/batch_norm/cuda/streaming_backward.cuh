@@ -3,10 +3,10 @@
 #ifndef TFOPS_BATCH_NORM_CUDA_STREAMING_BACKWARD_CUH_
 #define TFOPS_BATCH_NORM_CUDA_STREAMING_BACKWARD_CUH_
 
-#include "csrc/batch_norm/cuda/accumulate.cuh"
 #include "csrc/batch_norm/cuda/elementwise.cuh"
 #include "csrc/batch_norm/cuda/gradient.cuh"
 #include "csrc/batch_norm/cuda/streaming.cuh"
+#include "csrc/batch_norm/cuda/sums.cuh"
 #include "csrc/batch_norm/cuda/tuning.h"
 #include "csrc/batch_norm/moments.h"
 
@@ -17,28 +17,13 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
     GradientMomentsKernel(StreamingTiling tiling, AffineArrays affine_arrays, GradientArrays arrays,
                           Activation activation, GradientSums* partials) {
   using F = Arithmetic<T>;
-  constexpr int kBatch = StreamingBatch<kLanes>::kGradientMoments;
-  GradientAccumulator<F, kLanes> accumulator;
+  GradientAccumulator<F, kLanes, /*kInChains=*/true> accumulator;
   auto walk = WalkSplit<kLanes, Direction::kForward>(tiling);
   const Affine<F, kLanes> affine(affine_arrays, tiling, walk);
-  while (!walk.Done()) {
-    GradientStep<T, kLanes> batch[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      batch[i].template Load<false, false>(arrays, tiling, walk);
-      walk.Advance();
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (!batch[i].Inside()) continue;
-      F dz[kLanes], xc[kLanes];
-      batch[i].Compute(arrays, activation, affine, dz, xc);
-      accumulator.Add(dz, xc);
-    }
-    accumulator.CloseLongChain(kBatch);
-  }
+  AddGradients<T, StreamingBatch<kLanes>::kGradientMoments>(arrays, tiling, activation, affine, &walk, &accumulator);
   accumulator.CloseChain();
-  StoreBlock<kLanes>(accumulator, tiling, walk.Unit(), partials);
+  GradientsOverBlock(tiling, PlaceInBlock(), accumulator, StreamingSumsMemory<F, kLanes>(),
+                     [&](int slot, const GradientSums& sums) { StoreOfBlock(tiling, slot, sums, partials); });
 }
 
 // `dx` and `dresidual` may be dy's array, and `dresidual` null.
@@ -66,7 +51,7 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (batch[i].Inside()) {
+      if (batch[i].inside) {
         F dz[kLanes], xc[kLanes];
         batch[i].Compute(arrays, activation, affine, dz, xc);
         Vector<T, kLanes> result;

@@ -3,40 +3,24 @@
 #ifndef TFOPS_BATCH_NORM_CUDA_STREAMING_FORWARD_CUH_
 #define TFOPS_BATCH_NORM_CUDA_STREAMING_FORWARD_CUH_
 
-#include "csrc/batch_norm/cuda/accumulate.cuh"
 #include "csrc/batch_norm/cuda/elementwise.cuh"
 #include "csrc/batch_norm/cuda/streaming.cuh"
+#include "csrc/batch_norm/cuda/sums.cuh"
 #include "csrc/batch_norm/cuda/tuning.h"
 
 namespace tfops::cuda {
 
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kBlocks)
-    MomentsKernel(StreamingTiling tiling, const void* x, Mask mask, PartialMoments<double>* partials) {
+    MomentsKernel(StreamingTiling tiling, const void* x, Mask mask, Moments<double>* partials) {
   using F = Arithmetic<T>;
-  constexpr int kBatch = StreamingBatch<kLanes>::kMoments;
   MomentsAccumulator<F, kLanes> accumulator;
   auto walk = WalkSplit<kLanes, Direction::kForward>(tiling);
-  while (!walk.Done()) {
-    Vector<T, kLanes> batch[kBatch];
-    bool inside[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      inside[i] = walk.Inside() && IsCounted(mask, walk.Offset());
-      if (inside[i]) batch[i].Load(x, walk.Offset());
-      walk.Advance();
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (!inside[i]) continue;
-      F values[kLanes];
-      batch[i].Unpack(values);
-      accumulator.Add(values);
-    }
-    accumulator.CloseLongChain(kBatch);
-  }
+  AddMoments<T, StreamingBatch<kLanes>::kMoments>(&walk, x, mask, &accumulator);
   accumulator.CloseChain();
-  StoreBlock<kLanes>(accumulator, tiling, walk.Unit(), partials);
+  const F most = static_cast<F>(tiling.split_steps * tiling.sums.entries * (tiling.planes ? kLanes : 1));
+  MomentsOverBlock(tiling, PlaceInBlock(), most, accumulator, StreamingSumsMemory<F, kLanes>(),
+                   [&](int slot, const Moments<double>& moments) { StoreOfBlock(tiling, slot, moments, partials); });
 }
 
 struct NormalizeArrays {
@@ -79,7 +63,7 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
 #pragma unroll
           for (int lane = 0; lane < kLanes; ++lane) z[lane] += added[lane];
         }
-        bits = ActivateVector(activation, z);
+        bits = ActivateVector(activation, arrays.activation_bits != nullptr, z);
         Vector<T, kLanes> y;
         y.Pack(z);
         y.Store(arrays.y, walk.Offset());

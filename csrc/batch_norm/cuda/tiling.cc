@@ -3,6 +3,7 @@
 #include "csrc/batch_norm/cuda/tiling.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 namespace tfops::cuda {
@@ -44,7 +45,7 @@ bool AllAligned(const void* const* arrays, int count) {
                      [](const void* array) { return reinterpret_cast<uintptr_t>(array) % 16 == 0; });
 }
 
-Tiling MakeTiling(const View& view, const Extent& block) {
+Tiling MakeTiling(const View& view, const Extent& block, int threads, bool by_channel) {
   Tiling tiling;
   static_cast<View&>(tiling) = view;
   tiling.block = block;
@@ -54,6 +55,19 @@ Tiling MakeTiling(const View& view, const Extent& block) {
   tiling.steps = DivideUp(view.outer, block.z) * tiling.steps_across;
   tiling.stride_across = int64_t{block.x} * view.lanes;
   tiling.stride_down = block.z * view.RowElements() - (tiling.steps_across - 1) * tiling.stride_across;
+
+  BlockSums& sums = tiling.sums;
+  sums.slots = view.planes ? block.y : block.x * view.lanes;
+  sums.entries = view.planes ? block.x * block.z : block.z;
+  if (by_channel && view.Folded()) {
+    sums.repeat = view.repeat;
+    sums.pixels = view.pixels;
+  }
+  const int slots_of_result = sums.repeat * sums.pixels;
+  sums.results = sums.slots / slots_of_result;
+  // The two sums, of entries and then of parts, take the least time together if they are equally long.
+  const double even = std::sqrt(static_cast<double>(sums.entries) / slots_of_result);
+  sums.parts = std::clamp(static_cast<int>(std::lround(even)), 1, std::max(threads / sums.slots, 1));
   return tiling;
 }
 

@@ -63,11 +63,6 @@ struct View {
   TFOPS_INLINE int64_t RowElements() const { return planes ? units * inner : units; }
   TFOPS_INLINE int64_t UnitsPerChannel() const { return int64_t{repeat} * pixels; }
   TFOPS_INLINE bool Folded() const { return UnitsPerChannel() > 1; }
-  TFOPS_INLINE int64_t ChannelOf(int64_t unit) const {
-    // Rows that were put together are short enough for 32 bits.
-    return !Folded() ? unit
-                     : static_cast<unsigned>(unit) / static_cast<unsigned>(pixels) % static_cast<unsigned>(channels);
-  }
 };
 
 // Vectors of 16 bytes if they can be had, for a problem with at least one element. `aligned`: every array is, to 16
@@ -77,30 +72,33 @@ View MakeView(const Problem& problem, bool aligned, int64_t most_units, bool fol
 
 bool AllAligned(const void* const* arrays, int count);
 
+// How a block sums up. `entries` threads have a number for each of its `slots`: the units of a slab in rows, its
+// channels in planes. `parts` threads for each slot sum the entries; then one thread for each result sums that one's
+// slots and parts. Results are slots, or channels of the slab, which have more than one slot each where a view is
+// folded.
+struct BlockSums {
+  int slots = 0;
+  int entries = 0;
+  int parts = 0;
+  int results = 0;
+  int repeat = 1;  // slot ((turn * results) + result) * pixels + pixel, with turn < repeat, is of that result
+  int pixels = 1;
+};
+
 struct Tiling : View {
   Extent block;
+  BlockSums sums;
   int64_t slabs = 0;
 
   int steps_across = 0;       // steps along a plane; 1 for rows
   int64_t steps = 0;          // of a slab; those along a plane are neighbours
   int64_t stride_across = 0;  // elements from one step to the next along a plane
   int64_t stride_down = 0;    // elements from the last step along a plane to the first one `block.z` further out
-
-  // A channel's elements in all steps before this one.
-  TFOPS_INLINE int64_t ElementsBefore(int64_t step) const {
-    const int64_t down = step / steps_across;
-    const int64_t across = step - down * steps_across;
-    const int64_t rows = Least(down * block.z, outer);
-    if (!planes) return rows * UnitsPerChannel();
-    return rows * inner + (Least((down + 1) * block.z, outer) - rows) * Least(across * stride_across, inner);
-  }
-
- private:
-  TFOPS_INLINE static int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
-// The rest of a tiling from its view and its threads.
-Tiling MakeTiling(const View& view, const Extent& block);
+// The rest of a tiling from its view and its threads: all of a block's, of which some may have no work. If by_channel,
+// blocks sum up to channels, of which slabs have whole ones, else to slots.
+Tiling MakeTiling(const View& view, const Extent& block, int threads, bool by_channel);
 
 inline int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -39,36 +39,42 @@ struct StreamingBatch {
 
 // The on-chip tiers, whose blocks keep what they read.
 struct OnChipTuning {
-  static constexpr int kThreads = 512;  // a block's at most
+  static constexpr int kThreads = 512;   // a block's at most
+  static constexpr int kCopyGroups = 4;  // in which what is kept in shared memory arrives, one summed after the other
+  // Steps of a thread in the backward pass, which sums them in one chain.
+  static constexpr int kMostBackwardSteps = 2 * Tuning::kChain;
 };
 
+// Vectors of each array that a thread keeps in registers; and those that it has in flight, of what it does not keep.
 template <int kLanes>
-struct OnChipBatch {
-  static constexpr int kForward = kLanes == 1 ? 8 : 4;                     // of x and residual
-  static constexpr int kBackward = kLanes == 1 ? 8 : kLanes == 8 ? 2 : 4;  // of dy, x and residual
+struct OnChipVectors {
+  static constexpr int kForwardKept = kLanes == 2 ? 6 : 7;                     // of x
+  static constexpr int kForward = 4;                                           // of x and residual
+  static constexpr int kBackwardKept = kLanes == 4 ? 4 : kLanes == 2 ? 3 : 1;  // of dy and x
+  static constexpr int kBackward = 1;                                          // of dy, x and residual
 };
 
 // What the policy reckons with, in nanoseconds and bytes per nanosecond. Estimates for an H200, whose memory moves 4.3
 // TB/s; a multiprocessor's share of that stands for other GPUs as well. Settings can change them (policy.h).
 struct PolicyTuning {
-  double launch = 2500;       // a kernel's start, from an empty stream
-  double next_launch = 1200;  // from when the kernel before has ended
-  double phase = 800;         // until the first bytes of a phase are here, or its last are away
-  double merge = 700;         // sums over a block and what is made of them
-  double cluster_barrier = 500;
-  double grid_barrier = 2000;  // with what a cooperative launch takes longer
-  double merge_block = 15;     // for each block of a group
-  double memory_rate = 32;     // of each multiprocessor while all are busy
-  double latency = 800;        // of memory that is busy
-  double own_rate = 56;        // of a multiprocessor while few are
-  double cache_factor = 0.4;   // of the time, where L2 still has what is read again
-  double cache_share = 0.6;    // of L2, that what is read again may fill
+  double launch = 2500;          // a kernel's start, from an empty stream
+  double next_launch = 1200;     // from when the kernel before has ended
+  double phase = 800;            // until the first bytes of a phase are here, or its last are away
+  double merge = 700;            // sums over a block and what is made of them
+  double cluster_barrier = 250;  // of which a group takes two
+  double grid_barrier = 1250;    // likewise, with what a cooperative launch takes longer
+  double merge_block = 8;        // for each block of a group
+  double memory_rate = 32;       // of each multiprocessor while all are busy
+  double latency = 800;          // of memory that is busy
+  double own_rate = 56;          // of a multiprocessor while few are
+  double cache_factor = 0.4;     // of the time, where L2 still has what is read again
+  double cache_share = 0.6;      // of L2, that what is read again may fill
 };
 
-// The merge of the splits: a block takes kChannels channels, and kThreads threads share each one's splits.
+// The merge of the splits: a block's threads take a channel, or each of its warps one that has few partial results.
 struct FinishTuning {
-  static constexpr int kChannels = 8;
-  static constexpr int kThreads = 32;
+  static constexpr int kThreads = 128;
+  static constexpr int kMostOfWarp = 64;
 };
 
 }  // namespace tfops::cuda

@@ -25,7 +25,7 @@ Rehearsal::Rehearsal() {}
 Rehearsal::~Rehearsal() {}
 Status CurrentDevice(Device*) { return NotBuilt(); }
 Status MakePlan(const Problem&, bool, bool, const Device&, Plan*) { return NotBuilt(); }
-Status DescribeOccupancy(const Device&, DataType, bool, bool, Occupancy*) { return NotBuilt(); }
+Status DescribeOccupancy(const Device&, DataType, bool, Occupancy*) { return NotBuilt(); }
 Status ListPlans(const Problem&, bool, bool, const Device&, std::vector<Plan>*) { return NotBuilt(); }
 Status PlanTime(const Problem&, bool, bool, const Device&, int, const std::map<std::string, double>&, double*) {
   return NotBuilt();

@@ -10,6 +10,12 @@ namespace tfops::cuda {
 
 enum class Direction { kForward, kBackward };
 
+// Of a block of any extent.
+__device__ __forceinline__ int BlockThreads() { return static_cast<int>(blockDim.x * blockDim.y * blockDim.z); }
+__device__ __forceinline__ int ThreadInBlock() {
+  return static_cast<int>((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x);
+}
+
 // A thread's place in its block, or past it: z >= block.z.
 struct Place {
   int x;
@@ -54,8 +60,17 @@ class Walk {
   __device__ __forceinline__ void ForLanes(const Tiling& tiling, const Body& body) const {
     const int64_t unit = unit_ < tiling.units ? unit_ : 0;
     if (tiling.Folded()) {
+      // Rows that were put together are short enough for 32 bits.
+      const unsigned first = static_cast<unsigned>(unit), pixels = static_cast<unsigned>(tiling.pixels);
+      unsigned pixel = first % pixels;
+      int64_t channel = first / pixels % static_cast<unsigned>(tiling.channels);
 #pragma unroll
-      for (int lane = 0; lane < kLanes; ++lane) body(lane, tiling.ChannelOf(unit + lane));
+      for (int lane = 0; lane < kLanes; ++lane) {
+        body(lane, channel);
+        if (++pixel < pixels) continue;
+        pixel = 0;
+        if (++channel == tiling.channels) channel = 0;
+      }
     } else {
       const int64_t stride = tiling.planes ? 0 : 1;
 #pragma unroll

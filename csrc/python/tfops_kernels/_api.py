@@ -341,8 +341,8 @@ class Plan(NamedTuple):
     """What `cuda_plan` returns.
 
     Attributes:
-        tier: Which kernels: "one_block", "cluster", "grid" (which read the data once, and keep it on the chip), or
-            "streaming".
+        tier: Which kernels: "one_block", "cluster", "grid" (which keep on the chip what they read, or as much of it as
+            there is room for), or "streaming".
         reason: Why these, in words.
         launches: The number of kernels that are launched.
         lanes: The elements in each access to memory.
@@ -350,6 +350,7 @@ class Plan(NamedTuple):
         blocks: The number of blocks.
         blocks_per_slab: The number of blocks that share channels.
         shared_bytes: The shared memory of a block.
+        read_again: The part of what is read for the statistics, or the sums of the gradient, that is read a second time.
         waves: How often the GPU has to fill up with blocks until all have run, on the chip.
         nanoseconds: The time that the choice was made by: an estimate.
     """
@@ -362,6 +363,7 @@ class Plan(NamedTuple):
     blocks: int
     blocks_per_slab: int
     shared_bytes: int
+    read_again: float
     waves: int
     nanoseconds: float
 

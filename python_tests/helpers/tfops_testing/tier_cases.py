@@ -14,7 +14,7 @@ from . import kernel_cases
 from .kernel_cases import Case
 
 # Between them, problems on which each tier and each size of clusters fits a whole GPU.
-SHAPES = [((4096, 64), -1), ((1500, 24), -1), ((129, 65), -1), ((16, 24, 20, 20), 1), ((2, 3, 40, 41), 1)]
+SHAPES = [((4096, 64), -1), ((1500, 24), -1), ((136, 65), -1), ((16, 24, 20, 20), 1), ((2, 3, 40, 41), 1)]
 
 
 def name_of(plan: Any) -> str:
@@ -81,7 +81,7 @@ def check_every_plan(
 def names_on(module: Any) -> set[str]:
     """All that there are on the current GPU, by what CUDA says of the kernels."""
     device = module.CudaDevice()
-    occupancy = module.cuda_occupancy(module.DataType.float32, False, True, device)
+    occupancy = module.cuda_occupancy(module.DataType.float32, False, device)
     sizes = {size for of in occupancy["clusters"].values() for size, counts in of.items() if any(counts)}
     grid = {"grid"} if device.cooperative and device.multiprocessors > 1 else set()
     return {"one_block", "streaming", *grid, *(f"cluster {size}" for size in sizes)}
