@@ -38,34 +38,34 @@ TIERS = ("one_block", "cluster", "grid", "streaming")
 # (shape, axis, dtype, residual, forward's tier, backward's), all with relu.
 PROBLEMS = [
     # MNIST with batches of 256, and dense layers
-    ((256, 26, 26, 32), -1, "float32", False, "grid", "streaming"),
+    ((256, 26, 26, 32), -1, "float32", False, "grid", "grid"),
     ((256, 26, 26, 32), -1, "float16", False, "grid", "grid"),
-    ((256, 11, 11, 64), -1, "float32", False, "grid", "grid"),
-    ((256, 11, 11, 64), -1, "float16", False, "grid", "grid"),
+    ((256, 11, 11, 64), -1, "float32", False, "cluster", "cluster"),
+    ((256, 11, 11, 64), -1, "float16", False, "cluster", "cluster"),
     ((256, 128), -1, "float32", False, "one_block", "one_block"),
     ((32, 10), -1, "float32", False, "one_block", "one_block"),
-    ((512, 1000), -1, "float16", False, "one_block", "cluster"),
+    ((512, 1000), -1, "float16", False, "one_block", "one_block"),
     # AlexNet with batches of 256
-    ((256, 55, 55, 96), -1, "float16", False, "streaming", "streaming"),
-    ((256, 27, 27, 256), -1, "float16", False, "streaming", "streaming"),
-    ((256, 13, 13, 384), -1, "float16", False, "cluster", "streaming"),
+    ((256, 55, 55, 96), -1, "float16", False, "grid", "streaming"),
+    ((256, 27, 27, 256), -1, "float16", False, "grid", "streaming"),
+    ((256, 13, 13, 384), -1, "float16", False, "cluster", "grid"),
     ((256, 4096), -1, "float16", False, "one_block", "one_block"),
     # ResNet-50 with batches of 32 and of 256
-    ((32, 112, 112, 64), -1, "float16", False, "streaming", "streaming"),
+    ((32, 112, 112, 64), -1, "float16", False, "grid", "streaming"),
     ((32, 56, 56, 64), -1, "float16", False, "grid", "grid"),
-    ((32, 28, 28, 128), -1, "float16", False, "grid", "grid"),
-    ((32, 28, 28, 512), -1, "float16", True, "grid", "streaming"),
-    ((32, 14, 14, 256), -1, "float32", False, "grid", "cluster"),
-    ((32, 14, 14, 1024), -1, "float16", True, "grid", "streaming"),
+    ((32, 28, 28, 128), -1, "float16", False, "cluster", "cluster"),
+    ((32, 28, 28, 512), -1, "float16", True, "grid", "grid"),
+    ((32, 14, 14, 256), -1, "float32", False, "cluster", "cluster"),
+    ((32, 14, 14, 1024), -1, "float16", True, "grid", "grid"),
     ((32, 7, 7, 512), -1, "float16", False, "cluster", "cluster"),
     ((32, 7, 7, 2048), -1, "float16", True, "cluster", "cluster"),
-    ((256, 56, 56, 256), -1, "float16", True, "streaming", "streaming"),
-    ((256, 7, 7, 2048), -1, "float16", True, "streaming", "streaming"),
-    ((32, 512, 28, 28), 1, "float16", True, "grid", "cluster"),
+    ((256, 56, 56, 256), -1, "float16", True, "grid", "streaming"),
+    ((256, 7, 7, 2048), -1, "float16", True, "grid", "cluster"),
+    ((32, 512, 28, 28), 1, "float16", True, "one_block", "one_block"),
     ((32, 2048, 7, 7), 1, "float16", True, "one_block", "one_block"),
     # Ragged channels, and five dimensions
     ((128, 28, 28, 24), -1, "float32", False, "grid", "grid"),
-    ((128, 28, 28, 131), -1, "float32", False, "streaming", "streaming"),
+    ((128, 28, 28, 131), -1, "float32", False, "grid", "streaming"),
     ((8, 16, 32, 32, 32), -1, "float16", False, "grid", "grid"),
 ]
 
@@ -92,10 +92,23 @@ def test_problems_take_the_expected_tiers(shape, axis, dtype, residual, forward,
             assert p.blocks <= H200["multiprocessors"]
 
 
-def test_larger_batches_take_more_blocks_until_they_stream():
-    """As batches grow, blocks get company, until nothing fits."""
-    order = [plan((n, 64)).tier for n in (16, 4096, 100_000, 1_000_000)]
-    assert order == ["one_block", "cluster", "grid", "streaming"]
+def test_larger_batches_take_more_blocks_and_then_read_again():
+    """As batches grow, blocks get company, until there is no room for all, and then for hardly anything."""
+    plans = [plan((n, 64)) for n in (16, 4096, 100_000, 1_000_000)]
+    assert [p.tier for p in plans] == ["one_block", "cluster", "grid", "grid"]
+    assert [p.read_again for p in plans[:3]] == [0, 0, 0]
+    assert 0.8 < plans[3].read_again < 1
+    assert "% read again" in plans[3].reason
+    assert plan((1_000_000, 64), backward=True).tier == "streaming"
+
+
+def test_reasons_for_which_a_tier_cannot_be_had():
+    for settings, why in (
+        ({"aligned": False}, "its rows are not vectors of 16 bytes, and single elements are streamed"),
+        ({"backward": True}, "a thread would sum more than 128 vectors in one chain"),
+    ):
+        with _policy.settings(tier="one_block"), pytest.raises(ValueError, match=why):
+            plan((10_000_000, 64), **settings)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -168,9 +181,9 @@ def test_forced_size_of_clusters_is_taken(size):
 @pytest.mark.parametrize(
     ("tier", "device", "why"),
     [
-        ("one_block", {}, "has at most 225 KB"),
-        ("cluster", {}, "has at most 225 KB"),
-        ("grid", {}, "has at most 225 KB"),
+        ("one_block", {"shared_bytes_per_block": 4096}, "has at most 2 KB"),
+        ("cluster", {"shared_bytes_per_block": 4096}, "has at most 2 KB"),
+        ("grid", {"shared_bytes_per_block": 4096}, "has at most 2 KB"),
         ("cluster", A100, "compute capability 8.0 has no clusters"),
         ("grid", {"cooperative": False}, "no cooperative launches"),
     ],

@@ -61,7 +61,7 @@ def test_combinations(simt, shape, axis, device):
 )
 @pytest.mark.parametrize("tier", TIERS)
 def test_every_tier_agrees_with_numpy(simt, force, tier, shape, axis, dtype):
-    """Each tier, whether or not it would have been chosen, with every activation, and what is streamed unaligned too."""
+    """Each tier, chosen or not, with every activation; streaming with unaligned arrays too."""
     force(simt, tier=tier)
     for i, activation in enumerate(kernel_cases.ACTIVATIONS):
         for residual in (False, True):

@@ -45,11 +45,13 @@ __device__ __forceinline__ int64_t ChannelToFinish() {
 template <typename Partial>
 __device__ __forceinline__ Partial MergeSplits(const Partial* partials, const PartialsShape& shape, int64_t c) {
   const int64_t count = c < shape.channels ? shape.OfChannel() : 0;
+  // There are fewer than 2^31 of a channel: units are made of 64 elements or more.
+  const unsigned splits = static_cast<unsigned>(shape.splits), pixels = static_cast<unsigned>(shape.pixels);
   const auto get = [&](int64_t i) {
-    const int64_t within = i / shape.splits;
-    const int64_t turn = within / shape.pixels;
-    const int64_t unit = (turn * shape.channels + c) * shape.pixels + (within - turn * shape.pixels);
-    return partials[unit * shape.splits + (i - within * shape.splits)];
+    const unsigned within = static_cast<unsigned>(i) / splits;
+    const unsigned turn = within / pixels;
+    const int64_t unit = (turn * shape.channels + c) * shape.pixels + (within - turn * pixels);
+    return partials[unit * shape.splits + (static_cast<unsigned>(i) - within * splits)];
   };
   SumOf<Partial> sum = SumByWarps<Partial>(count, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), get);
   auto& sums = BlockShared<SumOf<Partial>[FinishTuning::kThreads / 32]>();

@@ -48,8 +48,8 @@ void LayOut(const Problem& problem, Pass pass, int64_t room, OnChip* plan) {
   plan->totals_at = take(4 * 8 * channels);
   plan->own_at = take(kItemBytes * channels);
   plan->channels_at = take(3 * arithmetic * channels);
-  plan->numbers_at = take(arithmetic * plan->sums.entries * plan->sums.slots);
-  plan->parts_at = take(8 * plan->sums.parts * plan->sums.slots);
+  plan->numbers_at = take(arithmetic * plan->sums.numbers * plan->sums.units);
+  plan->parts_at = take(8 * plan->sums.parts * plan->sums.units);
 
   const int64_t share = std::min<int64_t>(DivideUp(plan->steps, plan->group), INT32_MAX);
   const int64_t step_bytes = int64_t{plan->threads} * plan->lanes * ElementBytes(problem.dtype);

@@ -147,8 +147,8 @@ __device__ __forceinline__ void WriteFoldedBits(const OnChip& plan, const Share&
   const uint8_t* const held = SharedAt<uint8_t>(plan.bits_at);
   const int length = static_cast<int>(plan.bits_row_elements);
   const int row_bytes = static_cast<int>(plan.bits_row_bytes);
-  const int64_t first_unit = static_cast<int64_t>(share.slab) * plan.sums.slots;
-  const int bits_rows = static_cast<int>(min(static_cast<int64_t>(plan.sums.slots), plan.units - first_unit)) / length;
+  const int64_t first_unit = static_cast<int64_t>(share.slab) * plan.sums.units;
+  const int bits_rows = static_cast<int>(min(static_cast<int64_t>(plan.sums.units), plan.units - first_unit)) / length;
   const int64_t first_row = share.first_step * plan.block.z;
   const int64_t end_row = min((share.first_step + share.steps) * plan.block.z, plan.outer);
   const int count = static_cast<int>(end_row - first_row) * bits_rows * row_bytes;

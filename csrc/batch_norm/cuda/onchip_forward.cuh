@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
   });
 
   auto* const own = SharedAt<Moments<double>>(plan.own_at);
-  const F most = static_cast<F>(int64_t{plan.share_steps} * plan.sums.entries * (plan.planes ? kLanes : 1));
+  const F most = static_cast<F>(int64_t{plan.share_steps} * plan.sums.numbers * (plan.planes ? kLanes : 1));
   MomentsOverBlock(plan, share.place, most, accumulator, OnChipSumsMemory<F>(plan),
                    [&](int c, const Moments<double>& moments) { own[c] = moments; });
   MeetGroup(plan, share, own, channels, exchanged, [&](int c, const Moments<double>& merged) {

@@ -97,7 +97,7 @@ Estimate OnChipTime(const Situation& situation, const OnChip& plan, const Policy
   // Neighbours in memory that a block reads: short runs waste memory's bursts.
   const double run = plan.planes       ? static_cast<double>(plan.inner) * plan.block.y
                      : plan.slabs == 1 ? static_cast<double>(plan.units) * plan.block.z
-                                       : static_cast<double>(plan.sums.slots);
+                                       : static_cast<double>(plan.sums.units);
   const double run_bytes = run * ElementBytes(problem.dtype);
   const double efficiency = run_bytes >= 128 ? 1 : run_bytes >= 64 ? 0.9 : run_bytes >= 32 ? 0.7 : 0.4;
   // What a multiprocessor has in flight at once limits its rate: of what is kept, all is asked for at once.

@@ -27,7 +27,7 @@ __device__ __forceinline__ Walk<kLanes, kDirection> WalkSplit(const StreamingTil
   return {tiling, PlaceInBlock(), slab, first, count};
 }
 
-// What a block of the streaming tier needs to sum up, which has no more slots than threads and lanes.
+// What a block of the streaming tier needs to sum up, which has no more units than threads and lanes.
 template <typename F, int kLanes>
 __device__ __forceinline__ SumsMemory<F> StreamingSumsMemory() {
   struct Memory {
@@ -39,11 +39,11 @@ __device__ __forceinline__ SumsMemory<F> StreamingSumsMemory() {
   return {memory.numbers, memory.parts, memory.totals};
 }
 
-// Stores a block's result for a slot, in a phase that walks forward: partials[unit][split].
+// Stores a block's result for a unit of its slab, in a phase that walks forward: partials[unit][split].
 template <typename Partial>
-__device__ __forceinline__ void StoreOfBlock(const StreamingTiling& tiling, int slot, const Partial& result,
+__device__ __forceinline__ void StoreOfBlock(const StreamingTiling& tiling, int in_slab, const Partial& result,
                                              Partial* partials) {
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * tiling.sums.slots + slot;
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * tiling.sums.units + in_slab;
   if (unit < tiling.units) partials[unit * gridDim.y + blockIdx.y] = result;
 }
 

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
   AddGradients<T, StreamingBatch<kLanes>::kGradientMoments>(arrays, tiling, activation, affine, &walk, &accumulator);
   accumulator.CloseChain();
   GradientsOverBlock(tiling, PlaceInBlock(), accumulator, StreamingSumsMemory<F, kLanes>(),
-                     [&](int slot, const GradientSums& sums) { StoreOfBlock(tiling, slot, sums, partials); });
+                     [&](int unit, const GradientSums& sums) { StoreOfBlock(tiling, unit, sums, partials); });
 }
 
 // `dx` and `dresidual` may be dy's array, and `dresidual` null.

@@ -18,9 +18,9 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
   auto walk = WalkSplit<kLanes, Direction::kForward>(tiling);
   AddMoments<T, StreamingBatch<kLanes>::kMoments>(&walk, x, mask, &accumulator);
   accumulator.CloseChain();
-  const F most = static_cast<F>(tiling.split_steps * tiling.sums.entries * (tiling.planes ? kLanes : 1));
+  const F most = static_cast<F>(tiling.split_steps * tiling.sums.numbers * (tiling.planes ? kLanes : 1));
   MomentsOverBlock(tiling, PlaceInBlock(), most, accumulator, StreamingSumsMemory<F, kLanes>(),
-                   [&](int slot, const Moments<double>& moments) { StoreOfBlock(tiling, slot, moments, partials); });
+                   [&](int unit, const Moments<double>& moments) { StoreOfBlock(tiling, unit, moments, partials); });
 }
 
 struct NormalizeArrays {

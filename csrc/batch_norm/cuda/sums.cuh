@@ -154,8 +154,8 @@ class GradientAccumulator {
 // Where in shared memory a block sums up; see BlockSums.
 template <typename F>
 struct SumsMemory {
-  F* numbers;      // [entries][slots]
-  double* parts;   // [parts][slots]
+  F* numbers;      // [numbers][units]
+  double* parts;   // [parts][units]
   double* totals;  // [4][results]
 };
 
@@ -163,14 +163,14 @@ struct SumsMemory {
 template <int kLanes, typename Body>
 __device__ __forceinline__ void ForResults(const Tiling& tiling, const Place& place, const Body& body) {
   const BlockSums& sums = tiling.sums;
-  const int slot = place.x * kLanes;
+  const int unit = place.x * kLanes;
   if (tiling.planes || sums.repeat * sums.pixels == 1) {
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) body(lane, tiling.planes ? place.y : slot + lane);
+    for (int lane = 0; lane < kLanes; ++lane) body(lane, tiling.planes ? place.y : unit + lane);
     return;
   }
-  int pixel = slot % sums.pixels;
-  int result = slot / sums.pixels % sums.results;
+  int pixel = unit % sums.pixels;
+  int result = unit / sums.pixels % sums.results;
 #pragma unroll
   for (int lane = 0; lane < kLanes; ++lane) {
     body(lane, result);
@@ -196,22 +196,22 @@ __device__ __forceinline__ void SumOverBlock(const Tiling& tiling, const Place& 
         F sum = 0;
 #pragma unroll
         for (int lane = 0; lane < kLanes; ++lane) sum += values[v][lane];
-        memory.numbers[(place.z * tiling.block.x + place.x) * sums.slots + place.y] = sum;
+        memory.numbers[(place.z * tiling.block.x + place.x) * sums.units + place.y] = sum;
       } else {
 #pragma unroll
         for (int lane = 0; lane < kLanes; ++lane) {
-          memory.numbers[place.z * sums.slots + place.x * kLanes + lane] = values[v][lane];
+          memory.numbers[place.z * sums.units + place.x * kLanes + lane] = values[v][lane];
         }
       }
     }
     __syncthreads();
-    for (int i = thread; i < sums.slots * sums.parts; i += threads) {
-      const int part = i / sums.slots;
-      const int slot = i - part * sums.slots;
+    for (int i = thread; i < sums.units * sums.parts; i += threads) {
+      const int part = i / sums.units;
+      const int unit = i - part * sums.units;
       double sum = 0;
 #pragma unroll 4
-      for (int entry = part; entry < sums.entries; entry += sums.parts) {
-        sum += static_cast<double>(memory.numbers[entry * sums.slots + slot]);
+      for (int number = part; number < sums.numbers; number += sums.parts) {
+        sum += static_cast<double>(memory.numbers[number * sums.units + unit]);
       }
       memory.parts[i] = sum;
     }
@@ -220,7 +220,7 @@ __device__ __forceinline__ void SumOverBlock(const Tiling& tiling, const Place& 
       double sum = 0;
       for (int part = 0; part < sums.parts; ++part) {
         for (int turn = 0; turn < sums.repeat; ++turn) {
-          const double* const of_result = memory.parts + part * sums.slots + (turn * sums.results + r) * sums.pixels;
+          const double* const of_result = memory.parts + part * sums.units + (turn * sums.results + r) * sums.pixels;
 #pragma unroll 4
           for (int pixel = 0; pixel < sums.pixels; ++pixel) sum += of_result[pixel];
         }

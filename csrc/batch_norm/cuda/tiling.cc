@@ -57,17 +57,17 @@ Tiling MakeTiling(const View& view, const Extent& block, int threads, bool by_ch
   tiling.stride_down = block.z * view.RowElements() - (tiling.steps_across - 1) * tiling.stride_across;
 
   BlockSums& sums = tiling.sums;
-  sums.slots = view.planes ? block.y : block.x * view.lanes;
-  sums.entries = view.planes ? block.x * block.z : block.z;
+  sums.units = view.planes ? block.y : block.x * view.lanes;
+  sums.numbers = view.planes ? block.x * block.z : block.z;
   if (by_channel && view.Folded()) {
     sums.repeat = view.repeat;
     sums.pixels = view.pixels;
   }
-  const int slots_of_result = sums.repeat * sums.pixels;
-  sums.results = sums.slots / slots_of_result;
+  const int units_of_result = sums.repeat * sums.pixels;
+  sums.results = sums.units / units_of_result;
   // The two sums, of entries and then of parts, take the least time together if they are equally long.
-  const double even = std::sqrt(static_cast<double>(sums.entries) / slots_of_result);
-  sums.parts = std::clamp(static_cast<int>(std::lround(even)), 1, std::max(threads / sums.slots, 1));
+  const double even = std::sqrt(static_cast<double>(sums.numbers) / units_of_result);
+  sums.parts = std::clamp(static_cast<int>(std::lround(even)), 1, std::max(threads / sums.units, 1));
   return tiling;
 }
 

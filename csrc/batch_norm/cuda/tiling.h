@@ -72,16 +72,21 @@ View MakeView(const Problem& problem, bool aligned, int64_t most_units, bool fol
 
 bool AllAligned(const void* const* arrays, int count);
 
-// How a block sums up. `entries` threads have a number for each of its `slots`: the units of a slab in rows, its
-// channels in planes. `parts` threads for each slot sum the entries; then one thread for each result sums that one's
-// slots and parts. Results are slots, or channels of the slab, which have more than one slot each where a view is
-// folded.
+// How a block sums up: so many threads have a number for each of a slab's units. `parts` threads for each unit add
+// these; then one thread for each result adds the parts. Results are units, or channels, which have several units each
+// where a view is folded.
+//
+//   numbers            parts              results
+//   u0 u1 u2 u3   ->   u0 u1 u2 u3   ->   u0 + u1   u2 + u3      (of 4 units, 4 numbers and 2 parts, with channels of
+//   u0 u1 u2 u3   |                                               2 units each)
+//   u0 u1 u2 u3   ->   u0 u1 u2 u3
+//   u0 u1 u2 u3   |
 struct BlockSums {
-  int slots = 0;
-  int entries = 0;
+  int units = 0;
+  int numbers = 0;
   int parts = 0;
   int results = 0;
-  int repeat = 1;  // slot ((turn * results) + result) * pixels + pixel, with turn < repeat, is of that result
+  int repeat = 1;  // unit (turn * results + result) * pixels + pixel of the slab, with turn < repeat, is of that result
   int pixels = 1;
 };
 
@@ -97,7 +102,7 @@ struct Tiling : View {
 };
 
 // The rest of a tiling from its view and its threads: all of a block's, of which some may have no work. If by_channel,
-// blocks sum up to channels, of which slabs have whole ones, else to slots.
+// blocks sum up to channels, of which slabs have whole ones, else to units.
 Tiling MakeTiling(const View& view, const Extent& block, int threads, bool by_channel);
 
 inline int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -350,7 +350,7 @@ class Plan(NamedTuple):
         blocks: The number of blocks.
         blocks_per_slab: The number of blocks that share channels.
         shared_bytes: The shared memory of a block.
-        read_again: The part of what is read for the statistics, or the sums of the gradient, that is read a second time.
+        read_again: The part of what is read for the statistics, or for the sums of the gradient, that is read twice.
         waves: How often the GPU has to fill up with blocks until all have run, on the chip.
         nanoseconds: The time that the choice was made by: an estimate.
     """
