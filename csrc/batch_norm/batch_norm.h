@@ -285,8 +285,8 @@ struct Occupancy {
 // Describes the occupancy of the on-chip kernels for a data type and pass.
 TFOPS_EXPORT Status DescribeOccupancy(const Device& device, DataType dtype, bool backward, Occupancy* occupancy);
 
-// The kernels for a problem, and why these. Tiers: "one_block", "cluster" and "grid" read the data once, and keep it on
-// the chip between the phases; "streaming" is for all else.
+// The kernels for a problem, and why these. Tiers: "one_block", "cluster" and "grid" keep on the chip, between the
+// phases, what they have room for of what they read; "streaming" keeps nothing.
 struct Plan {
   std::string tier;
   std::string reason;
@@ -296,7 +296,7 @@ struct Plan {
   int blocks = 0;
   int blocks_per_slab = 0;   // that share channels, and merge their moments
   int64_t shared_bytes = 0;  // of a block
-  double read_again = 0;     // the part of what is read for sums that is read a second time, on the chip; 1: streaming
+  double read_again = 0;     // the part of what is read for sums that is read a second time; all of it in streaming
   int waves = 1;             // of blocks, one after the other, on the chip
   double nanoseconds = 0;    // that it is estimated to take
   int index = -1;            // among the plans on the chip that a problem has on a device; -1: streaming

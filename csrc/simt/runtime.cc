@@ -261,7 +261,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
   ++simt::loads;
   *attributes = {static_cast<size_t>(simt::ToldStaticShared(kernel)),
-                 simt::allowed[{kernel, simt::current_device}].dynamic_shared, simt::kMostThreads, 128};
+                 simt::allowed[{kernel, simt::current_device}].dynamic_shared, simt::kMostThreads, 128,
+                 Current().capability};
   return cudaSuccess;
 }
 

@@ -92,6 +92,7 @@ struct cudaFuncAttributes {
   int maxDynamicSharedSizeBytes;
   int maxThreadsPerBlock;
   int numRegs;
+  int ptxVersion;
 };
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,

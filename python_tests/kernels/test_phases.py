@@ -91,3 +91,21 @@ def test_large_dx_has_the_same_bits_wherever_it_begins(row, axis, activation, dt
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 def test_cuda_by_simt_agrees_with_cpu(simt, shape, axis, dtype, device):
     assert_simt_agrees(simt, shape, axis, dtype, device)
+
+
+@pytest.mark.source_tree
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("shape", "axis"), [((16, 64, 32), -1), ((16, 6, 40, 32), 1)], ids=str)
+def test_moments_are_right_where_a_mask_empties_the_first_blocks(simt, shape, axis, dtype):
+    """What blocks without an element contribute is no center for the others: deviations from it would cancel."""
+    rng = np.random.default_rng(1)
+    x = (rng.standard_normal(shape) + 1e6).astype(dtype)
+    keep = np.ones(shape[:-1], bool)
+    keep[: shape[0] // 2] = False
+    kept = np.moveaxis(x[shape[0] // 2 :], axis, 0).reshape(shape[axis], -1).astype(np.float64)
+    simt.configure("three")
+    for phases in (Phases(simt.machine, True, simt.place), cpu()):
+        count, mean, variance = phases.moments(x, axis, keep, np.zeros(shape[axis], dtype))
+        np.testing.assert_array_equal(count, kept.shape[1])
+        np.testing.assert_allclose(mean, kept.mean(1), rtol=1.2e-7)
+        np.testing.assert_allclose(variance, kept.var(1), rtol=1e-5 if dtype == "float32" else 1e-9)

@@ -122,6 +122,11 @@ def test_problems_too_large_for_the_chip_stream(shape, backward):
     assert "do not fit" in plan(shape, {"shared_bytes_per_block": 1024}, backward=backward).reason
 
 
+def test_reasons_for_which_nothing_fits():
+    assert "single elements are streamed" in plan((1000, 64), aligned=False).reason
+    assert "a thread would sum too many vectors" in plan((1_000_000, 64), backward=True).reason
+
+
 @pytest.mark.parametrize(("shape", "axis", "dtype", "residual", "forward", "backward"), PROBLEMS, ids=str)
 def test_without_clusters_plans_fit_the_device(shape, axis, dtype, residual, forward, backward):
     for b in (False, True):

@@ -2,7 +2,7 @@
 //
 // It is a kernel of its own, not the work of the last block to arrive at the end of the phase before: that needs
 // counters that something has to zero, which is as good as a launch too, and one block for each slab of channels would
-// merge alone what here takes a block for every eight.
+// merge alone what here takes a block for one to four of them.
 
 #ifndef TFOPS_BATCH_NORM_CUDA_FINISH_CUH_
 #define TFOPS_BATCH_NORM_CUDA_FINISH_CUH_

@@ -32,6 +32,11 @@ __device__ __forceinline__ Word LoadGlobalStreaming(const Word* address) {
   return __ldcs(address);
 }
 
+// Has L2 fetch the line of an address that will be read soon, and takes no register for it.
+__device__ __forceinline__ void PrefetchToL2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 template <typename Word>
 __device__ __forceinline__ void StoreGlobal(Word* address, Word value) {
   *address = value;
@@ -152,6 +157,8 @@ template <typename Word>
 __device__ __forceinline__ Word LoadGlobalStreaming(const Word* address) {
   return LoadGlobal(address);
 }
+
+__device__ __forceinline__ void PrefetchToL2(const void*) {}
 
 template <typename Word>
 __device__ __forceinline__ void StoreGlobal(Word* address, Word value) {

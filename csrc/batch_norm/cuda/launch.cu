@@ -52,6 +52,8 @@ Status Ask(const Device& device, const void* kernel, Occupancy* occupancy) {
     error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(occupancy->room[0]));
   }
+  // Code that was made for GPUs before 9.0 has none, whatever GPU runs it.
+  const bool has_clusters = error == cudaSuccess && attributes.ptxVersion >= 90;
   if (error == cudaSuccess && device.largest_cluster > 8) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
@@ -63,7 +65,7 @@ Status Ask(const Device& device, const void* kernel, Occupancy* occupancy) {
       error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, room);
       for (size_t s = 0; s < std::size(Occupancy::kClusters) && error == cudaSuccess; ++s) {
         const int size = Occupancy::kClusters[s];
-        if (size > device.largest_cluster || *blocks == 0) continue;
+        if (size > device.largest_cluster || *blocks == 0 || !has_clusters) continue;
         occupancy->clusters[t][s][k] = ActiveClusters(kernel, LaunchShape{{size}, {threads}, size, room});
       }
     }

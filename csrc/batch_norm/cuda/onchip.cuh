@@ -105,7 +105,7 @@ struct Held {
     }
   }
 
-  // Waits for a group that was the last one asked for but for those after it. Returns the step after its last one.
+  // Waits for a group, where nothing was asked for after the last of them. Returns the step after its last one.
   __device__ __forceinline__ int Await(int group) const {
     WaitUntil<OnChipTuning::kCopyGroups - 1, 0>(group);
     return share.in_registers + End(group);
@@ -124,13 +124,15 @@ struct Held {
   }
 };
 
-// The i-th of what is in registers, where i is not a constant.
+// The i-th of what is in registers, where i is not a constant: part by part, for what has an address leaves registers.
 template <typename V, int kCount>
 __device__ __forceinline__ V Pick(const V (&kept)[kCount], int i) {
   V picked = kept[0];
 #pragma unroll
   for (int k = 1; k < kCount; ++k) {
-    if (k == i) picked = kept[k];
+    const bool is_it = k == i;
+    picked.word = {is_it ? kept[k].word.x : picked.word.x, is_it ? kept[k].word.y : picked.word.y,
+                   is_it ? kept[k].word.z : picked.word.z, is_it ? kept[k].word.w : picked.word.w};
   }
   return picked;
 }

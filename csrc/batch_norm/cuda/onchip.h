@@ -14,8 +14,8 @@
 //     first, for the sums:        --> read     | --> copied, then read  | --> read
 //     then, for the result:       <-----------------------------------------------------------
 //
-// The blocks of a group meet twice. Each merges the partial results of a share of the slab's channels, all that blocks
-// before it in line have left of them, and gives the others what these channels need.
+// The blocks of a group meet twice. Each merges the partial results of a share of the slab's channels (those from
+// FirstToMerge(rank) on), and gives the others what these channels need.
 
 #ifndef TFOPS_BATCH_NORM_CUDA_ONCHIP_H_
 #define TFOPS_BATCH_NORM_CUDA_ONCHIP_H_

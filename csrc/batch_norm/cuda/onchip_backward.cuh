@@ -18,6 +18,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
   using F = Arithmetic<T>;
   using V = Vector<T, kLanes>;
   constexpr int kKept = OnChipVectors<kLanes>::kBackwardKept;
+  constexpr int kAhead = OnChipVectors<kLanes>::kBackward;
   const Share share(plan);
   const Held<T, kLanes> held{plan, share};
   const int slab_channels = plan.sums.results;
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
   auto walk = share.template Through<kLanes>(plan, 0, share.steps);
   const Affine<F, kLanes> affine(affine_arrays, plan, walk);
   GradientAccumulator<F, kLanes, /*kInChains=*/false> accumulator;
-  // What is not kept is asked for one step ahead.
+  // What is not kept is asked for one step ahead; before it is summed, L2 fetches it some steps ahead.
   const auto fetch = [&](int step, const auto& at, GradientStep<T, kLanes>* vectors) {
     vectors->inside = at.Inside();
     if (!vectors->inside) return;
@@ -63,6 +64,10 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
     next.inside = false;
     if (step + 1 < share.steps) {
       while (step + 1 >= arrived && group < OnChipTuning::kCopyGroups) arrived = held.Await(group++);
+      if (step + 1 >= share.Kept() && step + 1 + kAhead < share.steps) {
+        V::Prefetch(gradient.dy, walk.OffsetAhead(kAhead - 1));
+        V::Prefetch(gradient.x, walk.OffsetAhead(kAhead - 1));
+      }
       fetch(step + 1, walk, &next);
       if (next.inside) next.template LoadBits<true>(gradient, plan, walk);
       walk.Advance();

@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
   using V = Vector<T, kLanes>;
   constexpr int kKept = OnChipVectors<kLanes>::kForwardKept;
   constexpr int kBatch = OnChipVectors<kLanes>::kForward;
+  static_assert(kKept <= 32, "`inside` has a bit for each");
   const Share share(plan);
   const Held<T, kLanes> held{plan, share};
   const int slab_channels = plan.sums.results;
@@ -54,6 +55,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
     Pick(kept, i).Unpack(values);
     accumulator.Add(values);
   }
+  accumulator.CloseChain();
   auto rest = share.template Through<kLanes>(plan, share.Kept(), share.steps - share.Kept());
   AddMoments<T, kBatch>(&rest, arrays.x, Mask{}, &accumulator);
   held.template UseAll<1>(&accumulator, [&](int step, const auto&) {

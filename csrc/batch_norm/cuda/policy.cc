@@ -102,7 +102,7 @@ Estimate OnChipTime(const Situation& situation, const OnChip& plan, const Policy
   const double efficiency = run_bytes >= 128 ? 1 : run_bytes >= 64 ? 0.9 : run_bytes >= 32 ? 0.7 : 0.4;
   // What a multiprocessor has in flight at once limits its rate: of what is kept, all is asked for at once.
   const double resident = std::min(static_cast<double>(at_once), busiest);
-  const int arrays = pass == Pass::kForward ? 1 : 2 + NeedsResidual(problem);
+  const int arrays = pass == Pass::kForward ? 1 + plan.keeps_residual : 2 + NeedsResidual(problem);
   const auto rate = [&](int steps) {
     const int vectors = arrays * std::min(steps, plan.share_steps);
     const double in_flight = resident * plan.threads * vectors * plan.lanes * ElementBytes(problem.dtype);
@@ -271,6 +271,16 @@ bool IsForced(const Settings& settings, Tier tier, int group) {
   return tier == settings.tier && (tier != Tier::kCluster || settings.cluster == 0 || settings.cluster == group);
 }
 
+// Why there is no plan on the chip.
+std::string WhyNothingFits(const Situation& situation) {
+  if (OnChipView(situation.problem, situation.aligned).lanes == 1) return "single elements are streamed";
+  bool all_sum_too_much = true;
+  ForAllPlans(situation, {}, [&](const OnChip& plan, int) {
+    all_sum_too_much = all_sum_too_much && SumsTooMuch(situation.pass, plan);
+  });
+  return all_sum_too_much ? "a thread would sum too many vectors" : "the data do not fit on the chip";
+}
+
 // Why nothing that is forced fits.
 std::string WhyNot(const Situation& situation, const Settings& settings) {
   const Device& device = situation.device;
@@ -278,18 +288,20 @@ std::string WhyNot(const Situation& situation, const Settings& settings) {
     return "its rows are not vectors of 16 bytes, and single elements are streamed";
   }
   int64_t least_shared = INT64_MAX;
-  bool all_sum_too_much = true;
+  bool any = false, all_sum_too_much = true;
   ForAllPlans(situation, settings, [&](const OnChip& plan, int) {
     if (!IsForced(settings, TierOf(plan), plan.group)) return;
-    all_sum_too_much = all_sum_too_much && SumsTooMuch(situation.pass, plan);
-    least_shared = std::min<int64_t>(least_shared, plan.shared_bytes);
+    const bool sums_too_much = SumsTooMuch(situation.pass, plan);
+    all_sum_too_much = all_sum_too_much && sums_too_much;
+    if (!sums_too_much) least_shared = std::min<int64_t>(least_shared, plan.shared_bytes);
+    any = true;
   });
   if (settings.tier == Tier::kCluster && device.largest_cluster < 2) {
     return "a GPU of compute capability " + std::to_string(device.compute_capability / 10) + "." +
            std::to_string(device.compute_capability % 10) + " has no clusters";
   }
   if (settings.tier == Tier::kGrid && !device.cooperative) return "this GPU has no cooperative launches";
-  if (least_shared == INT64_MAX) return "there is no work for a second block";
+  if (!any) return "there is no work for a second block";
   if (all_sum_too_much) {
     return "a thread would sum more than " + std::to_string(OnChipTuning::kMostBackwardSteps) + " vectors in one chain";
   }
@@ -422,7 +434,7 @@ std::string Explain(const Situation& situation, const Choice& choice) {
     }
   }
   if (choice.forced) return what + ": the tier is forced";
-  if (choice.tier == Tier::kStreaming && !choice.any_fits) return what + ": the data do not fit on the chip";
+  if (choice.tier == Tier::kStreaming && !choice.any_fits) return what + ": " + WhyNothingFits(situation);
   what += ": about " + Microseconds(choice.nanoseconds);
   if (choice.next_nanoseconds > 0) {
     what += ", against " + Microseconds(choice.next_nanoseconds) + " of " + NameOf(choice.next);

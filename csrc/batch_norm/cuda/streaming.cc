@@ -46,7 +46,7 @@ StreamingTiling MakeStreamingTiling(const Problem& problem, bool aligned, int mu
   const int least =
       std::max(PowerOfTwo(vectors, view.lanes > 1 ? 4 : 16), NeedsActivationBits(problem) ? 8 / view.lanes : 1);
   Extent block;
-  block.x = ChooseWidth(vectors, least, view.planes ? kThreads : 32);
+  block.x = ChooseWidth(vectors, least, view.planes ? kThreads : StreamingTuning::kWidth);
   block.y = view.planes ? PowerOfTwo(view.units, kThreads / block.x) : 1;
   block.z = std::min(kThreads / (block.x * block.y), 64);  // CUDA's limit
 

@@ -27,9 +27,10 @@ __device__ __forceinline__ Walk<kLanes, kDirection> WalkSplit(const StreamingTil
   return {tiling, PlaceInBlock(), slab, first, count};
 }
 
-// What a block of the streaming tier needs to sum up, which has no more units than threads and lanes.
+// What a block of the streaming tier needs to sum up: a slab has no more units than the block may have threads.
 template <typename F, int kLanes>
 __device__ __forceinline__ SumsMemory<F> StreamingSumsMemory() {
+  static_assert(StreamingTuning::kWidth * kLanes <= StreamingTuning::kThreads);
   struct Memory {
     F numbers[StreamingTuning::kThreads * kLanes];
     double parts[StreamingTuning::kThreads];

@@ -2,8 +2,9 @@
 // forward pass, two sums in the backward pass. Deterministic: the order of every sum follows from the tiling alone.
 //
 // A thread sums in short chains, one to each lane of its vectors, and closes a chain into its total every
-// Tuning::kChain vectors. So rounding errors grow with the length of a chain plus the number of chains, not with their
-// product. From the block on, sums are in double.
+// Tuning::kChain vectors or so. So rounding errors grow with the length of a chain plus the number of chains, not with
+// their product. (The on-chip backward pass has registers for one chain alone: its plans bound the length.) From the
+// block on, sums are in double.
 
 #ifndef TFOPS_BATCH_NORM_CUDA_SUMS_CUH_
 #define TFOPS_BATCH_NORM_CUDA_SUMS_CUH_
@@ -20,8 +21,9 @@ namespace tfops::cuda {
 // --- A thread ------------------------------------------------------------------------------------------------------
 
 // Sums of x - center and of its square, in chains. The center of a chain is the mean of those before it: what its
-// distance from the chain's own mean adds to the squares, and loses to rounding, it adds to m2 as well. Only the first
-// chain has to take the center from its first element, which may be an outlier, and so is a short one.
+// distance from the chain's own mean adds to the squares, and loses to rounding, it adds to m2 as well, in proportion
+// to the elements before. So chains are short at first: the first one has to take the center from its first element,
+// which may be an outlier.
 template <typename F, int kLanes>
 class MomentsAccumulator {
  public:
@@ -37,9 +39,10 @@ class MomentsAccumulator {
     ++chain_;
   }
 
-  // Closes the chain if it is nearly full. It has to be called after no more than `steps` calls of Add().
+  // Closes the chain if it is nearly full, or twice as long as all before it. It has to be called after no more than
+  // `steps` calls of Add().
   __device__ __forceinline__ void CloseLongChain(int steps) {
-    if (count_ == F(0) || chain_ > Tuning::kChain - steps) CloseChain();
+    if (static_cast<F>(chain_) >= 2 * count_ || chain_ > Tuning::kChain - steps) CloseChain();
   }
 
   // Merges the chain by Chan's rule, as Merge() of moments.h does, with both means about the center.
@@ -232,7 +235,7 @@ __device__ __forceinline__ void SumOverBlock(const Tiling& tiling, const Place& 
 }
 
 // Calls store(r, moments) for each result of the block, by one thread each. `most` is what a thread counts at most for
-// a slot, times the entries of one. Means are summed first. About that mean, which rounding has moved a little, the
+// a unit, times the numbers of one. Means are summed first. About that mean, which rounding has moved a little, the
 // threads' own are summed again, and their squares with what the threads have about themselves.
 template <typename F, int kLanes, typename Store>
 __device__ __forceinline__ void MomentsOverBlock(const Tiling& tiling, const Place& place, F most,
@@ -287,9 +290,9 @@ __device__ __forceinline__ void GradientsOverBlock(const Tiling& tiling, const P
 
 // --- Blocks --------------------------------------------------------------------------------------------------------
 
-// The sum of partial results. All that are added, and all sums that are added, are about the same `reference`: one of
-// the partial results, which is within a few standard deviations of the whole's mean. So there is one division, at the
-// end, for what Chan's rule would divide at each step.
+// The sum of partial results. All that are added, and all sums that are added, are about the same `reference`: the mean
+// of the first that is of any element, which is within a few standard deviations of the whole's mean. So there is one
+// division, at the end, for what Chan's rule would divide at each step.
 template <typename Partial>
 struct SumOf;
 
@@ -303,6 +306,7 @@ struct SumOf<Moments<double>> {
   __device__ __forceinline__ static SumOf About(const Moments<double>& one) {
     return {FiniteOrZero(one.mean), 0, 0, 0};
   }
+  __device__ __forceinline__ static bool IsReference(const Moments<double>& one) { return one.count > 0; }
   __device__ __forceinline__ void Add(const Moments<double>& set) {
     const double delta = set.mean - reference;
     const double deviation = set.count * delta;
@@ -332,6 +336,7 @@ struct SumOf<GradientSums> {
   GradientSums sums;
 
   __device__ __forceinline__ static SumOf About(const GradientSums&) { return {}; }
+  __device__ __forceinline__ static bool IsReference(const GradientSums&) { return true; }
   __device__ __forceinline__ void Add(const GradientSums& other) {
     sums.dz += other.dz;
     sums.dz_xc += other.dz_xc;
@@ -347,7 +352,12 @@ struct SumOf<GradientSums> {
 // what the warp has added.
 template <typename Partial, typename Get>
 __device__ __forceinline__ SumOf<Partial> SumByWarps(int64_t count, int rank, int threads, const Get& get) {
-  auto sum = SumOf<Partial>::About(count > 0 ? get(0) : Partial{});
+  Partial reference = {};
+  for (int64_t i = 0; i < count; ++i) {
+    reference = get(i);
+    if (SumOf<Partial>::IsReference(reference)) break;
+  }
+  auto sum = SumOf<Partial>::About(reference);
 #pragma unroll 4
   for (int64_t i = rank; i < count; i += threads) sum.Add(get(i));
 #pragma unroll 1

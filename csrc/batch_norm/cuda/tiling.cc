@@ -65,7 +65,7 @@ Tiling MakeTiling(const View& view, const Extent& block, int threads, bool by_ch
   }
   const int units_of_result = sums.repeat * sums.pixels;
   sums.results = sums.units / units_of_result;
-  // The two sums, of entries and then of parts, take the least time together if they are equally long.
+  // The two sums, of numbers and then of parts, take the least time together if they are equally long.
   const double even = std::sqrt(static_cast<double>(sums.numbers) / units_of_result);
   sums.parts = std::clamp(static_cast<int>(std::lround(even)), 1, std::max(threads / sums.units, 1));
   return tiling;

@@ -15,6 +15,7 @@ struct Tuning {
 // The streaming tier, whose kernels read the tensor from memory once in each phase.
 struct StreamingTuning {
   static constexpr int kThreads = 256;
+  static constexpr int kWidth = 32;  // threads along a row at most
   // Resident blocks a multiprocessor that registers are capped for: 2 * 256 threads with 128 registers each.
   static constexpr int kBlocks = 2;
   // A grid has at most so many times the blocks that can be resident. More balance the load better; each costs a block
@@ -48,10 +49,10 @@ struct OnChipTuning {
 // Vectors of each array that a thread keeps in registers; and those that it has in flight, of what it does not keep.
 template <int kLanes>
 struct OnChipVectors {
-  static constexpr int kForwardKept = kLanes == 2 ? 6 : 7;                     // of x
+  static constexpr int kForwardKept = kLanes == 4 ? 7 : 6;                     // of x
   static constexpr int kForward = 4;                                           // of x and residual
   static constexpr int kBackwardKept = kLanes == 4 ? 4 : kLanes == 2 ? 3 : 1;  // of dy and x
-  static constexpr int kBackward = 1;                                          // of dy, x and residual
+  static constexpr int kBackward = 4;                                          // likewise, all but one of them in L2
 };
 
 // What the policy reckons with, in nanoseconds and bytes per nanosecond. Estimates for an H200, whose memory moves 4.3

@@ -82,6 +82,10 @@ struct Vector {
   __device__ __forceinline__ void LoadLast(const void* array, int64_t offset) {
     word = LoadGlobalStreaming(Address(array, offset));
   }
+  __device__ __forceinline__ static void Prefetch(const void* array, int64_t offset) {
+    PrefetchToL2(Address(array, offset));
+  }
+
   // Begins to load into shared memory; see CopyAsync().
   __device__ __forceinline__ static void LoadAsync(const void* array, int64_t offset, Word* shared) {
     CopyAsync(shared, Address(array, offset));

@@ -82,6 +82,10 @@ class Walk {
   __device__ __forceinline__ bool Inside() const { return left_ > 0 && across_ < end_across_ && down_ < end_down_; }
   // The offset of the vector's first element in the tensor.
   __device__ __forceinline__ int64_t Offset() const { return offset_; }
+  // That of a vector so many steps on, or nearly so: not where planes end in between.
+  __device__ __forceinline__ int64_t OffsetAhead(int steps) const {
+    return offset_ + steps * (steps_across_ == 1 ? stride_down_ : stride_across_);
+  }
 
   // Where the byte is that has the activation bit of the vector's first element, and which of its bits that is.
   __device__ __forceinline__ int64_t BitsOffset(const Tiling& tiling) const {
