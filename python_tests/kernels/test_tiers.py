@@ -47,11 +47,11 @@ PROBLEMS = [
     ((512, 1000), -1, "float16", False, "one_block", "one_block"),
     # AlexNet with batches of 256
     ((256, 55, 55, 96), -1, "float16", False, "grid", "streaming"),
-    ((256, 27, 27, 256), -1, "float16", False, "grid", "streaming"),
-    ((256, 13, 13, 384), -1, "float16", False, "cluster", "grid"),
+    ((256, 27, 27, 256), -1, "float16", False, "grid", "grid"),
+    ((256, 13, 13, 384), -1, "float16", False, "cluster", "cluster"),
     ((256, 4096), -1, "float16", False, "one_block", "one_block"),
     # ResNet-50 with batches of 32 and of 256
-    ((32, 112, 112, 64), -1, "float16", False, "grid", "streaming"),
+    ((32, 112, 112, 64), -1, "float16", False, "grid", "grid"),
     ((32, 56, 56, 64), -1, "float16", False, "grid", "grid"),
     ((32, 28, 28, 128), -1, "float16", False, "cluster", "cluster"),
     ((32, 28, 28, 512), -1, "float16", True, "grid", "grid"),
@@ -65,7 +65,7 @@ PROBLEMS = [
     ((32, 2048, 7, 7), 1, "float16", True, "one_block", "one_block"),
     # Ragged channels, and five dimensions
     ((128, 28, 28, 24), -1, "float32", False, "grid", "grid"),
-    ((128, 28, 28, 131), -1, "float32", False, "grid", "streaming"),
+    ((128, 28, 28, 131), -1, "float32", False, "grid", "grid"),
     ((8, 16, 32, 32, 32), -1, "float16", False, "grid", "grid"),
 ]
 
