@@ -103,10 +103,9 @@ Estimate OnChipTime(const Situation& situation, const OnChip& plan, const Policy
   // What a multiprocessor has in flight at once limits its rate: of what is kept, all is asked for at once.
   const double resident = std::min(static_cast<double>(at_once), busiest);
   const int arrays = pass == Pass::kForward ? 1 + plan.keeps_residual : 2 + NeedsResidual(problem);
+  const double step_bytes = resident * plan.threads * arrays * plan.lanes * ElementBytes(problem.dtype);
   const auto rate = [&](int steps) {
-    const int vectors = arrays * std::min(steps, plan.share_steps);
-    const double in_flight = resident * plan.threads * vectors * plan.lanes * ElementBytes(problem.dtype);
-    return std::min(reckon.own_rate, in_flight / reckon.latency);
+    return std::min(reckon.own_rate, std::min(steps, plan.share_steps) * step_bytes / reckon.latency);
   };
   const int rest_steps = InFlight(pass, plan.lanes);
   const double of_busiest =
