@@ -64,10 +64,11 @@ struct GradientStep {
     }
   }
 
-  template <bool kLast, bool kMayFold, typename Walk>
+  // All of that, in the streaming tier.
+  template <bool kLast, typename Walk>
   __device__ __forceinline__ void Load(const GradientArrays& arrays, const Tiling& tiling, const Walk& walk) {
     LoadVectors<kLast>(arrays, walk);
-    if (inside) LoadBits<kMayFold>(arrays, tiling, walk);
+    if (inside) LoadBits<false>(arrays, tiling, walk);
   }
 
   // dz = dy * act'(z) and xc = x - mean.
@@ -112,7 +113,7 @@ __device__ __forceinline__ void AddGradients(const GradientArrays& arrays, const
     GradientStep<T, kLanes> batch[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      batch[i].template Load<false, false>(arrays, tiling, *walk);
+      batch[i].template Load<false>(arrays, tiling, *walk);
       walk->Advance();
     }
 #pragma unroll

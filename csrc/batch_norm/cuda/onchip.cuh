@@ -88,7 +88,7 @@ struct Held {
     }
   }
 
-  // Calls use(step, walk) for these vectors, as they arrive, and accumulator->CloseChain() after each group; kLater
+  // Calls use(step) for these vectors, as they arrive, and accumulator->CloseChain() after each group; kLater
   // groups were asked for after them.
   template <int kLater, typename Accumulator, typename Use>
   __device__ __forceinline__ void UseAll(Accumulator* accumulator, const Use& use) const {
@@ -99,7 +99,7 @@ struct Held {
       WaitUntil<OnChipTuning::kCopyGroups - 1, kLater>(group);
 #pragma unroll 1
       for (; step < End(group); ++step, walk.Advance()) {
-        if (walk.Inside()) use(share.in_registers + step, walk);
+        if (walk.Inside()) use(share.in_registers + step);
       }
       accumulator->CloseChain();
     }

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
   accumulator.CloseChain();
   auto rest = share.template Through<kLanes>(plan, share.Kept(), share.steps - share.Kept());
   AddMoments<T, kBatch>(&rest, arrays.x, Mask{}, &accumulator);
-  held.template UseAll<1>(&accumulator, [&](int step, const auto&) {
+  held.template UseAll<1>(&accumulator, [&](int step) {
     F values[kLanes];
     V{held.At(0, step)}.Unpack(values);
     accumulator.Add(values);

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
     auto ahead = walk;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      batch[i].template Load<true, false>(arrays, tiling, ahead);
+      batch[i].template Load<true>(arrays, tiling, ahead);
       ahead.Advance();
     }
 #pragma unroll

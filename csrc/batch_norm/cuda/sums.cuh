@@ -126,11 +126,11 @@ class GradientAccumulator {
   }
 
   __device__ __forceinline__ void CloseLongChain(int steps) {
-    if (kInChains && chain_ > Tuning::kChain - steps) CloseChain();
+    if (chain_ > Tuning::kChain - steps) CloseChain();
   }
 
   __device__ __forceinline__ void CloseChain() {
-    if (!kInChains) return;
+    static_assert(kInChains);
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
       totals_[0][lane] += sums_[0][lane];
@@ -172,15 +172,8 @@ __device__ __forceinline__ void ForResults(const Tiling& tiling, const Place& pl
     for (int lane = 0; lane < kLanes; ++lane) body(lane, tiling.planes ? place.y : unit + lane);
     return;
   }
-  int pixel = unit % sums.pixels;
-  int result = unit / sums.pixels % sums.results;
-#pragma unroll
-  for (int lane = 0; lane < kLanes; ++lane) {
-    body(lane, result);
-    if (++pixel < sums.pixels) continue;
-    pixel = 0;
-    if (++result == sums.results) result = 0;
-  }
+  ForFoldedLanes<kLanes>(static_cast<unsigned>(unit), static_cast<unsigned>(sums.pixels),
+                         static_cast<unsigned>(sums.results), body);
 }
 
 // totals[v][r] = the sum of values[v][lane] over all threads and lanes of result r. All threads of the block take part,

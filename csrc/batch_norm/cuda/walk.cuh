@@ -16,6 +16,21 @@ __device__ __forceinline__ int ThreadInBlock() {
   return static_cast<int>((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x);
 }
 
+// Calls body(lane, channel) for the lanes of a vector of folded rows, which begins at that unit. Rows that were put
+// together are short enough for 32 bits.
+template <int kLanes, typename Body>
+__device__ __forceinline__ void ForFoldedLanes(unsigned unit, unsigned pixels, unsigned channels, const Body& body) {
+  unsigned pixel = unit % pixels;
+  unsigned channel = unit / pixels % channels;
+#pragma unroll
+  for (int lane = 0; lane < kLanes; ++lane) {
+    body(lane, channel);
+    if (++pixel < pixels) continue;
+    pixel = 0;
+    if (++channel == channels) channel = 0;
+  }
+}
+
 // A thread's place in its block, or past it: z >= block.z.
 struct Place {
   int x;
@@ -60,17 +75,8 @@ class Walk {
   __device__ __forceinline__ void ForLanes(const Tiling& tiling, const Body& body) const {
     const int64_t unit = unit_ < tiling.units ? unit_ : 0;
     if (tiling.Folded()) {
-      // Rows that were put together are short enough for 32 bits.
-      const unsigned first = static_cast<unsigned>(unit), pixels = static_cast<unsigned>(tiling.pixels);
-      unsigned pixel = first % pixels;
-      int64_t channel = first / pixels % static_cast<unsigned>(tiling.channels);
-#pragma unroll
-      for (int lane = 0; lane < kLanes; ++lane) {
-        body(lane, channel);
-        if (++pixel < pixels) continue;
-        pixel = 0;
-        if (++channel == tiling.channels) channel = 0;
-      }
+      ForFoldedLanes<kLanes>(static_cast<unsigned>(unit), static_cast<unsigned>(tiling.pixels),
+                             static_cast<unsigned>(tiling.channels), body);
     } else {
       const int64_t stride = tiling.planes ? 0 : 1;
 #pragma unroll
