@@ -69,7 +69,7 @@ def facts(context: Context) -> int:
         return {"nvidia_smi": dict(zip(fields.split(","), (v.strip() for v in found.split(",")), strict=False))}
 
     def device() -> dict[str, Any]:
-        names = ("compute_capability", "multiprocessors", "shared_bytes_per_block", "shared_bytes_per_multiprocessor")
+        names = ("compute_capability", "multiprocessors", "shared_bytes_per_block")
         found = context.backend.raw.CudaDevice()
         every = (*names, "l2_bytes", "largest_cluster", "cooperative")
         return {"device": {name: getattr(found, name) for name in every}, **context.backend.facts()}

@@ -113,13 +113,11 @@ def _occupancy(records: Records) -> str:
         found = record.get("occupancy")
         if not found:
             continue
-        for threads, by_size in found["clusters"].items():
-            for size, counts in by_size.items():
-                rows.append([item, threads, size, ", ".join(map(str, counts))])
+        for size, count in found["clusters"].items():
+            rows.append([item, size, count])
     if not rows:
         return ""
-    names = ("kernel", "threads", "blocks of a cluster", "active clusters, with shared memory for 1, 2, 3, 4 blocks")
-    return "## Clusters at once\n\n" + _table(names, rows)
+    return "## Clusters at once\n\n" + _table(("kernel", "blocks of a cluster", "active clusters"), rows)
 
 
 def _plans(records: Records) -> dict[str, list[dict[str, Any]]]:

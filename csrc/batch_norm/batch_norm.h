@@ -262,7 +262,6 @@ struct Device {
   int compute_capability = 90;  // 90 for 9.0
   int multiprocessors = 132;
   int64_t shared_bytes_per_block = 227 << 10;  // the most that a block may have
-  int64_t shared_bytes_per_multiprocessor = 228 << 10;
   int64_t l2_bytes = 50 << 20;
   int largest_cluster = 16;  // blocks that can form a cluster; 1 on chips without clusters
   bool cooperative = true;   // all blocks of a grid can meet
@@ -270,17 +269,15 @@ struct Device {
 };
 TFOPS_EXPORT Status CurrentDevice(Device* device);
 
-// How many blocks of one of the on-chip kernels a device runs at the same time. What a plan may rely on: a block that
-// takes no more shared memory than room[k - 1] finds at least what is said of k.
+// How many blocks of one of the on-chip kernels a device runs at the same time, and what each may have. A block takes
+// the registers of a whole multiprocessor.
 struct Occupancy {
-  static constexpr int kShares = 4;                                       // k: blocks that share a multiprocessor
-  static constexpr int kThreads[] = {256, 512};                           // of a block
-  static constexpr int kClusters[] = {2, 4, 8, 16};                       // sizes
-  bool asked = false;                                                     // CUDA; else they are of a table
-  int static_bytes = 0;                                                   // of shared memory, the kernel's own
-  int64_t room[kShares] = {};                                             // bytes of dynamic shared memory
-  int blocks[std::size(kThreads)][kShares] = {};                          // of a multiprocessor
-  int clusters[std::size(kThreads)][std::size(kClusters)][kShares] = {};  // of the device
+  static constexpr int kClusters[] = {2, 4, 8, 16};  // blocks of a cluster
+  bool asked = false;                                // CUDA; else they are of a table
+  int static_bytes = 0;                              // of shared memory, the kernel's own
+  int64_t room = 0;                                  // bytes of dynamic shared memory
+  int blocks = 0;
+  int clusters[std::size(kClusters)] = {};
 };
 // Describes the occupancy of the on-chip kernels for a data type and pass.
 TFOPS_EXPORT Status DescribeOccupancy(const Device& device, DataType dtype, bool backward, Occupancy* occupancy);

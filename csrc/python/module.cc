@@ -58,19 +58,13 @@ void DefineDeviceProperty(py::class_<cuda::Device>& type, const char* name, T cu
 py::dict OccupancyForPython(DataType dtype, bool backward, const cuda::Device& device) {
   cuda::Occupancy occupancy;
   ThrowUnlessOk(cuda::DescribeOccupancy(device, dtype, backward, &occupancy));
-  const auto list = [](const auto& numbers) { return std::vector<int64_t>(std::begin(numbers), std::end(numbers)); };
-  py::dict blocks, clusters;
-  for (size_t t = 0; t < std::size(occupancy.kThreads); ++t) {
-    const py::int_ threads(cuda::Occupancy::kThreads[t]);
-    py::dict sizes;
-    for (size_t s = 0; s < std::size(occupancy.kClusters); ++s) {
-      sizes[py::int_(cuda::Occupancy::kClusters[s])] = list(occupancy.clusters[t][s]);
-    }
-    blocks[threads] = list(occupancy.blocks[t]);
-    clusters[threads] = sizes;
+  py::dict clusters;
+  for (size_t s = 0; s < std::size(occupancy.clusters); ++s) {
+    clusters[py::int_(cuda::Occupancy::kClusters[s])] = occupancy.clusters[s];
   }
   return py::dict(py::arg("asked") = occupancy.asked, py::arg("static_shared_bytes") = occupancy.static_bytes,
-                  py::arg("room") = list(occupancy.room), py::arg("blocks") = blocks, py::arg("clusters") = clusters);
+                  py::arg("room") = occupancy.room, py::arg("blocks") = occupancy.blocks,
+                  py::arg("clusters") = clusters);
 }
 
 py::dict LaunchesForPython() {
@@ -305,7 +299,6 @@ PYBIND11_MODULE(_kernels, m) {
   DefineDeviceProperty(device, "compute_capability", &cuda::Device::compute_capability);
   DefineDeviceProperty(device, "multiprocessors", &cuda::Device::multiprocessors);
   DefineDeviceProperty(device, "shared_bytes_per_block", &cuda::Device::shared_bytes_per_block);
-  DefineDeviceProperty(device, "shared_bytes_per_multiprocessor", &cuda::Device::shared_bytes_per_multiprocessor);
   DefineDeviceProperty(device, "l2_bytes", &cuda::Device::l2_bytes);
   DefineDeviceProperty(device, "largest_cluster", &cuda::Device::largest_cluster);
   DefineDeviceProperty(device, "cooperative", &cuda::Device::cooperative);

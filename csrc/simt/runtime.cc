@@ -60,10 +60,10 @@ cudaError_t Error(cudaError_t code, const std::string& message) {
 }
 
 // The blocks of a kernel that a multiprocessor holds at once. How many registers nvcc would give a thread is not known
-// here: as many as the project lets a kernel have, 128.
+// here: the most that any kernel of the project has, 256 with what is rounded up.
 int BlocksAtOnce(const void* kernel, int threads, size_t dynamic) {
   const int rounded = (threads + 31) / 32 * 32;
-  const int registers = std::min(128, kRegisters / rounded);
+  const int registers = std::min(256, kRegisters / rounded);
   const size_t shared = dynamic + StaticSharedBytes(kernel) + Reserved(Current());
   if (shared > (static_cast<size_t>(Current().shared_kb) << 10) + Reserved(Current())) return 0;
   const int by_shared =
@@ -261,7 +261,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
   ++simt::loads;
   *attributes = {static_cast<size_t>(simt::ToldStaticShared(kernel)),
-                 simt::allowed[{kernel, simt::current_device}].dynamic_shared, simt::kMostThreads, 128,
+                 simt::allowed[{kernel, simt::current_device}].dynamic_shared, simt::kMostThreads, 255,
                  Current().capability};
   return cudaSuccess;
 }

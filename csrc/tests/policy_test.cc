@@ -28,13 +28,13 @@ constexpr int64_t kMostElements = 3 << 20;
 // Devices with clusters and without, large and small, with and without cooperative launches.
 const Device kDevices[] = {
     {},
-    {80, 108, 163 << 10, 164 << 10, 40 << 20, 1, true},
-    {70, 80, 96 << 10, 96 << 10, 6 << 20, 1, true},
-    {120, 170, 99 << 10, 100 << 10, 96 << 20, 8, true},
-    {75, 40, 64 << 10, 64 << 10, 4 << 20, 1, true},
-    {90, 5, 227 << 10, 228 << 10, 4 << 20, 16, true},
-    {75, 14, 48 << 10, 64 << 10, 1 << 20, 1, false},
-    {90, 1, 227 << 10, 228 << 10, 1 << 20, 16, true},
+    {80, 108, 163 << 10, 40 << 20, 1, true},
+    {70, 80, 96 << 10, 6 << 20, 1, true},
+    {120, 170, 99 << 10, 96 << 20, 8, true},
+    {75, 40, 64 << 10, 4 << 20, 1, true},
+    {90, 5, 227 << 10, 4 << 20, 16, true},
+    {75, 14, 48 << 10, 1 << 20, 1, false},
+    {90, 1, 227 << 10, 1 << 20, 16, true},
 };
 
 Settings Forced(Tier tier, int cluster = 0) {
@@ -171,7 +171,7 @@ TEST(ChoicesTakeTheLeastTime) {
 TEST(PlansFitTheDevice) {
   ForPlans([](const Case& drawn, const OnChip& plan) {
     const Device& device = drawn.device;
-    EXPECT_LE(plan.shared_bytes, RoomOf(device, device.compute_capability >= 90 ? 1024 : 0, 1));
+    EXPECT_LE(plan.shared_bytes, RoomOf(device, device.compute_capability >= 90 ? 1024 : 0));
     EXPECT_LE(plan.threads, OnChipTuning::kThreads);
     EXPECT_EQ(plan.threads % 32, 0);
     EXPECT_LE(plan.block.x * plan.block.y * plan.block.z, plan.threads);
@@ -180,12 +180,9 @@ TEST(PlansFitTheDevice) {
     EXPECT_EQ(plan.group > 1, plan.scope != Scope::kBlock);
     if (plan.scope == Scope::kCluster) EXPECT_LE(plan.group, device.largest_cluster);
     if (plan.scope != Scope::kGrid) return;
-    // Blocks that meet are resident, all at once: by registers, and by shared memory with what CUDA reserves of it.
+    // Blocks that meet are resident, all at once, each with the registers of a multiprocessor.
     EXPECT_TRUE(device.cooperative);
-    const int64_t by_registers = 65536 / (plan.threads * 128);
-    const int reserved = device.compute_capability >= 80 ? 1024 : 0;
-    const int64_t by_shared = device.shared_bytes_per_multiprocessor / (plan.shared_bytes + reserved);
-    EXPECT_LE(plan.Blocks(), std::min(by_registers, by_shared) * device.multiprocessors);
+    EXPECT_LE(plan.Blocks(), device.multiprocessors);
   });
 }
 
@@ -215,9 +212,9 @@ TEST(SharedMemoryHoldsWhatABlockKeeps) {
     const bool bits = NeedsActivationBits(drawn.problem) && (backward || plan.Folded());
     const int arrays = backward ? 2 + NeedsResidual(drawn.problem) : 1;
     const std::pair<int64_t, int64_t> pieces[] = {
-        {plan.totals_at, 4 * 8 * channels},
-        {plan.own_at, 24 * channels},
-        {plan.channels_at, 3 * arithmetic * channels},
+        {plan.totals_at, (backward ? 16 : 32) * channels},
+        {plan.own_at, (backward ? 16 : 24) * channels},
+        {plan.channels_at, (backward ? 2 : 3) * arithmetic * channels},
         {plan.numbers_at, plan.sums.numbers * plan.sums.units * arithmetic},
         {plan.parts_at, int64_t{8} * plan.sums.parts * plan.sums.units},
         {plan.bits_at, bits ? plan.share_steps * row : 0},
@@ -238,10 +235,9 @@ TEST(SharedMemoryHoldsWhatABlockKeeps) {
     EXPECT_EQ(plan.ReadAgain() > 0, kept < plan.share_steps);
     EXPECT_LE(plan.register_steps, KeptInRegisters(drawn.pass, plan.lanes));
     if (kept < plan.share_steps) {
-      const Occupancy occupancy = drawn.OnPaper().occupancy;
-      EXPECT_TRUE(std::any_of(std::begin(occupancy.room), std::end(occupancy.room), [&](int64_t room) {
-        return plan.shared_bytes <= room && room < plan.shared_bytes + arrays * vectors;
-      }));
+      const int64_t room = drawn.OnPaper().occupancy.room;
+      EXPECT_LE(plan.shared_bytes, room);
+      EXPECT_LT(room, plan.shared_bytes + arrays * vectors);
       EXPECT_TRUE(!plan.keeps_residual);
     }
     EXPECT_TRUE(!plan.keeps_residual || (!backward && drawn.problem.has_residual));
@@ -297,12 +293,11 @@ TEST(BetterDevicesAreNoSlower) {
       {"L2", [](Device* device) { device->l2_bytes *= 2; }},
       {"cooperative launches", [](Device* device) { device->cooperative = true; }},
       {"a cluster", [](Device* device) { device->largest_cluster *= 2; }},
-      {"shared memory", [](Device* device) { device->shared_bytes_per_multiprocessor *= 2; }},
       {"a block's shared memory", [](Device* device) { device->shared_bytes_per_block *= 2; }}};
   ForCases([&](const Case& drawn) {
     const std::string about = testing::about;
     for (const auto& [what, improve] : kBetter) {
-      if (what == kBetter[4].first && drawn.pass == Pass::kForward && drawn.problem.has_residual) continue;
+      if (what == kBetter[3].first && drawn.pass == Pass::kForward && drawn.problem.has_residual) continue;
       testing::about = about + ", with more of " + what;
       Case better = drawn;
       improve(&better.device);
@@ -343,24 +338,20 @@ TEST(PlansGoByWhatADeviceSays) {
     if (ChooseTier(situation, Forced(Tier::kCluster), &whole).ok()) {
       ++clusters;
       Choice other;
-      for (auto& of_threads : situation.occupancy.clusters) {
-        for (auto& of_size : of_threads) std::fill(std::begin(of_size), std::end(of_size), 1);
-      }
+      std::fill(std::begin(situation.occupancy.clusters), std::end(situation.occupancy.clusters), 1);
       EXPECT_TRUE(ChooseTier(situation, Forced(Tier::kCluster, whole.plan.group), &other).ok());
       EXPECT_LE(whole.waves, other.waves);
       EXPECT_EQ(other.waves, other.plan.slabs);
       EXPECT_LE(whole.nanoseconds, other.nanoseconds);
-      for (auto& of_threads : situation.occupancy.clusters) {
-        for (size_t s = 0; s < std::size(Occupancy::kClusters); ++s) {
-          if (Occupancy::kClusters[s] == whole.plan.group) std::fill(of_threads[s], std::end(of_threads[s]), 0);
-        }
+      for (size_t s = 0; s < std::size(Occupancy::kClusters); ++s) {
+        if (Occupancy::kClusters[s] == whole.plan.group) situation.occupancy.clusters[s] = 0;
       }
       EXPECT_TRUE(!ChooseTier(situation, Forced(Tier::kCluster, whole.plan.group), &other).ok());
     }
     situation = drawn.OnPaper();
     if (ChooseTier(situation, Forced(Tier::kGrid), &whole).ok()) {
       ++grids;
-      for (auto& of_threads : situation.occupancy.blocks) std::fill(std::begin(of_threads), std::end(of_threads), 0);
+      situation.occupancy.blocks = 0;
       Choice other;
       EXPECT_TRUE(!ChooseTier(situation, Forced(Tier::kGrid), &other).ok());
       EXPECT_TRUE(!ChooseTier(situation, Forced(Tier::kOneBlock), &other).ok());
@@ -375,10 +366,9 @@ TEST(PaperHasTheClustersOfAnH100) {
   const Occupancy h100 = OccupancyOnPaper({});
   const int expected[] = {66, 31, 15, 7};
   for (size_t s = 0; s < std::size(expected); ++s) {
-    EXPECT_EQ(h100.clusters[1][s][0], expected[s]);
-    EXPECT_EQ(h100.clusters[0][s][1], 2 * expected[s]);
+    EXPECT_EQ(h100.clusters[s], expected[s]);
   }
-  EXPECT_EQ(h100.room[0], int64_t{225} << 10);
+  EXPECT_EQ(h100.room, int64_t{225} << 10);
   EXPECT_TRUE(!h100.asked);
 }
 
@@ -391,9 +381,7 @@ TEST(GridsLeaveMultiprocessorsToOthers) {
     Choice choice;
     if (!drawn.Choose(settings, &choice).ok()) return;
     ++grids;
-    const Occupancy occupancy = OccupancyOnPaper(drawn.device);
-    const int most = occupancy.blocks[choice.plan.threads == 256 ? 0 : 1][Occupancy::kShares - 1];
-    EXPECT_LE(choice.plan.Blocks(), int64_t{most} * (drawn.device.multiprocessors - 4));
+    EXPECT_LE(choice.plan.Blocks(), drawn.device.multiprocessors - 4);
     EXPECT_LE(choice.plan.group, drawn.device.multiprocessors - 4);
   });
   EXPECT_LT(100, grids);

@@ -20,7 +20,6 @@ H200 = {
     "compute_capability": 90,
     "multiprocessors": 132,
     "shared_bytes_per_block": 227 << 10,
-    "shared_bytes_per_multiprocessor": 228 << 10,
     "l2_bytes": 50 << 20,
     "largest_cluster": 16,
     "cooperative": True,
@@ -29,7 +28,6 @@ A100 = {
     "compute_capability": 80,
     "multiprocessors": 108,
     "shared_bytes_per_block": 163 << 10,
-    "shared_bytes_per_multiprocessor": 164 << 10,
     "l2_bytes": 40 << 20,
     "largest_cluster": 1,
 }
@@ -46,9 +44,9 @@ PROBLEMS = [
     ((32, 10), -1, "float32", False, "one_block", "one_block"),
     ((512, 1000), -1, "float16", False, "one_block", "one_block"),
     # AlexNet with batches of 256
-    ((256, 55, 55, 96), -1, "float16", False, "grid", "streaming"),
+    ((256, 55, 55, 96), -1, "float16", False, "grid", "grid"),
     ((256, 27, 27, 256), -1, "float16", False, "grid", "grid"),
-    ((256, 13, 13, 384), -1, "float16", False, "cluster", "cluster"),
+    ((256, 13, 13, 384), -1, "float16", False, "cluster", "grid"),
     ((256, 4096), -1, "float16", False, "one_block", "one_block"),
     # ResNet-50 with batches of 32 and of 256
     ((32, 112, 112, 64), -1, "float16", False, "grid", "grid"),
@@ -59,7 +57,7 @@ PROBLEMS = [
     ((32, 14, 14, 1024), -1, "float16", True, "grid", "grid"),
     ((32, 7, 7, 512), -1, "float16", False, "cluster", "cluster"),
     ((32, 7, 7, 2048), -1, "float16", True, "cluster", "cluster"),
-    ((256, 56, 56, 256), -1, "float16", True, "grid", "streaming"),
+    ((256, 56, 56, 256), -1, "float16", True, "grid", "grid"),
     ((256, 7, 7, 2048), -1, "float16", True, "grid", "cluster"),
     ((32, 512, 28, 28), 1, "float16", True, "one_block", "one_block"),
     ((32, 2048, 7, 7), 1, "float16", True, "one_block", "one_block"),
@@ -99,16 +97,32 @@ def test_larger_batches_take_more_blocks_and_then_read_again():
     assert [p.read_again for p in plans[:3]] == [0, 0, 0]
     assert 0.8 < plans[3].read_again < 1
     assert "% read again" in plans[3].reason
-    assert plan((1_000_000, 64), backward=True).tier == "streaming"
+
+
+@pytest.mark.parametrize(
+    ("shape", "backward", "passes"),
+    [
+        ((32, 112, 112, 64), False, 2.15),
+        ((32, 56, 56, 256), False, 2.15),
+        ((32, 28, 28, 512), True, 3.35),
+        ((32, 56, 56, 128), True, 3.35),
+    ],
+)
+def test_what_little_more_than_fits_is_mostly_kept(shape, backward, passes):
+    """51.4 MB in the forward pass and twice 25.7 MB in the backward pass, where all of it would be 3 and 5 passes."""
+    arrays = 2 if backward else 1
+    p = plan(shape, dtype="float16", backward=backward)
+    assert arrays + 1 < arrays * (1 + p.read_again) + 1 <= passes
 
 
 def test_reasons_for_which_a_tier_cannot_be_had():
-    for settings, why in (
-        ({"aligned": False}, "its rows are not vectors of 16 bytes, and single elements are streamed"),
-        ({"backward": True}, "a thread would sum more than 128 vectors in one chain"),
+    for shape, settings, why in (
+        ((10_000, 64), {"aligned": False}, "single elements are streamed"),
+        ((64, 131, 27, 27), {"axis": 1}, "a slab of whole channels would be wider than a block"),
     ):
+        assert why in plan(shape, **settings).reason
         with _policy.settings(tier="one_block"), pytest.raises(ValueError, match=why):
-            plan((10_000_000, 64), **settings)
+            plan(shape, **settings)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -120,11 +134,6 @@ def test_problems_too_large_for_the_chip_stream(shape, backward):
     tiers = [plan(shape, {"shared_bytes_per_block": kb << 10}, backward=backward).tier for kb in (1, 2, 4)]
     assert tiers == ["streaming"] * 3
     assert "do not fit" in plan(shape, {"shared_bytes_per_block": 1024}, backward=backward).reason
-
-
-def test_reasons_for_which_nothing_fits():
-    assert "single elements are streamed" in plan((1000, 64), aligned=False).reason
-    assert "a thread would sum too many vectors" in plan((1_000_000, 64), backward=True).reason
 
 
 @pytest.mark.parametrize(("shape", "axis", "dtype", "residual", "forward", "backward"), PROBLEMS, ids=str)

@@ -108,7 +108,7 @@ template <typename T, int kBatch, int kLanes>
 __device__ __forceinline__ void AddGradients(const GradientArrays& arrays, const Tiling& tiling, Activation activation,
                                              const Affine<Arithmetic<T>, kLanes>& affine,
                                              Walk<kLanes, Direction::kForward>* walk,
-                                             GradientAccumulator<Arithmetic<T>, kLanes, true>* accumulator) {
+                                             GradientAccumulator<Arithmetic<T>, kLanes>* accumulator) {
   while (!walk->Done()) {
     GradientStep<T, kLanes> batch[kBatch];
 #pragma unroll

@@ -46,31 +46,28 @@ Status Ask(const Device& device, const void* kernel, Occupancy* occupancy) {
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error == cudaSuccess) {
     occupancy->static_bytes = static_cast<int>(attributes.sharedSizeBytes);
-    for (int k = 1; k <= Occupancy::kShares; ++k) {
-      occupancy->room[k - 1] = RoomOf(device, occupancy->static_bytes, k);
-    }
+    occupancy->room = RoomOf(device, occupancy->static_bytes);
     error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(occupancy->room[0]));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(occupancy->room));
   }
   // Code that was made for GPUs before 9.0 has none, whatever GPU runs it.
   const bool has_clusters = error == cudaSuccess && attributes.ptxVersion >= 90;
   if (error == cudaSuccess && device.largest_cluster > 8) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
-  for (size_t t = 0; t < std::size(Occupancy::kThreads); ++t) {
-    for (int k = 0; k < Occupancy::kShares && error == cudaSuccess; ++k) {
-      const int threads = Occupancy::kThreads[t];
-      const int room = static_cast<int>(occupancy->room[k]);
-      int* const blocks = &occupancy->blocks[t][k];
-      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, room);
-      for (size_t s = 0; s < std::size(Occupancy::kClusters) && error == cudaSuccess; ++s) {
-        const int size = Occupancy::kClusters[s];
-        if (size > device.largest_cluster || *blocks == 0 || !has_clusters) continue;
-        occupancy->clusters[t][s][k] = ActiveClusters(kernel, LaunchShape{{size}, {threads}, size, room});
-      }
-    }
+  const int threads = OnChipTuning::kThreads, room = static_cast<int>(occupancy->room);
+  int of_multiprocessor = 0;
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_multiprocessor, kernel, threads, room);
   }
-  return ToStatus(error, "asking how many blocks of a CUDA kernel run at once");
+  if (error != cudaSuccess) return ToStatus(error, "asking how many blocks of a CUDA kernel run at once");
+  occupancy->blocks = device.multiprocessors * of_multiprocessor;
+  for (size_t s = 0; s < std::size(Occupancy::kClusters); ++s) {
+    const int size = Occupancy::kClusters[s];
+    if (size > device.largest_cluster || occupancy->blocks == 0 || !has_clusters) continue;
+    occupancy->clusters[s] = ActiveClusters(kernel, LaunchShape{{size}, {threads}, size, room});
+  }
+  return {};
 }
 
 }  // namespace

@@ -9,30 +9,15 @@
 namespace tfops::cuda {
 namespace {
 
-// What blocks exchange: Moments<double> at most.
-constexpr int64_t kItemBytes = 24;
-
-// Calls of(OnChipVectors<lanes>()).
-template <typename Of>
-int OfLanes(int lanes, const Of& of) {
-  switch (lanes) {
-    case 2:
-      return of(OnChipVectors<2>());
-    case 4:
-      return of(OnChipVectors<4>());
-    default:
-      return of(OnChipVectors<8>());
-  }
+template <int kLanes>
+int KeptInRegisters(Pass pass) {
+  return pass == Pass::kForward ? OnChipVectors<kLanes>::kForward : OnChipVectors<kLanes>::kBackward;
 }
 
 }  // namespace
 
 int KeptInRegisters(Pass pass, int lanes) {
-  return OfLanes(lanes, [pass](auto of) { return pass == Pass::kForward ? of.kForwardKept : of.kBackwardKept; });
-}
-
-int InFlight(Pass pass, int lanes) {
-  return OfLanes(lanes, [pass](auto of) { return pass == Pass::kForward ? of.kForward : of.kBackward; });
+  return lanes == 2 ? KeptInRegisters<2>(pass) : lanes == 4 ? KeptInRegisters<4>(pass) : KeptInRegisters<8>(pass);
 }
 
 void LayOut(const Problem& problem, Pass pass, int64_t room, OnChip* plan) {
@@ -45,9 +30,9 @@ void LayOut(const Problem& problem, Pass pass, int64_t room, OnChip* plan) {
     at += (bytes + 15) / 16 * 16;
     return static_cast<int>(std::min<int64_t>(start, INT32_MAX));
   };
-  plan->totals_at = take(4 * 8 * channels);
-  plan->own_at = take(kItemBytes * channels);
-  plan->channels_at = take(3 * arithmetic * channels);
+  plan->totals_at = take((backward ? 2 : 4) * 8 * channels);
+  plan->own_at = take((backward ? 2 : 3) * 8 * channels);
+  plan->channels_at = take((backward ? 2 : 3) * arithmetic * channels);
   plan->numbers_at = take(arithmetic * plan->sums.numbers * plan->sums.units);
   plan->parts_at = take(8 * plan->sums.parts * plan->sums.units);
 

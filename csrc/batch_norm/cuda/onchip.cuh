@@ -124,16 +124,26 @@ struct Held {
   }
 };
 
-// The i-th of what is in registers, where i is not a constant: part by part, for what has an address leaves registers.
+// The i-th of what is in registers, where i is not a constant, but the same for all threads: by branches, for what has
+// an address leaves registers, and to look at each of so many would take longer than to use one.
+template <int kBegin, int kEnd, typename V, int kCount>
+__device__ __forceinline__ void PickFrom(const V (&kept)[kCount], int i, V* picked) {
+  if constexpr (kEnd - kBegin == 1) {
+    *picked = kept[kBegin];
+  } else {
+    constexpr int kMiddle = (kBegin + kEnd) / 2;
+    if (i < kMiddle) {
+      PickFrom<kBegin, kMiddle>(kept, i, picked);
+    } else {
+      PickFrom<kMiddle, kEnd>(kept, i, picked);
+    }
+  }
+}
+
 template <typename V, int kCount>
 __device__ __forceinline__ V Pick(const V (&kept)[kCount], int i) {
-  V picked = kept[0];
-#pragma unroll
-  for (int k = 1; k < kCount; ++k) {
-    const bool is_it = k == i;
-    picked.word = {is_it ? kept[k].word.x : picked.word.x, is_it ? kept[k].word.y : picked.word.y,
-                   is_it ? kept[k].word.z : picked.word.z, is_it ? kept[k].word.w : picked.word.w};
-  }
+  V picked;
+  PickFrom<0, kCount>(kept, i, &picked);
   return picked;
 }
 

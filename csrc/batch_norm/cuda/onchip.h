@@ -42,9 +42,9 @@ struct OnChip : Tiling {
   bool keeps_residual = false;  // the forward pass', of all steps in shared memory
 
   // Offsets in a block's dynamic shared memory, in bytes; 16-byte aligned.
-  int totals_at = 0;    // double[4][slab channels]: sums of the block
+  int totals_at = 0;    // double[2 or 4][slab channels]: sums of the block, in the backward or the forward pass
   int own_at = 0;       // the block's partial results [slab channels], for others of its cluster to read
-  int channels_at = 0;  // coefficients F[3][slab channels]
+  int channels_at = 0;  // coefficients F[2 or 3][slab channels]
   int numbers_at = 0;   // the numbers to be summed, and the sums of the parts: see BlockSums
   int parts_at = 0;
   int bits_at = 0;      // activation bits [share_steps][threads], a byte for each vector
@@ -72,9 +72,8 @@ enum class Pass { kForward, kBackward };
 // may have. If not even what sums and exchange need has room, shared_bytes is more than that.
 void LayOut(const Problem& problem, Pass pass, int64_t room, OnChip* plan);
 
-// Vectors of each array that a thread of the kernel for so many lanes can keep in registers, and has in flight.
+// Vectors of each array that a thread of the kernel for so many lanes can keep in registers.
 int KeptInRegisters(Pass pass, int lanes);
-int InFlight(Pass pass, int lanes);
 
 }  // namespace tfops::cuda
 

@@ -17,8 +17,8 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
                          GradientArrays gradient, void* dresidual, void* exchanged) {
   using F = Arithmetic<T>;
   using V = Vector<T, kLanes>;
-  constexpr int kKept = OnChipVectors<kLanes>::kBackwardKept;
-  constexpr int kAhead = OnChipVectors<kLanes>::kBackward;
+  constexpr int kKept = OnChipVectors<kLanes>::kBackward;
+  constexpr int kAhead = OnChipTuning::kInFlight;
   const Share share(plan);
   const Held<T, kLanes> held{plan, share};
   const int slab_channels = plan.sums.results;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
 
   auto walk = share.template Through<kLanes>(plan, 0, share.steps);
   const Affine<F, kLanes> affine(affine_arrays, plan, walk);
-  GradientAccumulator<F, kLanes, /*kInChains=*/false> accumulator;
+  GradientAccumulator<F, kLanes> accumulator;
   // What is not kept is asked for one step ahead; before it is summed, L2 fetches it some steps ahead.
   const auto fetch = [&](int step, const auto& at, GradientStep<T, kLanes>* vectors) {
     vectors->inside = at.Inside();
@@ -77,9 +77,11 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
       F dz[kLanes], xc[kLanes];
       vectors.Compute(gradient, problem.activation, affine, dz, xc);
       accumulator.Add(dz, xc);
+      accumulator.CloseLongChain(1);
     }
     vectors = next;
   }
+  accumulator.CloseChain();
 
   auto* const own = SharedAt<GradientSums>(plan.own_at);
   GradientsOverBlock(plan, share.place, accumulator, OnChipSumsMemory<F>(plan),

@@ -15,8 +15,8 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
     OnChipForwardKernel(OnChip plan, Problem problem, ForwardArrays arrays, void* exchanged) {
   using F = Arithmetic<T>;
   using V = Vector<T, kLanes>;
-  constexpr int kKept = OnChipVectors<kLanes>::kForwardKept;
-  constexpr int kBatch = OnChipVectors<kLanes>::kForward;
+  constexpr int kKept = OnChipVectors<kLanes>::kForward;
+  constexpr int kBatch = OnChipTuning::kInFlight / 2;
   static_assert(kKept <= 32, "`inside` has a bit for each");
   const Share share(plan);
   const Held<T, kLanes> held{plan, share};
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
   }
   accumulator.CloseChain();
   auto rest = share.template Through<kLanes>(plan, share.Kept(), share.steps - share.Kept());
-  AddMoments<T, kBatch>(&rest, arrays.x, Mask{}, &accumulator);
+  AddMoments<T, OnChipTuning::kInFlight>(&rest, arrays.x, Mask{}, &accumulator);
   held.template UseAll<1>(&accumulator, [&](int step) {
     F values[kLanes];
     V{held.At(0, step)}.Unpack(values);
@@ -94,6 +94,9 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
       if (!ahead.Inside()) continue;
       if (step - i >= share.Kept()) x[i].LoadLast(arrays.x, ahead.Offset());
       if (loads_residual) residual[i].LoadLast(arrays.residual, ahead.Offset());
+      // The next batch is on its way to L2 meanwhile.
+      if (step - i - kBatch >= share.Kept()) V::Prefetch(arrays.x, ahead.OffsetAhead(kBatch));
+      if (loads_residual && step - i >= kBatch) V::Prefetch(arrays.residual, ahead.OffsetAhead(kBatch));
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i, --step, walk.Advance()) {

@@ -11,9 +11,7 @@
 namespace tfops::cuda {
 namespace {
 
-constexpr int kRegisters = 64 << 10;      // of a multiprocessor
-constexpr int kRegistersPerThread = 128;  // that the kernels have at most
-constexpr int kReserved = 1 << 10;        // of each block's shared memory, by CUDA, from 8.0 on
+constexpr int kReserved = 1 << 10;  // of each block's shared memory, by CUDA, from 8.0 on
 
 // Clusters of 2, 4, 8 and 16 blocks, each with a multiprocessor to itself, that a whole H100 runs at once. A cluster is
 // within one of the parts that a GPU consists of, whose sizes differ from chip to chip. No GPU was asked for these.
@@ -50,23 +48,13 @@ double StreamingTime(const Situation& situation, const PolicyTuning& reckon) {
          (traffic.statistics + again + traffic.rest + traffic.written) / rate;
 }
 
-// How many blocks of a plan run at the same time: none where it does not fit.
-struct AtOnce {
-  int64_t blocks = 0;    // of a multiprocessor
-  int64_t clusters = 0;  // of the device
-};
-
-AtOnce AtOnceOf(const OnChip& plan, const Occupancy& occupancy) {
-  int k = 0;
-  while (k < Occupancy::kShares && plan.shared_bytes <= occupancy.room[k]) ++k;
-  if (k == 0) return {};
-  const int threads = plan.threads <= Occupancy::kThreads[0] ? 0 : 1;
-  AtOnce at_once{occupancy.blocks[threads][k - 1], 0};
-  if (plan.scope == Scope::kCluster) {
-    const int* const size = std::find(std::begin(Occupancy::kClusters), std::end(Occupancy::kClusters), plan.group);
-    at_once.clusters = occupancy.clusters[threads][size - std::begin(Occupancy::kClusters)][k - 1];
-  }
-  return at_once;
+// How many blocks of a plan run at the same time: none where it does not fit. Some multiprocessors remain without work
+// where blocks form clusters.
+int64_t AtOnce(const OnChip& plan, const Occupancy& occupancy) {
+  if (plan.shared_bytes > occupancy.room) return 0;
+  if (plan.scope != Scope::kCluster) return occupancy.blocks;
+  const int* const size = std::find(std::begin(Occupancy::kClusters), std::end(Occupancy::kClusters), plan.group);
+  return int64_t{occupancy.clusters[size - std::begin(Occupancy::kClusters)]} * plan.group;
 }
 
 struct Estimate {
@@ -77,13 +65,10 @@ struct Estimate {
 Estimate OnChipTime(const Situation& situation, const OnChip& plan, const PolicyTuning& reckon) {
   const auto& [problem, pass, aligned, device, occupancy] = situation;
   const Traffic traffic = TrafficOf(problem, pass);
-  const auto [at_once, clusters] = AtOnceOf(plan, occupancy);
-  // Some multiprocessors remain without work where blocks form clusters.
-  const bool clustered = plan.scope == Scope::kCluster;
-  const int64_t usable = clustered ? clusters * plan.group : device.multiprocessors * at_once;
+  const int64_t at_once = AtOnce(plan, occupancy);
   // What is read again, L2 still has if it is not too much, of all blocks that run at the same time.
   const double again = traffic.statistics * plan.ReadAgain();
-  const double of_running = std::min(1.0, static_cast<double>(usable) / static_cast<double>(plan.Blocks()));
+  const double of_running = std::min(1.0, static_cast<double>(at_once) / static_cast<double>(plan.Blocks()));
   const bool cached = again * of_running <= reckon.cache_share * static_cast<double>(device.l2_bytes);
   const double twice = again * (cached ? 1 + reckon.cache_factor : 2);  // of what is read again, both times
   const double once = traffic.statistics - again + traffic.rest + traffic.written;
@@ -91,9 +76,7 @@ Estimate OnChipTime(const Situation& situation, const OnChip& plan, const Policy
   const double block_elements =
       static_cast<double>(plan.share_steps) * plan.block.x * plan.block.y * plan.block.z * plan.lanes;
   const double of_block = block_elements / static_cast<double>(problem.Elements());
-  const int64_t working = std::clamp<int64_t>(usable / at_once, 1, device.multiprocessors);
-  const double waves = static_cast<double>(DivideUp(plan.Blocks(), usable));
-  const double busiest = static_cast<double>(DivideUp(plan.Blocks(), working));
+  const double waves = static_cast<double>(DivideUp(plan.Blocks(), at_once));
   // Neighbours in memory that a block reads: short runs waste memory's bursts.
   const double run = plan.planes       ? static_cast<double>(plan.inner) * plan.block.y
                      : plan.slabs == 1 ? static_cast<double>(plan.units) * plan.block.z
@@ -101,21 +84,19 @@ Estimate OnChipTime(const Situation& situation, const OnChip& plan, const Policy
   const double run_bytes = run * ElementBytes(problem.dtype);
   const double efficiency = run_bytes >= 128 ? 1 : run_bytes >= 64 ? 0.9 : run_bytes >= 32 ? 0.7 : 0.4;
   // What a multiprocessor has in flight at once limits its rate: of what is kept, all is asked for at once.
-  const double resident = std::min(static_cast<double>(at_once), busiest);
   const int arrays = pass == Pass::kForward ? 1 + plan.keeps_residual : 2 + NeedsResidual(problem);
-  const double step_bytes = resident * plan.threads * arrays * plan.lanes * ElementBytes(problem.dtype);
+  const double step_bytes = static_cast<double>(plan.threads) * arrays * plan.lanes * ElementBytes(problem.dtype);
   const auto rate = [&](int steps) {
     return std::min(reckon.own_rate, std::min(steps, plan.share_steps) * step_bytes / reckon.latency);
   };
-  const int rest_steps = InFlight(pass, plan.lanes);
-  const double of_busiest =
-      busiest * of_block *
-      (once / rate(plan.register_steps + plan.shared_steps + rest_steps) + twice / rate(rest_steps));
+  const double of_busiest = waves * of_block *
+                            (once / rate(plan.register_steps + plan.shared_steps + OnChipTuning::kInFlight) +
+                             twice / rate(OnChipTuning::kInFlight));
   const double moving =
       std::max((once + twice) / (reckon.memory_rate * device.multiprocessors), of_busiest) / efficiency;
   double meeting = 0;
   if (plan.group > 1) {
-    meeting = 2 * (clustered ? reckon.cluster_barrier : reckon.grid_barrier);
+    meeting = 2 * (plan.scope == Scope::kCluster ? reckon.cluster_barrier : reckon.grid_barrier);
     meeting += plan.group * reckon.merge_block;
   }
   const double extra_phase = problem.has_residual && !plan.keeps_residual && pass == Pass::kForward ? reckon.phase : 0;
@@ -125,36 +106,39 @@ Estimate OnChipTime(const Situation& situation, const OnChip& plan, const Policy
 
 // --- The plans ----------------------------------------------------------------------------------------------------
 
-// Calls body(block) for the ways in which `threads` threads can share a slab.
+constexpr int kThreads = OnChipTuning::kThreads;
+
+// Calls body(block) for the ways in which the threads of a block can share a slab.
 template <typename Body>
-void ForRows(const View& view, bool has_bits, int64_t size, int threads, const Body& body) {
+void ForRows(const View& view, bool has_bits, int64_t size, const Body& body) {
   const int64_t vectors = DivideUp(view.units, view.lanes);
   // A slab has whole channels, and threads that share a byte of activation bits are neighbours in a warp.
   int64_t unit = has_bits ? 8 / view.lanes : 1;
   if (view.repeat > 1) unit = vectors;
   if (view.repeat == 1 && view.pixels > 1) unit = view.pixels / std::gcd(view.pixels, view.lanes);
+  const int64_t most = kThreads / unit * unit;
+  if (most == 0) return;
   int64_t last = 0;
-  for (const int bytes : {32, 64, 128, 256, 512, 1024, 2048, 4096, 8192}) {
+  for (const int bytes : {32, 64, 128, 256, 512, 1024, 2048, 4096}) {
     const int64_t wanted = std::max<int64_t>(bytes / (view.lanes * size), 1);
-    const int64_t slabs = std::max<int64_t>(DivideUp(vectors, RoundUp(wanted, unit)), 1);
+    const int64_t slabs = DivideUp(vectors, std::min(RoundUp(wanted, unit), most));
     const int64_t x = RoundUp(DivideUp(vectors, slabs), unit);
-    if (x > threads) return;
     if (x == last) continue;
     last = x;
     Extent block;
     block.x = static_cast<int>(x);
-    block.z = static_cast<int>(std::min<int64_t>(threads / x, view.outer));
+    block.z = static_cast<int>(std::min<int64_t>(kThreads / x, view.outer));
     body(block);
   }
 }
 
 template <typename Body>
-void ForPlanes(const View& view, bool has_bits, int threads, const Body& body) {
+void ForPlanes(const View& view, bool has_bits, const Body& body) {
   const int64_t vectors = DivideUp(view.inner, view.lanes);
   const int64_t unit = has_bits ? 8 / view.lanes : 1;
   for (const int y : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64}) {
     if (y > 1 && y > view.units) return;
-    const int64_t most = threads / y / unit * unit;
+    const int64_t most = kThreads / y / unit * unit;
     if (most == 0) return;
     // The block is as wide as leaves few threads without work.
     Extent best;
@@ -164,8 +148,8 @@ void ForPlanes(const View& view, bool has_bits, int threads, const Body& body) {
       Extent block;
       block.x = static_cast<int>(RoundUp(DivideUp(vectors, across), unit));
       block.y = y;
-      block.z = static_cast<int>(std::min<int64_t>(threads / (block.x * y), view.outer));
-      const double used = static_cast<double>(vectors) * block.z * y / static_cast<double>(across * threads);
+      block.z = static_cast<int>(std::min<int64_t>(kThreads / (block.x * y), view.outer));
+      const double used = static_cast<double>(vectors) * block.z * y / static_cast<double>(across * kThreads);
       if (used > most_used * 1.03) {
         most_used = used;
         best = block;
@@ -183,37 +167,28 @@ void ForAllPlans(const Situation& situation, const Settings& settings, const Bod
   const View view = OnChipView(problem, situation.aligned);
   if (view.lanes == 1) return;  // single elements are streamed
   int index = 0;
-  for (const int threads : Occupancy::kThreads) {
-    const auto with_groups = [&](const Extent& block) {
-      OnChip plan;
-      static_cast<Tiling&>(plan) = MakeTiling(view, block, threads, /*by_channel=*/true);
-      plan.threads = threads;
-      const auto with_group = [&](Scope scope, int64_t group) {
-        plan.scope = scope;
-        plan.group = static_cast<int>(group);
-        // A block keeps what there is room for, beside so many others on its multiprocessor.
-        int64_t before = INT64_MAX;
-        for (const int64_t room : situation.occupancy.room) {
-          if (before <= room) continue;
-          LayOut(problem, situation.pass, room, &plan);
-          before = plan.shared_bytes;
-          body(plan, index++);
-        }
-      };
-      with_group(Scope::kBlock, 1);
-      for (const int group : Occupancy::kClusters) {
-        if (group <= device.largest_cluster && group <= plan.steps) with_group(Scope::kCluster, group);
-      }
-      // One block a multiprocessor: more would have more to exchange, and no more to work with.
-      const int64_t share =
-          std::min<int64_t>((device.multiprocessors - settings.free_multiprocessors) / plan.slabs, plan.steps);
-      if (device.cooperative && share > 1) with_group(Scope::kGrid, share);
+  const auto with_groups = [&](const Extent& block) {
+    OnChip plan;
+    static_cast<Tiling&>(plan) = MakeTiling(view, block, kThreads, /*by_channel=*/true);
+    plan.threads = kThreads;
+    const auto with_group = [&](Scope scope, int64_t group) {
+      plan.scope = scope;
+      plan.group = static_cast<int>(group);
+      LayOut(problem, situation.pass, situation.occupancy.room, &plan);
+      body(plan, index++);
     };
-    if (view.planes) {
-      ForPlanes(view, NeedsActivationBits(problem), threads, with_groups);
-    } else {
-      ForRows(view, NeedsActivationBits(problem), ElementBytes(problem.dtype), threads, with_groups);
+    with_group(Scope::kBlock, 1);
+    for (const int group : Occupancy::kClusters) {
+      if (group <= device.largest_cluster && group <= plan.steps) with_group(Scope::kCluster, group);
     }
+    const int64_t share =
+        std::min<int64_t>((device.multiprocessors - settings.free_multiprocessors) / plan.slabs, plan.steps);
+    if (device.cooperative && share > 1) with_group(Scope::kGrid, share);
+  };
+  if (view.planes) {
+    ForPlanes(view, NeedsActivationBits(problem), with_groups);
+  } else {
+    ForRows(view, NeedsActivationBits(problem), ElementBytes(problem.dtype), with_groups);
   }
 }
 
@@ -236,16 +211,10 @@ std::string Microseconds(double nanoseconds) {
   return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " us";
 }
 
-bool SumsTooMuch(Pass pass, const OnChip& plan) {
-  return pass == Pass::kBackward && plan.share_steps > OnChipTuning::kMostBackwardSteps;
-}
-
 bool Fits(const Situation& situation, const Settings& settings, const OnChip& plan) {
-  const auto [blocks, clusters] = AtOnceOf(plan, situation.occupancy);
-  if (blocks == 0 || plan.Blocks() > INT32_MAX || SumsTooMuch(situation.pass, plan)) return false;
-  if (plan.scope == Scope::kCluster) return clusters > 0;
-  const int64_t multiprocessors = situation.device.multiprocessors - settings.free_multiprocessors;
-  return plan.scope == Scope::kBlock || plan.Blocks() <= blocks * multiprocessors;
+  const int64_t at_once = AtOnce(plan, situation.occupancy);
+  if (at_once == 0 || plan.Blocks() > INT32_MAX) return false;
+  return plan.scope != Scope::kGrid || plan.Blocks() <= at_once - settings.free_multiprocessors;
 }
 
 // Calls body(choice) for every plan that fits.
@@ -270,41 +239,28 @@ bool IsForced(const Settings& settings, Tier tier, int group) {
   return tier == settings.tier && (tier != Tier::kCluster || settings.cluster == 0 || settings.cluster == group);
 }
 
-// Why there is no plan on the chip.
-std::string WhyNothingFits(const Situation& situation) {
-  if (OnChipView(situation.problem, situation.aligned).lanes == 1) return "single elements are streamed";
-  bool all_sum_too_much = true;
-  ForAllPlans(situation, {}, [&](const OnChip& plan, int) {
-    all_sum_too_much = all_sum_too_much && SumsTooMuch(situation.pass, plan);
-  });
-  return all_sum_too_much ? "a thread would sum too many vectors" : "the data do not fit on the chip";
+// Why there is no plan on the chip, whatever it may hold.
+const char* WhyNoPlan(const Situation& situation) {
+  const bool has_vectors = MakeView(situation.problem, situation.aligned, int64_t{1} << 30, true).lanes > 1;
+  return has_vectors ? "a slab of whole channels would be wider than a block" : "single elements are streamed";
 }
 
 // Why nothing that is forced fits.
 std::string WhyNot(const Situation& situation, const Settings& settings) {
   const Device& device = situation.device;
-  if (OnChipView(situation.problem, situation.aligned).lanes == 1) {
-    return "its rows are not vectors of 16 bytes, and single elements are streamed";
-  }
+  if (OnChipView(situation.problem, situation.aligned).lanes == 1) return WhyNoPlan(situation);
   int64_t least_shared = INT64_MAX;
-  bool any = false, all_sum_too_much = true;
   ForAllPlans(situation, settings, [&](const OnChip& plan, int) {
     if (!IsForced(settings, TierOf(plan), plan.group)) return;
-    const bool sums_too_much = SumsTooMuch(situation.pass, plan);
-    all_sum_too_much = all_sum_too_much && sums_too_much;
-    if (!sums_too_much) least_shared = std::min<int64_t>(least_shared, plan.shared_bytes);
-    any = true;
+    least_shared = std::min<int64_t>(least_shared, plan.shared_bytes);
   });
   if (settings.tier == Tier::kCluster && device.largest_cluster < 2) {
     return "a GPU of compute capability " + std::to_string(device.compute_capability / 10) + "." +
            std::to_string(device.compute_capability % 10) + " has no clusters";
   }
   if (settings.tier == Tier::kGrid && !device.cooperative) return "this GPU has no cooperative launches";
-  if (!any) return "there is no work for a second block";
-  if (all_sum_too_much) {
-    return "a thread would sum more than " + std::to_string(OnChipTuning::kMostBackwardSteps) + " vectors in one chain";
-  }
-  const int64_t room = situation.occupancy.room[0];
+  if (least_shared == INT64_MAX) return "there is no work for a second block";
+  const int64_t room = situation.occupancy.room;
   if (least_shared <= room) return "this GPU does not hold so many blocks at once";
   return "a block would have to keep " + Kilobytes(least_shared) + " on the chip, and has at most " + Kilobytes(room);
 }
@@ -332,29 +288,22 @@ View OnChipView(const Problem& problem, bool aligned) {
   return too_long || too_ragged ? MakeView(problem, aligned, 0, true) : view;
 }
 
-int64_t RoomOf(const Device& device, int static_bytes, int k) {
-  const int reserved = device.compute_capability >= 80 ? kReserved : 0;
+int64_t RoomOf(const Device& device, int static_bytes) {
   // The limit of a block excludes what is reserved, by CUDA's documentation.
-  const int64_t limit = device.shared_bytes_per_block - static_bytes - (device.compute_capability >= 90 ? reserved : 0);
-  const int64_t share = device.shared_bytes_per_multiprocessor / k - static_bytes - reserved;
-  return std::max<int64_t>(k == 1 ? limit : std::min(limit, share / 1024 * 1024), 0);
+  const int64_t reserved = device.compute_capability >= 90 ? kReserved : 0;
+  return std::max<int64_t>(device.shared_bytes_per_block - static_bytes - reserved, 0);
 }
 
 Occupancy OccupancyOnPaper(const Device& device) {
   Occupancy paper;
   paper.static_bytes = device.compute_capability >= 90 ? kReserved : 0;  // as compiled for these, by cuobjdump
-  for (int k = 1; k <= Occupancy::kShares; ++k) {
-    const int64_t room = paper.room[k - 1] = RoomOf(device, paper.static_bytes, k);
-    for (size_t t = 0; t < std::size(Occupancy::kThreads); ++t) {
-      const int by_registers = kRegisters / (kRegistersPerThread * Occupancy::kThreads[t]);
-      const int blocks = paper.blocks[t][k - 1] = room > 0 ? std::min(k, by_registers) : 0;
-      for (size_t s = 0; s < std::size(Occupancy::kClusters); ++s) {
-        const int size = Occupancy::kClusters[s];
-        if (size > std::min(device.largest_cluster, device.multiprocessors)) continue;
-        const int64_t clusters = int64_t{device.multiprocessors} * kPaperClusters[s] / kPaperMultiprocessors;
-        paper.clusters[t][s][k - 1] = blocks * static_cast<int>(std::max<int64_t>(clusters, 1));
-      }
-    }
+  paper.room = RoomOf(device, paper.static_bytes);
+  if (paper.room == 0) return paper;
+  paper.blocks = device.multiprocessors;
+  for (size_t s = 0; s < std::size(Occupancy::kClusters); ++s) {
+    if (Occupancy::kClusters[s] > std::min(device.largest_cluster, device.multiprocessors)) continue;
+    const int64_t clusters = int64_t{device.multiprocessors} * kPaperClusters[s] / kPaperMultiprocessors;
+    paper.clusters[s] = static_cast<int>(std::max<int64_t>(clusters, 1));
   }
   return paper;
 }
@@ -433,7 +382,10 @@ std::string Explain(const Situation& situation, const Choice& choice) {
     }
   }
   if (choice.forced) return what + ": the tier is forced";
-  if (choice.tier == Tier::kStreaming && !choice.any_fits) return what + ": " + WhyNothingFits(situation);
+  if (choice.tier == Tier::kStreaming && !choice.any_fits) {
+    const bool planned = OnChipView(situation.problem, situation.aligned).lanes > 1;
+    return what + ": " + (planned ? "the data do not fit on the chip" : WhyNoPlan(situation));
+  }
   what += ": about " + Microseconds(choice.nanoseconds);
   if (choice.next_nanoseconds > 0) {
     what += ", against " + Microseconds(choice.next_nanoseconds) + " of " + NameOf(choice.next);

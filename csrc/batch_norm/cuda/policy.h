@@ -53,10 +53,10 @@ View OnChipView(const Problem& problem, bool aligned);
 // What an on-chip kernel is taken to have on a device that cannot be asked: a table, made of numbers of an H100.
 Occupancy OccupancyOnPaper(const Device& device);
 
-// Dynamic shared memory that k blocks of a multiprocessor may have each, for a kernel with so much static memory, by
-// every reading of CUDA's numbers: whether or not static memory is part of the limit of a block, and whether or not
-// what CUDA reserves is part of either.
-int64_t RoomOf(const Device& device, int static_bytes, int k);
+// Dynamic shared memory that a block may have, of a kernel with so much static memory, by every reading of CUDA's
+// numbers: whether or not static memory is part of the limit of a block, and whether or not what CUDA reserves is part
+// of either.
+int64_t RoomOf(const Device& device, int static_bytes);
 
 struct Choice {
   Tier tier = Tier::kStreaming;

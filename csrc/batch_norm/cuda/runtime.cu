@@ -34,7 +34,7 @@ constexpr const char* kLeastRelease = kLeastDriver == 12000   ? " (release 525 o
                                                               : "";
 
 Status Look(int number, Device* device) {
-  int major = 0, minor = 0, shared_per_block = 0, shared_per_multiprocessor = 0, l2 = 0, cooperative = 0, clusters = 0;
+  int major = 0, minor = 0, shared_per_block = 0, l2 = 0, cooperative = 0, clusters = 0;
   const struct {
     cudaDeviceAttr attribute;
     int* value;
@@ -43,7 +43,6 @@ Status Look(int number, Device* device) {
       {cudaDevAttrComputeCapabilityMinor, &minor},
       {cudaDevAttrMultiProcessorCount, &device->multiprocessors},
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_per_block},
-      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_per_multiprocessor},
       {cudaDevAttrL2CacheSize, &l2},
       {cudaDevAttrCooperativeLaunch, &cooperative},
       {cudaDevAttrClusterLaunch, &clusters},
@@ -54,7 +53,6 @@ Status Look(int number, Device* device) {
   }
   device->compute_capability = major * 10 + minor;
   device->shared_bytes_per_block = shared_per_block;
-  device->shared_bytes_per_multiprocessor = shared_per_multiprocessor;
   device->l2_bytes = l2;
   device->cooperative = cooperative != 0;
   // The largest cluster that any chip of this compute capability has. AskOccupancy() is told whether this chip has it,

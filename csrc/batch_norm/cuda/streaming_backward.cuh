@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
     GradientMomentsKernel(StreamingTiling tiling, AffineArrays affine_arrays, GradientArrays arrays,
                           Activation activation, GradientSums* partials) {
   using F = Arithmetic<T>;
-  GradientAccumulator<F, kLanes, /*kInChains=*/true> accumulator;
+  GradientAccumulator<F, kLanes> accumulator;
   auto walk = WalkSplit<kLanes, Direction::kForward>(tiling);
   const Affine<F, kLanes> affine(affine_arrays, tiling, walk);
   AddGradients<T, StreamingBatch<kLanes>::kGradientMoments>(arrays, tiling, activation, affine, &walk, &accumulator);

@@ -3,8 +3,7 @@
 //
 // A thread sums in short chains, one to each lane of its vectors, and closes a chain into its total every
 // Tuning::kChain vectors or so. So rounding errors grow with the length of a chain plus the number of chains, not with
-// their product. (The on-chip backward pass has registers for one chain alone: its plans bound the length.) From the
-// block on, sums are in double.
+// their product. From the block on, sums are in double.
 
 #ifndef TFOPS_BATCH_NORM_CUDA_SUMS_CUH_
 #define TFOPS_BATCH_NORM_CUDA_SUMS_CUH_
@@ -112,8 +111,8 @@ __device__ __forceinline__ void AddMoments(Walk<kLanes, Direction::kForward>* wa
   }
 }
 
-// Sums of dz and of dz * xc: in chains, or, for a thread that has few vectors and few registers, in one.
-template <typename F, int kLanes, bool kInChains>
+// Sums of dz and of dz * xc, in chains.
+template <typename F, int kLanes>
 class GradientAccumulator {
  public:
   __device__ __forceinline__ void Add(const F (&dz)[kLanes], const F (&xc)[kLanes]) {
@@ -130,7 +129,6 @@ class GradientAccumulator {
   }
 
   __device__ __forceinline__ void CloseChain() {
-    static_assert(kInChains);
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
       totals_[0][lane] += sums_[0][lane];
@@ -141,10 +139,7 @@ class GradientAccumulator {
   }
 
   // Of the closed chains.
-  __device__ __forceinline__ const F (&Totals() const)[2][kLanes] {
-    if constexpr (kInChains) return totals_;
-    return sums_;
-  }
+  __device__ __forceinline__ const F (&Totals() const)[2][kLanes] { return totals_; }
 
  private:
   int chain_ = 0;
@@ -271,9 +266,9 @@ struct GradientSums {
 };
 
 // Likewise calls store(r, sums).
-template <typename F, int kLanes, bool kInChains, typename Store>
+template <typename F, int kLanes, typename Store>
 __device__ __forceinline__ void GradientsOverBlock(const Tiling& tiling, const Place& place,
-                                                   const GradientAccumulator<F, kLanes, kInChains>& accumulator,
+                                                   const GradientAccumulator<F, kLanes>& accumulator,
                                                    const SumsMemory<F>& memory, const Store& store) {
   SumOverBlock(tiling, place, accumulator.Totals(), memory, memory.totals);
   for (int r = ThreadInBlock(); r < tiling.sums.results; r += BlockThreads()) {

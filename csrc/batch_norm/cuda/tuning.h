@@ -40,19 +40,21 @@ struct StreamingBatch {
 
 // The on-chip tiers, whose blocks keep what they read.
 struct OnChipTuning {
-  static constexpr int kThreads = 512;   // a block's at most
-  static constexpr int kCopyGroups = 4;  // in which what is kept in shared memory arrives, one summed after the other
-  // Steps of a thread in the backward pass, which sums them in one chain.
-  static constexpr int kMostBackwardSteps = 2 * Tuning::kChain;
+  // A block's, which has all registers of a multiprocessor, 255 a thread: the fewer threads share them, the more is
+  // left of them for what is to be kept. What the threads have in flight makes up for their number.
+  static constexpr int kThreads = 256;
+  // In so many groups what is kept in shared memory arrives, one summed after the other.
+  static constexpr int kCopyGroups = 4;
+  // Vectors that a thread has in flight, of each array that it does not keep: on their way to registers, half of them
+  // where two arrays are read, and to L2.
+  static constexpr int kInFlight = 8;
 };
 
-// Vectors of each array that a thread keeps in registers; and those that it has in flight, of what it does not keep.
+// Vectors of each array that a thread keeps in registers: the most that ptxas spills on no architecture.
 template <int kLanes>
 struct OnChipVectors {
-  static constexpr int kForwardKept = kLanes == 4 ? 7 : 6;                     // of x
-  static constexpr int kForward = 4;                                           // of x and residual
-  static constexpr int kBackwardKept = kLanes == 4 ? 4 : kLanes == 2 ? 3 : 1;  // of dy and x
-  static constexpr int kBackward = 4;                                          // likewise, all but one of them in L2
+  static constexpr int kForward = 32;                      // of x
+  static constexpr int kBackward = kLanes == 8 ? 15 : 16;  // of dy and x
 };
 
 // What the policy reckons with, in nanoseconds and bytes per nanosecond. Estimates for an H200, whose memory moves 4.3

@@ -90,7 +90,8 @@ class Walk {
   __device__ __forceinline__ int64_t Offset() const { return offset_; }
   // That of a vector so many steps on, or nearly so: not where planes end in between.
   __device__ __forceinline__ int64_t OffsetAhead(int steps) const {
-    return offset_ + steps * (steps_across_ == 1 ? stride_down_ : stride_across_);
+    const int64_t distance = steps * (steps_across_ == 1 ? stride_down_ : stride_across_);
+    return kDirection == Direction::kForward ? offset_ + distance : offset_ - distance;
   }
 
   // Where the byte is that has the activation bit of the vector's first element, and which of its bits that is.

@@ -395,9 +395,8 @@ def cuda_plan(
         activation: As for `forward`.
         aligned: Whether all arrays are aligned to 16 bytes.
         **device: Properties of the GPU that differ from those of the current one, or of an H200 if there is none:
-            compute_capability (90 for 9.0), multiprocessors, shared_bytes_per_block, shared_bytes_per_multiprocessor,
-            l2_bytes, largest_cluster (1 where there are no clusters) and cooperative (whether all blocks of a grid can
-            synchronize).
+            compute_capability (90 for 9.0), multiprocessors, shared_bytes_per_block, l2_bytes, largest_cluster (1
+            where there are no clusters) and cooperative (whether all blocks of a grid can synchronize).
 
     Returns:
         The plan.

@@ -121,7 +121,6 @@ class CudaDevice:
     compute_capability: int
     multiprocessors: int
     shared_bytes_per_block: int
-    shared_bytes_per_multiprocessor: int
     l2_bytes: int
     largest_cluster: int
     cooperative: bool

@@ -82,6 +82,6 @@ def names_on(module: Any) -> set[str]:
     """All that there are on the current GPU, by what CUDA says of the kernels."""
     device = module.CudaDevice()
     occupancy = module.cuda_occupancy(module.DataType.float32, False, device)
-    sizes = {size for of in occupancy["clusters"].values() for size, counts in of.items() if any(counts)}
+    sizes = {size for size, count in occupancy["clusters"].items() if count}
     grid = {"grid"} if device.cooperative and device.multiprocessors > 1 else set()
     return {"one_block", "streaming", *grid, *(f"cluster {size}" for size in sizes)}
