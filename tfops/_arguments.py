@@ -9,7 +9,21 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import tensorflow as tf
 
-Activation = Literal["relu", "relu6", "leaky_relu", "silu"]
+Activation = Literal[
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "silu",
+    "hard_silu",
+    "gelu",
+    "gelu_tanh",
+    "elu",
+    "selu",
+    "tanh",
+    "sigmoid",
+    "softplus",
+    "mish",
+]
 ACTIVATIONS: tuple[Activation | None, ...] = (None, *get_args(Activation))
 _AXIS_OF_FORMAT = {"NHWC": -1, "NDHWC": -1, "NWC": -1, "NCHW": 1, "NCDHW": 1, "NCW": 1}
 _DATA_TYPES = (tf.float32, tf.bfloat16, tf.float16, tf.float64)

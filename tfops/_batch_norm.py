@@ -58,7 +58,9 @@ def fused_batch_norm(
         exponential_avg_factor: The share f of the batch in the returned statistics, in [0, 1]. None means 1. It is
             rounded as `epsilon` is.
         axis: The dimension of the channels, in [-rank, rank). It replaces `data_format`.
-        activation: None, "relu", "relu6", "leaky_relu" (with slope 0.2) or "silu".
+        activation: None, or one of "relu", "relu6", "leaky_relu" (with slope 0.2), "silu", "hard_silu", "gelu",
+            "gelu_tanh", "elu", "selu", "tanh", "sigmoid", "softplus" and "mish".
+            "gelu" is z Phi(z), and "gelu_tanh" its approximation by tanh.
         residual: A tensor of the shape and dtype of x, added before the activation.
         unbiased: Whether the returned variance is the unbiased estimate, which divides by n - 1 where v divides by n,
             the number of elements in a channel. (For n = 1, both divide by 1.)

@@ -13,9 +13,10 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfops import _activations
 from tfops import _second_derivatives as second
 from tfops._arguments import Arguments, param_type, value_of
-from tfops.reference import _ACTIVATIONS, _check, _compute
+from tfops.reference import _check, _compute
 
 _LEAST_EPSILON = 1.001e-5  # TensorFlow's function raises one that is smaller to this, without a word
 _VECTORS = ("scale", "offset", "mean", "variance")
@@ -48,7 +49,7 @@ def fused_batch_norm(arguments: Arguments, name: str | None = None) -> _Outputs:
                 return unfold(y), mean, variance
             z, mean, variance = (_train if training else _infer)(folded)
             z = unfold(z) if arguments.residual is None else unfold(z) + arguments.residual
-            return _ACTIVATIONS[arguments.activation](z), mean, variance
+            return _activations.apply(arguments.activation, z), mean, variance
 
         if isinstance(training, bool):
             y, mean, variance = run(training)

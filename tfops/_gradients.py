@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from tfops import _gpus
 from tfops import _second_derivatives as second
+from tfops._activations import is_piecewise_linear
 from tfops._arguments import param_type, value_of
 from tfops._library import ops
 
@@ -52,7 +53,7 @@ def _training_grad(op: tf.Operation, dy: Any, dmean: Any, dvariance: Any, *_: An
     running, residual = _split(rest)
     _, _, _, saved_mean, saved_inv_std, mask = op.outputs
     attributes = _attributes(op, _SHARED + _TRAINING)
-    needs_residual = residual and attributes["activation"] == "silu"
+    needs_residual = residual and attributes["activation"] and not is_piecewise_linear(attributes["activation"])
     with _gpus.beside_forward():
         dx, dscale, doffset, dresidual = ops.tfops_batch_norm_training_grad(
             dy,

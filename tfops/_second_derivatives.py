@@ -18,12 +18,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from tfops import _mask
-
-_LEAKY_RELU_SLOPE = float(np.float32(0.2))  # as the kernels have it, and tf.nn.leaky_relu's attribute
+from tfops._activations import ACTIVATIONS, PiecewiseLinear, Smooth
 
 
 class Layout:
@@ -82,36 +80,27 @@ class Forward:
             self.xc = x - layout.vector(mean)
         self.inv_std = tf.math.rsqrt(variance + epsilon)
         self.slope = self.scale * self.inv_std
-        self.activation = activation
-        self._on: Any = None
-        self._sigmoid: Any = None
+        self.activation = ACTIVATIONS[activation] if activation else None
         self._z: Any = None
-        if mask is not None:
-            self._on = layout.bits(mask)
-        elif activation:
+        if mask is None and activation:
             z = self.xc * layout.vector(self.slope) + layout.vector(offset)
-            z = z if residual is None else z + residual
-            if activation == "silu":
-                self._z, self._sigmoid = z, tf.sigmoid(z)
-            else:
-                self._on = (z > 0) & (z < 6) if activation == "relu6" else z > 0
+            self._z = z if residual is None else z + residual
+        if isinstance(self.activation, PiecewiseLinear):
+            self._on = self.activation.is_on(self._z) if mask is None else layout.bits(mask)
+        elif self.activation:
+            self._slope = self.activation.slope(self._z)
         self.dz = self.times_slope(self.dy)
 
     def times_slope(self, gradient: tf.Tensor) -> tf.Tensor:
         """gradient * act'(z)."""
-        if self.activation == "silu":
-            return gradient * self._sigmoid * (1 + self._z * (1 - self._sigmoid))
-        if self.activation:
-            leaky = self.activation == "leaky_relu"
-            return tf.where(self._on, gradient, gradient * _LEAKY_RELU_SLOPE if leaky else tf.zeros_like(gradient))
-        return gradient
+        if isinstance(self.activation, PiecewiseLinear):
+            off = self.activation.off_slope
+            return tf.where(self._on, gradient, gradient * off if off else tf.zeros_like(gradient))
+        return gradient * self._slope if self.activation else gradient
 
     def times_curvature(self, gradient: tf.Tensor) -> tf.Tensor | None:
         """gradient * act''(z), or None where act'' is 0 everywhere."""
-        if self.activation != "silu":
-            return None
-        s = self._sigmoid
-        return gradient * s * (1 - s) * (2 + self._z * (1 - 2 * s))
+        return gradient * self.activation.curvature(self._z) if isinstance(self.activation, Smooth) else None
 
 
 class _Adjoints:

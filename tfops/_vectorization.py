@@ -16,6 +16,7 @@ import tensorflow as tf
 from tensorflow.python.ops.parallel_for import pfor  # there is no public way to register a converter
 
 from tfops import _gpus, _mask
+from tfops._activations import is_piecewise_linear
 from tfops._library import ops
 
 _OPS = {
@@ -31,7 +32,6 @@ _OPS = {
 _DATA = {"x", "dy", "residual", "y", "dx", "dresidual"}
 _ROWS = {"keep"}
 _MASK = {"mask"}
-_PIECEWISE_LINEAR = {"relu", "relu6", "leaky_relu"}  # with these a residual is not kept for the gradient, but a mask
 
 
 class _Folding:
@@ -136,7 +136,7 @@ def _convert(pfor_input: Any) -> list[Any]:
         return [pfor.wrap(y, not _is_missing(name, op)) for name, y in zip(results, outputs, strict=True)]
 
     pfor_input.stack_inputs()
-    folding = _Folding(pfor_input.stacked_input(place), axis, _activation_with_residual(op) in _PIECEWISE_LINEAR)
+    folding = _Folding(pfor_input.stacked_input(place), axis, is_piecewise_linear(_activation_with_residual(op)))
     inputs = [_of_kind(folding, "fold", name)(each.t) for name, each in zip(names, pfor_input.inputs, strict=True)]
     outputs = _call(op, inputs, axis=1)
     return [

@@ -41,7 +41,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfops import fused_batch_norm
+from tfops import _activations, fused_batch_norm
+from tfops._arguments import ACTIVATIONS
 
 __all__ = ["Case", "Result", "check", "main"]
 
@@ -49,14 +50,13 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 SHAPES = {"NHWC": (3, 2, 4, 5), "NCHW": (4, 3, 2, 3), "NC": (12, 5)}
 LAYOUTS = tuple(SHAPES)
 MODES = ("training", "moving", "inference")
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu")
 INPUTS = ("x", "scale", "offset", "residual", "mean", "variance")
 Function = Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor]]  # with the signature of fused_batch_norm
 
 EPSILON = 1e-3
 MOVING_FACTOR = 0.25  # exponential_avg_factor of mode "moving"
 STEP = 2.0**-16  # a power of two: v + h and v - h are exact
-KINKS = (0.0, 6.0)
+KINKS = tuple(sorted({kink for each in _activations.ACTIVATIONS.values() for kink in each.kinks}))
 KINK_MARGIN = 0.1  # a perturbation moves z by 1e-4 at most, rounding z to bfloat16 by 0.03
 
 
@@ -68,7 +68,7 @@ class Case:
         layout: "NHWC", "NCHW" or "NC".
         mode: "training" (loss of y alone), "moving" (training with exponential_avg_factor < 1 and the mean and
             variance outputs in the loss) or "inference".
-        activation: None, "relu", "relu6", "leaky_relu" or "silu".
+        activation: As for `tfops.fused_batch_norm`.
         residual: Whether a residual is added before the activation.
 
     Raises:

@@ -6,15 +6,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfops import _activations
 from tfops._arguments import Activation, Arguments, convert
-
-_ACTIVATIONS = {
-    None: tf.identity,
-    "relu": tf.nn.relu,
-    "relu6": tf.nn.relu6,
-    "leaky_relu": lambda z: tf.nn.leaky_relu(z, alpha=0.2),
-    "silu": lambda z: z * tf.sigmoid(z),
-}
 
 
 def fused_batch_norm(
@@ -50,7 +43,7 @@ def fused_batch_norm(
         name: The name of the scope that the operations are made in.
         exponential_avg_factor: The share of the batch in the returned statistics.
         axis: The dimension of the channels. It replaces `data_format`.
-        activation: None, "relu", "relu6", "leaky_relu" or "silu".
+        activation: As for `tfops.fused_batch_norm`.
         residual: Of x's shape and dtype, or None.
         unbiased: Whether the returned variance is the unbiased estimate.
 
@@ -109,7 +102,7 @@ def _compute(arguments: Arguments) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         z = (wide - tf.reshape(center, vector_shape)) * slope + tf.reshape(offset, vector_shape)
         if residual is not None:
             z += tf.cast(residual, param)
-        return tf.cast(_ACTIVATIONS[activation](z), dtype)
+        return tf.cast(_activations.apply(activation, z), dtype)
 
     def train() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         count = tf.cast(tf.size(x, out_type=tf.int64), param) / tf.cast(tf.maximum(tf.size(scale), 1), param)

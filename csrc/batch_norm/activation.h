@@ -1,18 +1,26 @@
 // Activations and their derivatives, shared by host and device.
 //
-// F is float or double, or a GCC vector of them: `a < b ? c : d` then selects lane by lane.
+// TFOPS_ACTIVATIONS in batch_norm.h lists them; each is a struct of that name here, of one of two kinds:
+//
+//   piecewise linear: Of(z), IsOn(z), whether the slope is 1 at z, and kOffSlope, the slope where it is not;
+//   smooth:           Of(z), and SlopeOf(z), its derivative.
+//
+// F is float or double, or a GCC vector of them: `a < b ? c : d` then selects lane by lane. Comparisons are written so
+// that NaN comes out as NaN.
 
 #ifndef TFOPS_BATCH_NORM_ACTIVATION_H_
 #define TFOPS_BATCH_NORM_ACTIVATION_H_
 
 #include <cmath>
+#include <type_traits>
+#include <utility>
 
 #include "csrc/batch_norm/batch_norm.h"
 #include "csrc/batch_norm/portable.h"
 
 namespace tfops {
 
-inline constexpr float kLeakyReluSlope = 0.2f;  // the default of tf.nn.leaky_relu and keras.activations.leaky_relu
+// --- Functions of vectors have specializations in cpu/vector_activation.h -------------------------------------------
 
 template <typename F>
 struct Exponential {
@@ -23,11 +31,14 @@ struct Exponential<float> {
   static TFOPS_INLINE float Of(float z) { return expf(z); }
 };
 
-// z, or the bound that it is beyond. NaN comes out as NaN.
+// exp(z) - 1, for z <= 0.
 template <typename F>
-struct Bound {
-  static TFOPS_INLINE F Below(F z, F low) { return z < low ? low : z; }
-  static TFOPS_INLINE F Above(F z, F high) { return z > high ? high : z; }
+struct ExponentialLessOne {
+  static TFOPS_INLINE F Of(F z) { return expm1(z); }
+};
+template <>
+struct ExponentialLessOne<float> {
+  static TFOPS_INLINE float Of(float z) { return expm1f(z); }
 };
 
 // 1 / x, of floats on a GPU to 1 ulp: without the branch, and the call, that division has there for small results.
@@ -46,61 +57,374 @@ struct Reciprocal<float> {
 };
 #endif
 
+// log(1 + e), for 0 <= e <= 1: 2 atanh(s) with s = e / (2 + e), as a series, for s is a third at most. Error < 2 ulp of
+// float.
 template <typename F>
-TFOPS_INLINE F Sigmoid(F z) {
+struct LogarithmOfOnePlus {
+  static TFOPS_INLINE F Of(F e) {
+    const F s = e / (e + 2.0f);
+    const F w = s * s;
+    F p = w * (1.0f / 13) + 1.0f / 11;
+    p = p * w + 1.0f / 9;
+    p = p * w + 1.0f / 7;
+    p = p * w + 1.0f / 5;
+    p = p * w + 1.0f / 3;
+    return 2.0f * (p * w * s + s);
+  }
+};
+template <>
+struct LogarithmOfOnePlus<double> {
+  static TFOPS_INLINE double Of(double e) { return log1p(e); }
+};
+
+// The normal distribution's probability of less than -a, for a >= 0, from density = exp(-a * a / 2): that times a
+// polynomial in 1 / (1 + 0.4 a), fitted to the least relative error, of 2e-8, which rounding makes 2 ulp of float.
+template <typename F>
+struct NormalTail {
+  static TFOPS_INLINE F Of(F a, F density) {
+    const F t = Reciprocal<F>::Of(a * 0.4f + 1.0f);
+    F p = t * 3.2295036044e-02f - 1.7723716488e-01f;
+    p = p * t + 3.8325206794e-01f;
+    p = p * t - 3.7520737675e-01f;
+    p = p * t + 1.2037607461e-01f;
+    p = p * t - 2.7261017316e-02f;
+    p = p * t + 9.1459395540e-02f;
+    p = p * t + 1.3311753266e-01f;
+    p = p * t + 1.5962965449e-01f;
+    p = p * t + 1.5957580527e-01f;
+    return density * (p * t);
+  }
+};
+template <>
+struct NormalTail<double> {
+  static TFOPS_INLINE double Of(double a, double /*density*/) { return erfc(a * 0.70710678118654752) * 0.5; }
+};
+
+// z, or the bound that it is beyond. NaN comes out as NaN.
+template <typename F>
+struct Bound {
+  static TFOPS_INLINE F Below(F z, F low) { return z < low ? low : z; }
+  static TFOPS_INLINE F Above(F z, F high) { return z > high ? high : z; }
+};
+
+template <typename F>
+TFOPS_INLINE F SigmoidOf(F z) {
   return Reciprocal<F>::Of(1 + Exponential<F>::Of(-z));
 }
 
-// Comparisons are written so that NaN comes out as NaN.
-template <Activation kActivation, typename F>
-TFOPS_INLINE F Activate(F z) {
-  const F zero = F{};
-  if constexpr (kActivation == Activation::kRelu) return Bound<F>::Below(z, zero);
-  if constexpr (kActivation == Activation::kRelu6) return Bound<F>::Above(Bound<F>::Below(z, zero), zero + 6);
-  if constexpr (kActivation == Activation::kLeakyRelu) return z < zero ? z * kLeakyReluSlope : z;
-  if constexpr (kActivation == Activation::kSilu) return z * Sigmoid(z);
-  return z;
+// A number, in every lane if F is a vector.
+template <typename F>
+TFOPS_INLINE F Number(double value) {
+  if constexpr (std::is_arithmetic_v<F>) {
+    return static_cast<F>(value);
+  } else {
+    return F{} + static_cast<std::remove_reference_t<decltype(std::declval<F&>()[0])>>(value);
+  }
 }
 
-// Whether the activation is piecewise linear with slopes 1 and OffSlope: one bit says all about its derivative.
-constexpr bool IsPiecewiseLinear(Activation activation) {
-  return activation == Activation::kRelu || activation == Activation::kRelu6 || activation == Activation::kLeakyRelu;
-}
+// --- Activations ---------------------------------------------------------------------------------------------------
+
+namespace activations {
+
+struct PiecewiseLinear {
+  static constexpr bool kIsPiecewiseLinear = true;
+  static constexpr float kOffSlope = 0;
+};
+
+struct Smooth {
+  static constexpr bool kIsPiecewiseLinear = false;
+};
+
+struct None : Smooth {
+  template <typename F>
+  static TFOPS_INLINE F Of(F z) {
+    return z;
+  }
+  template <typename F>
+  static TFOPS_INLINE F SlopeOf(F) {
+    return Number<F>(1);
+  }
+};
+
+struct Relu : PiecewiseLinear {
+  template <typename F>
+  static TFOPS_INLINE F Of(F z) {
+    return Bound<F>::Below(z, F{});
+  }
+  template <typename F>
+  static TFOPS_INLINE auto IsOn(F z) {
+    return z > F{};
+  }
+};
+
+struct Relu6 : PiecewiseLinear {
+  template <typename F>
+  static TFOPS_INLINE F Of(F z) {
+    return Bound<F>::Above(Bound<F>::Below(z, F{}), F{} + 6);
+  }
+  template <typename F>
+  static TFOPS_INLINE auto IsOn(F z) {
+    return (z > F{}) & (z < F{} + 6);
+  }
+};
+
+struct LeakyRelu : PiecewiseLinear {
+  static constexpr float kOffSlope = 0.2f;  // the default of tf.nn.leaky_relu and keras.activations.leaky_relu
+  template <typename F>
+  static TFOPS_INLINE F Of(F z) {
+    return z < F{} ? z * kOffSlope : z;
+  }
+  template <typename F>
+  static TFOPS_INLINE auto IsOn(F z) {
+    return z > F{};
+  }
+};
+
+// z * sigmoid(z), as MobileNetV3's and EfficientNet's.
+struct Silu : Smooth {
+  template <typename F>
+  static TFOPS_INLINE F Of(F z) {
+    return z * SigmoidOf(z);
+  }
+  template <typename F>
+  static TFOPS_INLINE F SlopeOf(F z) {
+    const F sigmoid = SigmoidOf(z);
+    return sigmoid * (1 + z * (1 - sigmoid));
+  }
+};
+
+// z * min(max(z + 3, 0), 6) / 6: 0 below -3, and z above 3.
+struct HardSilu : Smooth {
+  template <typename F>
+  static TFOPS_INLINE F Of(F z) {
+    return z * (Bound<F>::Above(Bound<F>::Below(z + 3, F{}), F{} + 6) * Number<F>(1.0 / 6));
+  }
+  template <typename F>
+  static TFOPS_INLINE F SlopeOf(F z) {
+    const F between = z * Number<F>(1.0 / 3) + Number<F>(0.5);
+    return z <= Number<F>(-3) ? F{} : z >= F{} + 3 ? Number<F>(1) : between;
+  }
+};
+
+// z * Phi(z), of the normal distribution's Phi.
+struct Gelu : Smooth {
+  template <typename F>
+  static TFOPS_INLINE F Of(F z) {
+    return z * Below(z, Density(z));
+  }
+  template <typename F>
+  static TFOPS_INLINE F SlopeOf(F z) {
+    const F density = Density(z);
+    return Below(z, density) + z * (density * Number<F>(0.39894228040143268));
+  }
+
+ private:
+  template <typename F>
+  static TFOPS_INLINE F Density(F z) {
+    return Exponential<F>::Of(z * z * Number<F>(-0.5));
+  }
+  template <typename F>
+  static TFOPS_INLINE F Below(F z, F density) {
+    const F tail = NormalTail<F>::Of(z < F{} ? -z : z, density);
+    return z < F{} ? tail : 1 - tail;
+  }
+};
+
+// z * (1 + tanh(u)) / 2 = z * sigmoid(2 u), with u = sqrt(2 / pi) * (z + 0.044715 z^3).
+struct GeluTanh : Smooth {
+  template <typename F>
+  static TFOPS_INLINE F Of(F z) {
+    return z * SigmoidOf(TwiceU(Bounded(z)));
+  }
+  template <typename F>
+  static TFOPS_INLINE F SlopeOf(F z) {
+    const F bounded = Bounded(z);
+    const F sigmoid = SigmoidOf(TwiceU(bounded));
+    const F slope = Number<F>(kFactor) + bounded * bounded * Number<F>(3 * 0.044715 * kFactor);
+    return sigmoid + bounded * slope * (sigmoid * (1 - sigmoid));
+  }
+
+ private:
+  static constexpr double kFactor = 1.5957691216057308;  // 2 sqrt(2 / pi)
+  // Beyond, the sigmoid is 0 or 1 in any type, and powers of z could overflow.
+  template <typename F>
+  static TFOPS_INLINE F Bounded(F z) {
+    return Bound<F>::Above(Bound<F>::Below(z, Number<F>(-40)), Number<F>(40));
+  }
+  template <typename F>
+  static TFOPS_INLINE F TwiceU(F z) {
+    return z * (Number<F>(kFactor) + z * z * Number<F>(0.044715 * kFactor));
+  }
+};
+
+// z, or exp(z) - 1 below 0.
+struct Elu : Smooth {
+  template <typename F>
+  static TFOPS_INLINE F Of(F z) {
+    return z > F{} ? z : ExponentialLessOne<F>::Of(Bound<F>::Above(z, F{}));
+  }
+  template <typename F>
+  static TFOPS_INLINE F SlopeOf(F z) {
+    return z > F{} ? Number<F>(1) : Exponential<F>::Of(Bound<F>::Above(z, F{}));
+  }
+};
+
+// 1.0507 times z, or times 1.6733 (exp(z) - 1) below 0.
+struct Selu : Smooth {
+  template <typename F>
+  static TFOPS_INLINE F Of(F z) {
+    const F below = ExponentialLessOne<F>::Of(Bound<F>::Above(z, F{})) * Number<F>(kScale * kAlpha);
+    return z > F{} ? z * Number<F>(kScale) : below;
+  }
+  template <typename F>
+  static TFOPS_INLINE F SlopeOf(F z) {
+    const F below = Exponential<F>::Of(Bound<F>::Above(z, F{})) * Number<F>(kScale * kAlpha);
+    return z > F{} ? Number<F>(kScale) : below;
+  }
+
+ private:
+  static constexpr double kScale = 1.0507009873554804934193349852946;
+  static constexpr double kAlpha = 1.6732632423543772848170429916717;
+};
+
+struct Tanh : Smooth {
+  template <typename F>
+  static TFOPS_INLINE F Of(F z) {
+    const F less_one = ExponentialLessOne<F>::Of(MinusTwice(z));
+    const F magnitude = -less_one / (less_one + 2);
+    return z < F{} ? -magnitude : magnitude;
+  }
+  // 1 - tanh(z)^2 = 4 e / (1 + e)^2 with e = exp(-2 |z|), without the cancellation.
+  template <typename F>
+  static TFOPS_INLINE F SlopeOf(F z) {
+    const F e = Exponential<F>::Of(MinusTwice(z));
+    const F inverse = Reciprocal<F>::Of(1 + e);
+    return 4 * e * (inverse * inverse);
+  }
+
+ private:
+  template <typename F>
+  static TFOPS_INLINE F MinusTwice(F z) {
+    return z < F{} ? z + z : -z - z;
+  }
+};
+
+struct Sigmoid : Smooth {
+  template <typename F>
+  static TFOPS_INLINE F Of(F z) {
+    return SigmoidOf(z);
+  }
+  // e / (1 + e)^2 with e = exp(-|z|): both ends of the sigmoid have the same slope.
+  template <typename F>
+  static TFOPS_INLINE F SlopeOf(F z) {
+    const F e = Exponential<F>::Of(z < F{} ? z : -z);
+    const F inverse = Reciprocal<F>::Of(1 + e);
+    return e * (inverse * inverse);
+  }
+};
+
+// log(1 + exp(z)).
+struct Softplus : Smooth {
+  template <typename F>
+  static TFOPS_INLINE F Of(F z) {
+    const F e = Exponential<F>::Of(z < F{} ? z : -z);
+    return Bound<F>::Below(z, F{}) + LogarithmOfOnePlus<F>::Of(e);
+  }
+  template <typename F>
+  static TFOPS_INLINE F SlopeOf(F z) {
+    return SigmoidOf(z);
+  }
+};
+
+// z * tanh(softplus(z)) = z * n / (n + 2), with e = exp(z) and n = e (e + 2).
+struct Mish : Smooth {
+  template <typename F>
+  static TFOPS_INLINE F Of(F z) {
+    const F e = Exponential<F>::Of(Bounded(z));
+    const F n = e * (e + 2);
+    return z * (n / (n + 2));
+  }
+  template <typename F>
+  static TFOPS_INLINE F SlopeOf(F z) {
+    const F bounded = Bounded(z);
+    const F e = Exponential<F>::Of(bounded);
+    const F n = e * (e + 2);
+    const F inverse = Reciprocal<F>::Of(n + 2);
+    return n * inverse + bounded * (4 * e * (1 + e)) * (inverse * inverse);
+  }
+
+ private:
+  // Beyond, n / (n + 2) is 1 in any type, and n could overflow.
+  template <typename F>
+  static TFOPS_INLINE F Bounded(F z) {
+    return Bound<F>::Above(z, Number<F>(20));
+  }
+};
 
 template <Activation kActivation>
-inline constexpr bool kIsPiecewiseLinear = IsPiecewiseLinear(kActivation);
+struct Chosen;
+#define TFOPS_CHOOSE(Name, text)       \
+  template <>                          \
+  struct Chosen<Activation::k##Name> { \
+    using Type = activations::Name;    \
+  };
+TFOPS_ACTIVATIONS(TFOPS_CHOOSE)
+#undef TFOPS_CHOOSE
+
+template <Activation kActivation>
+using Of = typename Chosen<kActivation>::Type;
+
+}  // namespace activations
+
+// Whether the activation is piecewise linear with slopes 1 and kOffSlope: one bit says all about its derivative.
+template <Activation kActivation>
+inline constexpr bool kIsPiecewiseLinear = activations::Of<kActivation>::kIsPiecewiseLinear;
+
+TFOPS_INLINE constexpr bool IsPiecewiseLinear(Activation activation) {
+  switch (activation) {
+#define TFOPS_CASE(Name, text) \
+  case Activation::k##Name:    \
+    return kIsPiecewiseLinear<Activation::k##Name>;
+    TFOPS_ACTIVATIONS(TFOPS_CASE)
+#undef TFOPS_CASE
+  }
+  return false;
+}
+
+template <Activation kActivation, typename F>
+TFOPS_INLINE F Activate(F z) {
+  return activations::Of<kActivation>::Of(z);
+}
 
 // Whether the slope is 1 at z: a bool, or a vector of integers that are all ones or zero.
 template <Activation kActivation, typename F>
 TFOPS_INLINE auto IsOn(F z) {
-  static_assert(kIsPiecewiseLinear<kActivation>);
-  const F zero = F{};
-  if constexpr (kActivation == Activation::kRelu6) {
-    return (z > zero) & (z < zero + 6);
-  } else {
-    return z > zero;
-  }
+  return activations::Of<kActivation>::IsOn(z);
 }
 
 // dy * act'(z) where IsOn(z) is known to be false.
 template <Activation kActivation, typename F>
 TFOPS_INLINE F OffGradient(F dy) {
-  if constexpr (kActivation == Activation::kLeakyRelu) return dy * kLeakyReluSlope;
+  if constexpr (kIsPiecewiseLinear<kActivation>) {
+    constexpr float kSlope = activations::Of<kActivation>::kOffSlope;
+    if constexpr (kSlope != 0) return dy * kSlope;
+  }
   return F{};
 }
 
 // dz = dy * act'(z).
 template <Activation kActivation, typename F>
 TFOPS_INLINE F ActivationGradient(F dy, F z) {
-  if constexpr (kIsPiecewiseLinear<kActivation>) return IsOn<kActivation>(z) ? dy : OffGradient<kActivation>(dy);
-  if constexpr (kActivation == Activation::kSilu) {
-    const F sigmoid = Sigmoid(z);
-    return dy * (sigmoid * (1 + z * (1 - sigmoid)));
+  if constexpr (kActivation == Activation::kNone) {
+    return dy;
+  } else if constexpr (kIsPiecewiseLinear<kActivation>) {
+    return IsOn<kActivation>(z) ? dy : OffGradient<kActivation>(dy);
+  } else {
+    return dy * activations::Of<kActivation>::SlopeOf(z);
   }
-  return dy;
 }
 
-// The activations other than SiLU as numbers, for loops that serve them all: z * slope below 0, and not above `high`.
+// What is piecewise linear as numbers, for loops that serve all of that: z * slope below 0, and not above `high`.
 template <typename F>
 struct Pieces {
   F slope;
@@ -108,7 +432,7 @@ struct Pieces {
 
   static TFOPS_INLINE Pieces Of(Activation activation) {
     return {activation == Activation::kNone        ? F(1)
-            : activation == Activation::kLeakyRelu ? F(kLeakyReluSlope)
+            : activation == Activation::kLeakyRelu ? F(activations::LeakyRelu::kOffSlope)
                                                    : F(0),
             activation == Activation::kRelu6 ? F(6) : F(NAN)};
   }

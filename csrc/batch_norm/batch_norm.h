@@ -59,7 +59,37 @@ inline int ElementBytes(DataType dtype) {
   return 8;
 }
 
-enum class Activation { kNone, kRelu, kRelu6, kLeakyRelu, kSilu };
+// Every activation: its name in C++, and its name for users. activation.h says what each is. Saved models and compiled
+// programs hold their names and places: they stay, and others come behind them.
+#define TFOPS_ACTIVATIONS(ACTIVATION) \
+  ACTIVATION(None, "")                \
+  ACTIVATION(Relu, "relu")            \
+  ACTIVATION(Relu6, "relu6")          \
+  ACTIVATION(LeakyRelu, "leaky_relu") \
+  ACTIVATION(Silu, "silu")            \
+  ACTIVATION(HardSilu, "hard_silu")   \
+  ACTIVATION(Gelu, "gelu")            \
+  ACTIVATION(GeluTanh, "gelu_tanh")   \
+  ACTIVATION(Elu, "elu")              \
+  ACTIVATION(Selu, "selu")            \
+  ACTIVATION(Tanh, "tanh")            \
+  ACTIVATION(Sigmoid, "sigmoid")      \
+  ACTIVATION(Softplus, "softplus")    \
+  ACTIVATION(Mish, "mish")
+
+enum class Activation {
+#define TFOPS_ENUMERATOR(Name, text) k##Name,
+  TFOPS_ACTIVATIONS(TFOPS_ENUMERATOR)
+#undef TFOPS_ENUMERATOR
+};
+
+inline constexpr Activation kActivations[] = {
+#define TFOPS_VALUE(Name, text) Activation::k##Name,
+    TFOPS_ACTIVATIONS(TFOPS_VALUE)
+#undef TFOPS_VALUE
+};
+
+TFOPS_EXPORT const char* NameOf(Activation activation);
 
 struct Problem {
   int64_t outer = 0;
@@ -85,13 +115,13 @@ TFOPS_EXPORT Status Fold(const int64_t* dims, int rank, int64_t axis, Problem* p
 // channel without variance comes out NaN, and no other does.)
 TFOPS_EXPORT Status Validate(const Problem& problem);
 
-// The activation of that name ("", "relu", "relu6", "leaky_relu", "silu"), or InvalidArgument.
+// The activation of that name, or InvalidArgument.
 TFOPS_EXPORT Status ParseActivation(const std::string& name, Activation* activation);
 
 // What the gradient needs, beside x, to know act' at an element.
 //   training with residual and a piecewise linear activation: activation bits, one for each element, written by the
 //   forward pass, set where the activation has slope 1; x alone would not do, for residual is not kept;
-//   every other problem: nothing (residual itself for silu, and in inference where no bits are kept).
+//   every other problem: nothing (residual itself for smooth activations, and in inference where no bits are kept).
 //
 // Bits lie in rows, each of a whole number of bytes: a row is the contiguous run of `channels` elements if
 // inner == 1, else of `inner`; one run of everything if channels == 1. Bit i % 8 of byte i / 8 belongs to

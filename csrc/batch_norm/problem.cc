@@ -63,21 +63,27 @@ Status Validate(const Problem& problem) {
   return {};
 }
 
-Status ParseActivation(const std::string& name, Activation* activation) {
-  if (name.empty()) {
-    *activation = Activation::kNone;
-  } else if (name == "relu") {
-    *activation = Activation::kRelu;
-  } else if (name == "relu6") {
-    *activation = Activation::kRelu6;
-  } else if (name == "leaky_relu") {
-    *activation = Activation::kLeakyRelu;
-  } else if (name == "silu") {
-    *activation = Activation::kSilu;
-  } else {
-    return InvalidArgument("activation must be '', 'relu', 'relu6', 'leaky_relu' or 'silu', but it is '" + name + "'");
+const char* NameOf(Activation activation) {
+  switch (activation) {
+#define TFOPS_CASE(Name, text) \
+  case Activation::k##Name:    \
+    return text;
+    TFOPS_ACTIVATIONS(TFOPS_CASE)
+#undef TFOPS_CASE
   }
-  return {};
+  return "";
+}
+
+Status ParseActivation(const std::string& name, Activation* activation) {
+  std::string names;
+  for (const Activation known : kActivations) {
+    if (name == NameOf(known)) {
+      *activation = known;
+      return {};
+    }
+    names += std::string(names.empty() ? "'" : ", '") + NameOf(known) + "'";
+  }
+  return InvalidArgument("activation must be one of " + names + ", but it is '" + name + "'");
 }
 
 bool NeedsActivationBits(const Problem& problem) {

@@ -158,12 +158,10 @@ bool DrawCase(Source* source, Case* drawn) {
                                              Entry::kGradientMoments, Entry::kGradientNormalize};
   constexpr std::array<DataType, 4> kTypes = {DataType::kFloat16, DataType::kBFloat16, DataType::kFloat32,
                                               DataType::kFloat64};
-  constexpr std::array<Activation, 5> kActivations = {Activation::kNone, Activation::kRelu, Activation::kRelu6,
-                                                      Activation::kLeakyRelu, Activation::kSilu};
   drawn->entry = source->Choose(kEntries);
   Problem& problem = drawn->problem;
   problem.dtype = source->Choose(kTypes);
-  problem.activation = source->Choose(kActivations);
+  problem.activation = kActivations[source->Byte() % std::size(kActivations)];
   problem.has_residual = source->Flag();
   problem.training = !IsPhase(drawn->entry) && source->Flag();
   problem.unbiased = source->Flag();

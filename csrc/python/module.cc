@@ -254,6 +254,10 @@ PYBIND11_MODULE(_kernels, m) {
   DefinePointer(forward, "saved_inv_std", &ForwardArrays::saved_inv_std);
   DefinePointer(forward, "activation_bits", &ForwardArrays::activation_bits);
 
+  py::list names;
+  for (const Activation activation : kActivations) names.append(NameOf(activation));
+  m.attr("ACTIVATIONS") = py::tuple(names);
+
   py::class_<BackwardArrays> backward(m, "BackwardArrays", local);
   backward.def(py::init<>());
   DefinePointer(backward, "dy", &BackwardArrays::dy);

@@ -3,6 +3,7 @@
 // T is the data type, U the param type: float, or double with double data. [C] is a vector of x's dimension `axis`.
 
 #include <initializer_list>
+#include <string>
 
 #include "csrc/tensorflow/problem.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
@@ -248,17 +249,25 @@ absl::Status GradientNormalizeShapes(InferenceContext* context) {
   return absl::OkStatus();
 }
 
+std::string ActivationAttribute() {
+  std::string names;
+  for (const Activation activation : kActivations) {
+    names += std::string(names.empty() ? "'" : ", '") + NameOf(activation) + "'";
+  }
+  return "activation: {" + names + "} = ''";
+}
+
 }  // namespace
 
 // epsilon and exponential_avg_factor are 32-bit attributes. Beside float64 data the _bits of each, unless they are 0,
 // are those of the double that it was before it was rounded, and go before it.
-#define TFOPS_COMMON_ATTRIBUTES                                             \
-  Attr("T: {half, bfloat16, float, double}")                                \
-      .Attr("U: {float, double}")                                           \
-      .Attr("axis: int = -1")                                               \
-      .Attr("epsilon: float = 0.001")                                       \
-      .Attr("epsilon_bits: int = 0")                                        \
-      .Attr("activation: {'', 'relu', 'relu6', 'leaky_relu', 'silu'} = ''") \
+#define TFOPS_COMMON_ATTRIBUTES              \
+  Attr("T: {half, bfloat16, float, double}") \
+      .Attr("U: {float, double}")            \
+      .Attr("axis: int = -1")                \
+      .Attr("epsilon: float = 0.001")        \
+      .Attr("epsilon_bits: int = 0")         \
+      .Attr(ActivationAttribute())           \
       .Attr("num_residuals: int >= 0 = 0")
 
 // running: nothing, or the running mean and variance. saved_mean, saved_inv_std and mask, the activation bits of
@@ -281,7 +290,8 @@ REGISTER_OP("Tfops>BatchNormTraining")
     .Attr("unbiased: bool = true")
     .SetShapeFn(TrainingShapes);
 
-// drunning: nothing, or the gradients of the outputs mean and variance. residual: if the gradient needs it (silu).
+// drunning: nothing, or the gradients of the outputs mean and variance. residual: if the gradient needs it, as with
+// silu.
 // dresidual: empty if it is dy itself, or if there was no residual.
 REGISTER_OP("Tfops>BatchNormTrainingGrad")
     .Input("dy: T")

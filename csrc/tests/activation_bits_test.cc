@@ -77,15 +77,15 @@ TEST(RowsOfActivationBitsAreWholeBytes) {
 
 // The gradient reads bits or the residual, never both, and one of them only where y is not linear in it.
 TEST(GradientReadsBitsOrResidual) {
-  for (const Activation activation :
-       {Activation::kNone, Activation::kRelu, Activation::kRelu6, Activation::kLeakyRelu, Activation::kSilu}) {
+  for (const Activation activation : kActivations) {
     for (int flags = 0; flags < 4; ++flags) {
       Problem problem;
       problem.activation = activation;
       problem.has_residual = flags & 1;
       problem.training = flags & 2;
       testing::about = Shown(problem);
-      const bool bits_do = activation != Activation::kNone && activation != Activation::kSilu;
+      const bool bits_do =
+          activation == Activation::kRelu || activation == Activation::kRelu6 || activation == Activation::kLeakyRelu;
       EXPECT_EQ(NeedsActivationBits(problem), problem.has_residual && problem.training && bits_do);
       EXPECT_EQ(NeedsActivationBits(problem) || NeedsResidual(problem),
                 problem.has_residual && activation != Activation::kNone);

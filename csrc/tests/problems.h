@@ -96,8 +96,6 @@ inline Problem HugeProblem(Random* random) {
 
 inline void DrawSettings(Random* random, Problem* problem) {
   constexpr DataType kTypes[] = {DataType::kFloat16, DataType::kBFloat16, DataType::kFloat32, DataType::kFloat64};
-  constexpr Activation kActivations[] = {Activation::kNone, Activation::kRelu, Activation::kRelu6,
-                                         Activation::kLeakyRelu, Activation::kSilu};
   problem->dtype = random->Of(kTypes);
   problem->activation = random->Of(kActivations);
   problem->has_residual = random->Flag();

@@ -119,7 +119,19 @@ def _images(*shape):
         (lambda: layers.ReLU(threshold=0.1), ""),
         (lambda: layers.ReLU(5), ""),
         (lambda: layers.LeakyReLU(), ""),
-        (lambda: layers.Activation("tanh"), ""),
+        (lambda: layers.Activation("hard_swish"), "hard_silu"),
+        (lambda: layers.Activation("gelu"), "gelu"),
+        (lambda: layers.Activation(tf.nn.gelu), "gelu"),
+        (lambda: keras.activations.gelu, "gelu"),
+        (lambda: keras.ops.gelu, "gelu_tanh"),
+        (lambda: layers.ELU(), "elu"),
+        (lambda: layers.Activation("selu"), "selu"),
+        (lambda: keras.ops.tanh, "tanh"),
+        (lambda: layers.Activation("sigmoid"), "sigmoid"),
+        (lambda: layers.Activation("softplus"), "softplus"),
+        (lambda: keras.activations.mish, "mish"),
+        (lambda: layers.ELU(0.5), ""),
+        (lambda: layers.Activation("softsign"), ""),
         (lambda: layers.Activation(lambda x: 2 * x), ""),
         (lambda: layers.ReLU(dtype="float64"), ""),
         (lambda: layers.ReLU(activity_regularizer="l2"), ""),
@@ -148,7 +160,7 @@ def _add_then(*after, first=True, residual=lambda x: x):
 def test_additions_are_folded(first):
     _check(_add_then(first=first), _images(), {"norm": "add"})
     _check(_add_then(layers.ReLU(), first=first), _images(), {"norm": "add+relu"})
-    _check(_add_then(layers.Activation("tanh"), first=first), _images(), {"norm": "add"})
+    _check(_add_then(layers.Activation("softsign"), first=first), _images(), {"norm": "add"})
     _check(_add_then(layers.Conv2D(2, 1), layers.ReLU(), first=first), _images(), {"norm": "add"})
 
 

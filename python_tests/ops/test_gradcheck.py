@@ -103,7 +103,7 @@ def test_options_choose_the_combinations(capsys):
     ("arguments", "named"),
     [
         (["--dtype", "int8"], "int8"),
-        (["--activation", "gelu"], "gelu"),
+        (["--activation", "softsign"], "softsign"),
         (["--seed", "-1"], "-1"),
         (["--device", "tpu:3"], "tpu:3"),
         (["--json", os.path.join("no", "such", "folder")], os.path.join("no", "such", "folder")),

@@ -53,6 +53,15 @@ def test_combinations(simt, shape, axis, device):
         _check(simt, case)
 
 
+@pytest.mark.parametrize("tier", ["one_block", "streaming"])
+@pytest.mark.parametrize(("shape", "axis"), [((65, 24), -1), ((3, 5, 4, 8), 1)], ids=str)
+def test_smooth_activations(simt, force, tier, shape, axis):
+    simt.configure("three")
+    for case in kernel_cases.smooth(shape, axis):
+        force(simt, tier=tier if case.training else "")
+        _check(simt, case)
+
+
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 @pytest.mark.parametrize(
     ("shape", "axis"),
@@ -61,9 +70,9 @@ def test_combinations(simt, shape, axis, device):
 )
 @pytest.mark.parametrize("tier", TIERS)
 def test_every_tier_agrees_with_numpy(simt, force, tier, shape, axis, dtype):
-    """Each tier, chosen or not, with every activation; streaming with unaligned arrays too."""
+    """Each tier, chosen or not, with activations of each kind; streaming with unaligned arrays too."""
     force(simt, tier=tier)
-    for i, activation in enumerate(kernel_cases.ACTIVATIONS):
+    for i, activation in enumerate((*kernel_cases.COMMON, "hard_silu")):
         for residual in (False, True):
             simt.configure("h200" if i == 0 else "three", seed=i, offset=i % 2 if tier == "streaming" else 0)
             _check(simt, Case(shape, axis, dtype, True, activation, residual))

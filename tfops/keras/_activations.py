@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import keras
 import tensorflow as tf
 
+from tfops._arguments import Activation
+
+# Those of keras.activations have tfops' names. Older Keras does not have all of them; and which of two functions `gelu`
+# is, is a parameter.
+_NAMES = [name for name in get_args(Activation) if hasattr(keras.activations, name)]
 _FUNCTIONS = [
-    (keras.activations.relu, "relu"),
-    (keras.activations.relu6, "relu6"),
-    (keras.activations.leaky_relu, "leaky_relu"),
-    (keras.activations.silu, "silu"),
+    *((getattr(keras.activations, name), name) for name in _NAMES),
     (tf.nn.relu, "relu"),
     (tf.nn.relu6, "relu6"),
     (tf.nn.leaky_relu, "leaky_relu"),
     (tf.nn.silu, "silu"),
+    (tf.nn.gelu, "gelu"),
+    (tf.nn.elu, "elu"),
+    (tf.nn.selu, "selu"),
+    (tf.nn.softplus, "softplus"),
+    (tf.nn.tanh, "tanh"),
+    (tf.nn.sigmoid, "sigmoid"),
 ]
+# Operations of keras.ops that have no parameters, by the names of their classes.
+_OPERATIONS = {
+    "Relu": "relu",
+    "Relu6": "relu6",
+    "Silu": "silu",
+    "HardSilu": "hard_silu",
+    "Selu": "selu",
+    "Tanh": "tanh",
+    "Sigmoid": "sigmoid",
+    "Softplus": "softplus",
+    "Mish": "mish",
+}
 
 
 def kind_of(operation: Any) -> str:
@@ -31,11 +51,13 @@ def activation_of(operation: Any) -> str | None:
     kind = kind_of(operation)
     if kind == "Activation":
         return next((name for function, name in _FUNCTIONS if function is operation.activation), None)
-    if kind in ("Relu", "Relu6", "Silu"):
-        return kind.lower()
     if kind in ("LeakyReLU", "LeakyRelu"):
         return "leaky_relu" if operation.negative_slope == 0.2 else None
+    if kind in ("ELU", "Elu"):
+        return "elu" if operation.alpha == 1 else None
+    if kind == "Gelu":
+        return "gelu_tanh" if operation.approximate else "gelu"
     if kind == "ReLU" and operation.threshold == 0:
         bounds = operation.negative_slope, operation.max_value
         return {(0, None): "relu", (0, 6): "relu6", (0.2, None): "leaky_relu"}.get(bounds)
-    return None
+    return _OPERATIONS.get(kind)

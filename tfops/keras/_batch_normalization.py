@@ -70,7 +70,9 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
         renorm_clipping: The bounds of its corrections: a dict with any of the keys "rmin", "rmax" and "dmax".
         renorm_momentum: The momentum of its own moving statistics.
         synchronized: Whether statistics are those of all replicas of a `tf.distribute` strategy.
-        activation: None, "relu", "relu6", "leaky_relu" (with slope 0.2) or "silu"; applied to the result.
+        activation: Applied to the result: None, or one of "relu", "relu6", "leaky_relu" (with slope 0.2), "silu",
+            "hard_silu", "gelu" (the exact one), "gelu_tanh" (its approximation), "elu", "selu", "tanh", "sigmoid",
+            "softplus" and "mish".
         **kwargs: What every layer of Keras takes: name, dtype, trainable and so on.
 
     Attributes:

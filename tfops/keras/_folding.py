@@ -15,6 +15,8 @@ from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._tags import still_to_come
 
 _CLASSES = keras.layers.BatchNormalization, BatchNormalization
+# Keras' losses look for the sigmoid that has made probabilities, so as to compute from what it was given.
+_LOGITS = "losses ask what the sigmoid was of"
 _NUMBERS = {0: "no", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 
@@ -168,6 +170,8 @@ class _List:
             return fold.without(*_no_activation(after))
         if after.compute_dtype != fold.norm.compute_dtype:
             return fold.without("the activation has another dtype", after.name)
+        if activation == "sigmoid" and call + 1 == len(self._layers):
+            return fold.without(_LOGITS, after.name)
         return fold.with_(after, activation)
 
 
@@ -223,6 +227,8 @@ class _Graph:
         activation = None if after is None else activation_of(after.operation)
         if activation is not None and after.outputs[0].dtype != before.dtype:
             return fold if fold.kinds else fold.without("the activation has another dtype", after.operation.name)
+        if activation == "sigmoid" and id(after.outputs[0]) in self._shared.kept:
+            return fold if fold.kinds else fold.without(_LOGITS, after.operation.name)
         return fold if activation is None else fold.with_(after.operation, activation)
 
     def _reader(self, tensor: Any, fold: Fold) -> tuple[Any, Fold]:

@@ -6,7 +6,18 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-_WORDS = {"add": "addition", "relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "silu": "SiLU"}
+_WORDS = {
+    "add": "addition",
+    "relu": "ReLU",
+    "relu6": "ReLU6",
+    "leaky_relu": "LeakyReLU",
+    "silu": "SiLU",
+    "hard_silu": "HardSiLU",
+    "gelu": "GELU",
+    "gelu_tanh": "GELU (tanh)",
+    "elu": "ELU",
+    "selu": "SELU",
+}
 
 
 class Report(NamedTuple):
@@ -90,7 +101,7 @@ def _tell(report: Report) -> str:
 
 
 def _join(kinds: Iterable[str]) -> str:
-    return " and ".join(_WORDS[kind] for kind in kinds)
+    return " and ".join(_WORDS.get(kind, kind) for kind in kinds)
 
 
 def _list(kept: list[Report]) -> str:

@@ -97,7 +97,7 @@ TFOPS_INLINE void WithKnownGradient(const BackwardJob& job, bool cached, Body bo
     if (activation == Activation::kNone) return body(Known<Activation::kNone, false, false, kCached>());
     WithActivation(activation, [&](auto constant) {
       constexpr Activation kActivation = decltype(constant)::value;
-      if constexpr (!kCached && kActivation != Activation::kRelu) {
+      if constexpr (!kHasLoops<kActivation> || (!kCached && kActivation != Activation::kRelu)) {
         body(Unknown());
       } else if (!bits) {
         body(Known<kActivation, false, false, kCached>());

@@ -1,8 +1,9 @@
 // What a loop over elements knows when it is compiled.
 //
 // To ask at each vector which arrays there are, and which activation, takes as long as to compute it. So what training
-// and inference mostly do has loops of its own: with every activation where arrays are cached, with none and ReLU where
-// memory is waited for. All else is done by one loop that asks, a few vectors at a time.
+// and inference mostly do has loops of its own: with the activations that have loops (kHasLoops) where arrays are
+// cached, with none and ReLU where memory is waited for. All else is done by one loop that asks, a few vectors at a
+// time.
 
 #ifndef TFOPS_BATCH_NORM_CPU_KNOWN_H_
 #define TFOPS_BATCH_NORM_CPU_KNOWN_H_

@@ -122,7 +122,8 @@ struct Normalize {
       if (activation == Activation::kNone && !residual) return body(Known<Activation::kNone, false, false, kCached>());
       WithActivation(activation, [&](auto constant) {
         constexpr Activation kActivation = decltype(constant)::value;
-        if constexpr (kActivation == Activation::kNone || (!kCached && kActivation != Activation::kRelu)) {
+        if constexpr (kActivation == Activation::kNone || !kHasLoops<kActivation> ||
+                      (!kCached && kActivation != Activation::kRelu)) {
           body(Unknown());
         } else if (!residual) {
           body(Known<kActivation, false, false, kCached>());

@@ -42,34 +42,58 @@ struct Bound<cpu::TFOPS_CPU_LEVEL::FloatVec> : VectorBound<cpu::TFOPS_CPU_LEVEL:
 template <>
 struct Bound<cpu::TFOPS_CPU_LEVEL::Vec<double>> : VectorBound<cpu::TFOPS_CPU_LEVEL::Vec<double>> {};
 
-// Cephes' expf: x = k ln 2 + r, |r| <= ln 2 / 2, and a polynomial for exp(r). Error < 2 ulp; inf above 88.73, 0 (or a
-// subnormal) below -87.33.
+// Cephes' expf: x = k ln 2 + r, |r| <= ln 2 / 2, and a polynomial for exp(r). Error < 2 ulp, or half of a subnormal
+// number's; inf above 88.73.
+struct ExponentialOfFloats {
+  using V = cpu::TFOPS_CPU_LEVEL::FloatVec;
+  using Int = cpu::TFOPS_CPU_LEVEL::IntVec<float>;
+
+  TFOPS_INLINE explicit ExponentialOfFloats(V x) {
+    constexpr float kRound = 0x1.8p23f;  // adding and subtracting it rounds to an integer
+    const V low = V{} - 104.0f;
+    const V high = V{} + 89.0f;
+    const V clamped = Bound<V>::Below(Bound<V>::Above(x, high), low);
+    const V k = (clamped * 1.44269504088896341f + kRound) - kRound;
+    r = (clamped - k * 0.693359375f) - k * -2.12194440e-4f;
+    p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    exponent = __builtin_convertvector(x == x ? k : V{}, Int);  // NaN comes through p
+  }
+  // exp(r) = p r^2 + r + 1
+  V p;
+  V r;
+  Int exponent;
+
+  static TFOPS_INLINE V PowerOfTwo(Int k) { return cpu::TFOPS_CPU_LEVEL::BitCast<V>((k + 127) << 23); }
+};
+
 template <>
 struct Exponential<cpu::TFOPS_CPU_LEVEL::FloatVec> {
   using V = cpu::TFOPS_CPU_LEVEL::FloatVec;
 
   static TFOPS_INLINE V Of(V x) {
-    using cpu::TFOPS_CPU_LEVEL::BitCast;
-    using Int = cpu::TFOPS_CPU_LEVEL::IntVec<float>;
-    constexpr float kRound = 0x1.8p23f;  // adding and subtracting it rounds to an integer
-    const V low = V{} - 88.0f;
-    const V high = V{} + 89.0f;
-    const V clamped = Bound<V>::Below(Bound<V>::Above(x, high), low);
-    const V k = (clamped * 1.44269504088896341f + kRound) - kRound;
-    const V r = (clamped - k * 0.693359375f) - k * -2.12194440e-4f;
-    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    // 2^k as a product of two: k reaches 128 and -127. NaN comes through p.
-    const Int exponent = __builtin_convertvector(x == x ? k : V{}, Int);
-    const Int half = exponent >> 1;
-    return p * BitCast<V>((half + 127) << 23) * BitCast<V>((exponent - half + 127) << 23);
+    const ExponentialOfFloats e(x);
+    // 2^k as a product of two: k reaches 128 and -150.
+    const auto half = e.exponent >> 1;
+    return (e.p * (e.r * e.r) + e.r + 1.0f) * e.PowerOfTwo(half) * e.PowerOfTwo(e.exponent - half);
   }
 };
 
+template <>
+struct ExponentialLessOne<cpu::TFOPS_CPU_LEVEL::FloatVec> {
+  using V = cpu::TFOPS_CPU_LEVEL::FloatVec;
+
+  static TFOPS_INLINE V Of(V x) {
+    const ExponentialOfFloats e(Bound<V>::Below(x, V{} - 30.0f));  // -1 in float from about -17 on
+    const V power = e.PowerOfTwo(e.exponent);
+    return (e.p * (e.r * e.r) + e.r) * power + (power - 1.0f);
+  }
+};
+
+// Of doubles, lane by lane.
 template <>
 struct Exponential<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
   using V = cpu::TFOPS_CPU_LEVEL::Vec<double>;
@@ -79,27 +103,64 @@ struct Exponential<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
     return x;
   }
 };
+template <>
+struct ExponentialLessOne<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
+  using V = cpu::TFOPS_CPU_LEVEL::Vec<double>;
+
+  static TFOPS_INLINE V Of(V x) {
+    for (int i = 0; i < cpu::TFOPS_CPU_LEVEL::kLanes<double>; ++i) x[i] = __builtin_expm1(x[i]);
+    return x;
+  }
+};
+template <>
+struct LogarithmOfOnePlus<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
+  using V = cpu::TFOPS_CPU_LEVEL::Vec<double>;
+
+  static TFOPS_INLINE V Of(V x) {
+    for (int i = 0; i < cpu::TFOPS_CPU_LEVEL::kLanes<double>; ++i) x[i] = __builtin_log1p(x[i]);
+    return x;
+  }
+};
+template <>
+struct NormalTail<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
+  using V = cpu::TFOPS_CPU_LEVEL::Vec<double>;
+
+  static TFOPS_INLINE V Of(V a, V /*density*/) {
+    a *= 0.70710678118654752;
+    for (int i = 0; i < cpu::TFOPS_CPU_LEVEL::kLanes<double>; ++i) a[i] = __builtin_erfc(a[i]);
+    return a * 0.5;
+  }
+};
 
 namespace cpu::TFOPS_CPU_LEVEL {
 namespace {
 
-// Calls body with the activation as a constant.
 template <Activation kValue>
 using ActivationConstant = std::integral_constant<Activation, kValue>;
+
+// Calls body with the activation as a constant.
 template <typename Body>
 TFOPS_INLINE void WithActivation(Activation activation, Body body) {
   switch (activation) {
-    case Activation::kNone:
-      return body(ActivationConstant<Activation::kNone>());
-    case Activation::kRelu:
-      return body(ActivationConstant<Activation::kRelu>());
-    case Activation::kRelu6:
-      return body(ActivationConstant<Activation::kRelu6>());
-    case Activation::kLeakyRelu:
-      return body(ActivationConstant<Activation::kLeakyRelu>());
-    case Activation::kSilu:
-      return body(ActivationConstant<Activation::kSilu>());
+#define TFOPS_CASE(Name, text) \
+  case Activation::k##Name:    \
+    return body(ActivationConstant<Activation::k##Name>());
+    TFOPS_ACTIVATIONS(TFOPS_CASE)
+#undef TFOPS_CASE
   }
+}
+
+// Whether loops may know the activation: each has many. The others compute so long that to ask costs little.
+template <Activation kActivation>
+inline constexpr bool kHasLoops =
+    kActivation == Activation::kNone || kActivation == Activation::kSilu || kIsPiecewiseLinear<kActivation>;
+
+// Calls body with the activation as a constant if it is piecewise linear.
+template <typename Body>
+TFOPS_INLINE void WithPiecewiseLinear(Activation activation, Body body) {
+  WithActivation(activation, [&](auto constant) {
+    if constexpr (kIsPiecewiseLinear<decltype(constant)::value>) body(constant);
+  });
 }
 
 // What dz = dy * act'(z) is computed from and for.
@@ -132,19 +193,20 @@ __attribute__((noinline)) void ActivateGradientsOutOfLine(Activation activation,
 template <typename P, int kVectors>
 TFOPS_INLINE uint64_t ActivateVectors(Activation activation, bool has_bits, Vec<P> (&z)[kVectors]) {
   uint64_t bits = 0;
-  WithActivation(activation, [&](auto constant) {
+  if (activation == Activation::kNone) return bits;
+  if (!IsPiecewiseLinear(activation)) {
+    Vec<P> copies[kVectors];  // so that z need not be in memory where it is not
+    for (int v = 0; v < kVectors; ++v) copies[v] = z[v];
+    ActivateOutOfLine<P>(activation, copies, kVectors);
+    for (int v = 0; v < kVectors; ++v) z[v] = copies[v];
+    return bits;
+  }
+  WithPiecewiseLinear(activation, [&](auto constant) {
     constexpr Activation kActivation = decltype(constant)::value;
-    if constexpr (kIsPiecewiseLinear<kActivation>) {
-      for (int v = 0; v < kVectors && has_bits; ++v) {
-        bits |= static_cast<uint64_t>(BitsFromMask<P>(IsOn<kActivation>(z[v]))) << v * kLanes<P>;
-      }
-      for (int v = 0; v < kVectors; ++v) z[v] = Activate<kActivation>(z[v]);
-    } else if constexpr (kActivation != Activation::kNone) {
-      Vec<P> copies[kVectors];  // so that z need not be in memory where it is not
-      for (int v = 0; v < kVectors; ++v) copies[v] = z[v];
-      ActivateOutOfLine<P>(activation, copies, kVectors);
-      for (int v = 0; v < kVectors; ++v) z[v] = copies[v];
+    for (int v = 0; v < kVectors && has_bits; ++v) {
+      bits |= static_cast<uint64_t>(BitsFromMask<P>(IsOn<kActivation>(z[v]))) << v * kLanes<P>;
     }
+    for (int v = 0; v < kVectors; ++v) z[v] = Activate<kActivation>(z[v]);
   });
   return bits;
 }
@@ -152,16 +214,16 @@ TFOPS_INLINE uint64_t ActivateVectors(Activation activation, bool has_bits, Vec<
 // Likewise puts dz in the place of dy.
 template <typename P, int kVectors>
 TFOPS_INLINE void ActivateGradients(Activation activation, Gradient<P> (&g)[kVectors]) {
-  WithActivation(activation, [&](auto constant) {
-    constexpr Activation kActivation = decltype(constant)::value;
-    if constexpr (kIsPiecewiseLinear<kActivation>) {
-      for (int v = 0; v < kVectors; ++v) g[v].dz = ActivationGradient<kActivation>(g[v].dz, g[v].z);
-    } else if constexpr (kActivation != Activation::kNone) {
-      Gradient<P> copies[kVectors];
-      for (int v = 0; v < kVectors; ++v) copies[v] = g[v];
-      ActivateGradientsOutOfLine<P>(activation, copies, kVectors);
-      for (int v = 0; v < kVectors; ++v) g[v].dz = copies[v].dz;
-    }
+  if (activation == Activation::kNone) return;
+  if (!IsPiecewiseLinear(activation)) {
+    Gradient<P> copies[kVectors];
+    for (int v = 0; v < kVectors; ++v) copies[v] = g[v];
+    ActivateGradientsOutOfLine<P>(activation, copies, kVectors);
+    for (int v = 0; v < kVectors; ++v) g[v].dz = copies[v].dz;
+    return;
+  }
+  WithPiecewiseLinear(activation, [&](auto constant) {
+    for (int v = 0; v < kVectors; ++v) g[v].dz = ActivationGradient<decltype(constant)::value>(g[v].dz, g[v].z);
   });
 }
 

@@ -58,25 +58,48 @@ struct Affine {
 // These ask for the activation once a vector, which all threads answer alike: ReLU, which is what most problems have,
 // is not to take more instructions than it needs, and a kernel for each activation would cost every build.
 
+// Puts of(a, z[lane]) in the place of z[lane] for the smooth activation `a`, lane by lane: each in turn is the first,
+// for a switch among many functions is too much code to be unrolled.
+template <typename F, int kLanes, typename Of>
+__device__ __forceinline__ void ForSmooth(Activation activation, F (&z)[kLanes], const Of& of) {
+#pragma unroll 1
+  for (int turn = 0; turn < kLanes; ++turn) {
+    F first = z[0];
+    switch (activation) {
+#define TFOPS_CASE(Name, text)                                                                      \
+  case Activation::k##Name:                                                                         \
+    if constexpr (!kIsPiecewiseLinear<Activation::k##Name>) first = of(activations::Name(), first); \
+    break;
+      TFOPS_ACTIVATIONS(TFOPS_CASE)
+#undef TFOPS_CASE
+    }
+#pragma unroll
+    for (int lane = 0; lane + 1 < kLanes; ++lane) z[lane] = z[lane + 1];
+    z[kLanes - 1] = first;
+  }
+}
+
 // y = act(z), in place. Returns a bit for each lane whose slope is 1, if bits are wanted.
 template <typename F, int kLanes>
 __device__ __forceinline__ unsigned ActivateVector(Activation activation, bool wants_bits, F (&z)[kLanes]) {
   unsigned bits = 0;
+  if (activation == Activation::kNone) return bits;
   const auto pieces = Pieces<F>::Of(activation);
   if (wants_bits) {
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) bits |= (pieces.IsOn(z[lane]) ? 1u : 0u) << lane;
   }
-  if (activation == Activation::kNone) return bits;
   if (activation == Activation::kRelu) {
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) z[lane] = Activate<Activation::kRelu>(z[lane]);
   } else if (activation == Activation::kSilu) {
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) z[lane] = Activate<Activation::kSilu>(z[lane]);
-  } else {
+  } else if (IsPiecewiseLinear(activation)) {
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) z[lane] = pieces.Activate(z[lane]);
+  } else {
+    ForSmooth(activation, z, [](auto smooth, F each) { return smooth.Of(each); });
   }
   return bits;
 }
@@ -104,6 +127,15 @@ __device__ __forceinline__ void ActivationGradientVector(Activation activation, 
     for (int lane = 0; lane < kLanes; ++lane) {
       gradient[lane] = ActivationGradient<Activation::kSilu>(gradient[lane], z[lane]);
     }
+    return;
+  }
+  if (!IsPiecewiseLinear(activation)) {
+    F slopes[kLanes];
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) slopes[lane] = z[lane];
+    ForSmooth(activation, slopes, [](auto smooth, F each) { return smooth.SlopeOf(each); });
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) gradient[lane] *= slopes[lane];
     return;
   }
   const auto pieces = Pieces<F>::Of(activation);

@@ -65,8 +65,10 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
     if (step + 1 < share.steps) {
       while (step + 1 >= arrived && group < OnChipTuning::kCopyGroups) arrived = held.Await(group++);
       if (step + 1 >= share.Kept() && step + 1 + kAhead < share.steps) {
-        V::Prefetch(gradient.dy, walk.OffsetAhead(kAhead - 1));
-        V::Prefetch(gradient.x, walk.OffsetAhead(kAhead - 1));
+        walk.IfAhead(kAhead, [&](int64_t offset) {
+          V::Prefetch(gradient.dy, offset);
+          V::Prefetch(gradient.x, offset);
+        });
       }
       fetch(step + 1, walk, &next);
       if (next.inside) next.template LoadBits<true>(gradient, plan, walk);

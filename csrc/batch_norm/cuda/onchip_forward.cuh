@@ -95,8 +95,12 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
       if (step - i >= share.Kept()) x[i].LoadLast(arrays.x, ahead.Offset());
       if (loads_residual) residual[i].LoadLast(arrays.residual, ahead.Offset());
       // The next batch is on its way to L2 meanwhile.
-      if (step - i - kBatch >= share.Kept()) V::Prefetch(arrays.x, ahead.OffsetAhead(kBatch));
-      if (loads_residual && step - i >= kBatch) V::Prefetch(arrays.residual, ahead.OffsetAhead(kBatch));
+      const bool reads_x = step - i - kBatch >= share.Kept();
+      if (step - i < kBatch || !(reads_x || loads_residual)) continue;
+      ahead.IfAhead(kBatch, [&](int64_t offset) {
+        if (reads_x) V::Prefetch(arrays.x, offset);
+        if (loads_residual) V::Prefetch(arrays.residual, offset);
+      });
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i, --step, walk.Advance()) {

@@ -54,7 +54,7 @@ struct OnChipTuning {
 template <int kLanes>
 struct OnChipVectors {
   static constexpr int kForward = 32;                      // of x
-  static constexpr int kBackward = kLanes == 8 ? 15 : 16;  // of dy and x
+  static constexpr int kBackward = kLanes == 4 ? 16 : 15;  // of dy and x
 };
 
 // What the policy reckons with, in nanoseconds and bytes per nanosecond. Estimates for an H200, whose memory moves 4.3

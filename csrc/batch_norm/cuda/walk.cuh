@@ -88,10 +88,16 @@ class Walk {
   __device__ __forceinline__ bool Inside() const { return left_ > 0 && across_ < end_across_ && down_ < end_down_; }
   // The offset of the vector's first element in the tensor.
   __device__ __forceinline__ int64_t Offset() const { return offset_; }
-  // That of a vector so many steps on, or nearly so: not where planes end in between.
-  __device__ __forceinline__ int64_t OffsetAhead(int steps) const {
-    const int64_t distance = steps * (steps_across_ == 1 ? stride_down_ : stride_across_);
-    return kDirection == Direction::kForward ? offset_ + distance : offset_ - distance;
+  // Calls body(offset) with that of the vector so many steps on, of those that there are, if this thread has one there
+  // and no plane ends in between.
+  template <typename Body>
+  __device__ __forceinline__ void IfAhead(int steps, const Body& body) const {
+    const int on = kDirection == Direction::kForward ? steps : -steps;
+    if (steps_across_ == 1) {
+      if (across_ < end_across_ && down_ + on < end_down_) body(offset_ + on * stride_down_);
+    } else if (across_ + on >= 0 && across_ + on < end_across_ && down_ < end_down_) {
+      body(offset_ + on * stride_across_);
+    }
   }
 
   // Where the byte is that has the activation bit of the vector's first element, and which of its bits that is.

@@ -12,7 +12,21 @@ from tfops_kernels import _build, _kernels
 from tfops_kernels._arrays import PARAM_TYPES, Library, check, library_of
 
 Array = Any  # numpy.ndarray, or torch.Tensor on a CUDA device
-Activation = Literal["relu", "relu6", "leaky_relu", "silu"]
+Activation = Literal[
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "silu",
+    "hard_silu",
+    "gelu",
+    "gelu_tanh",
+    "elu",
+    "selu",
+    "tanh",
+    "sigmoid",
+    "softplus",
+    "mish",
+]
 
 
 class Forward(NamedTuple):
@@ -153,7 +167,8 @@ def forward(
         exponential_avg_factor: The share f in [0, 1] of the batch in what the running statistics become,
             (1 - f) * running + f * batch.
         training: Whether to normalize with the statistics of the batch, and to return what the running ones become.
-        activation: None, "relu", "relu6", "leaky_relu" (with slope 0.2) or "silu".
+        activation: None, or one of "relu", "relu6", "leaky_relu" (with slope 0.2), "silu", "hard_silu", "gelu",
+            "gelu_tanh", "elu", "selu", "tanh", "sigmoid", "softplus" and "mish".
         unbiased: Whether the returned variance divides the sum of squares by n - 1, not by n, the number of elements in
             a channel.
         threads: The number of threads, on the CPU. The result does not depend on it.
@@ -264,14 +279,15 @@ def backward(
         spread: In training `saved_inv_std`, in inference the variance; [C].
         dmean: In training the gradient of the returned mean, [C], or None for zeros.
         dvariance: In training the gradient of the returned variance, [C], or None for zeros.
-        residual: The array if the gradient needs it, which is with silu, and in inference with any activation; else
+        residual: The array if the gradient needs it, which is with all activations but relu, relu6 and leaky_relu, and
+            in inference with these too; else
             whether there was one.
         mask: As `forward` returned it.
         axis: As `forward` was given it. So are all that follow.
         epsilon: Added to the variance.
         exponential_avg_factor: The share of the batch in what the running statistics become.
         training: Whether mean and variance are those of the batch.
-        activation: None, "relu", "relu6", "leaky_relu" or "silu".
+        activation: As for `forward`.
         unbiased: Whether the returned variance is the unbiased one.
         threads: The number of threads, on the CPU. The result does not depend on it.
 

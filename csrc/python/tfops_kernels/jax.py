@@ -191,7 +191,7 @@ def batch_norm(
         exponential_avg_factor: The share f in [0, 1] of the batch in what the running statistics become,
             (1 - f) * running + f * batch.
         training: Whether to normalize with the statistics of the batch, and to return what the running ones become.
-        activation: None, "relu", "relu6", "leaky_relu" (with slope 0.2) or "silu".
+        activation: As for `tfops_kernels.forward`.
         unbiased: Whether the returned variance divides the sum of squares by n - 1, not by n, the number of elements in
             a channel.
 

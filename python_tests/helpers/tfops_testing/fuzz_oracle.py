@@ -155,8 +155,8 @@ class Oracle:
 
     def _y(self) -> Expected:
         error = 1.2 * self.z_error
-        if self.call.activation == "silu":
-            error = error + 64 * self.eps * (1 + np.abs(self.z))
+        if self.call.activation in kernel_cases.SMOOTH:
+            error = 2 * error + 64 * self.eps * (1 + np.abs(self.z))
         return self._data(_act(self.call, self.z), error)
 
     def _Training(self) -> dict[str, Expected]:
@@ -210,10 +210,10 @@ class Oracle:
         dy = self._wide(self.call.inputs["dy"])
         self.watch(dy)
         self.dz = dy * self._slope()
-        # The slope of silu at a z that is off by its error, and is itself rounded.
-        self.dz_size = np.abs(dy) * 1.1
+        # Smooth activations: the slope, of 1.76 at most, at a z that is off by its error, and is itself rounded.
+        self.dz_size = np.abs(dy) * (2 if self.call.activation in kernel_cases.SMOOTH else 1.1)
         self.dz_error = self.dz_size * self.eps * 4
-        if self.call.activation == "silu":
+        if self.call.activation in kernel_cases.SMOOTH:
             self.dz_error = self.dz_size * (self.z_error + 64 * self.eps * (1 + np.abs(self.z)))
         self.sum_dz, self.sum_dz_xc = self.dz.sum(self.others), (self.dz * self.xc).sum(self.others)
         self.sum_dz_error = (self.dz_error + 32 * self.eps * self.dz_size).sum(self.others)

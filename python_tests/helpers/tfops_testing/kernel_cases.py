@@ -13,8 +13,10 @@ import tfops_kernels
 
 from . import oracle
 
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu")
+ACTIVATIONS = tuple(name or None for name in tfops_kernels._kernels.ACTIVATIONS)
 PIECEWISE_LINEAR = ("relu", "relu6", "leaky_relu")
+SMOOTH = tuple(name for name in ACTIVATIONS if name not in (None, *PIECEWISE_LINEAR))
+COMMON = (None, *PIECEWISE_LINEAR, "silu")  # which loops of the CPU kernels know; the other smooth ones share theirs
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Half an ulp of the data type: what rounding a result to it costs, relative to the result.
 ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24, "float64": 2**-53}
@@ -86,13 +88,23 @@ def random_cases(seed: int, count: int) -> list[Case]:
 
 
 def combinations(shape: tuple[int, ...], axis: int) -> list[Case]:
-    """Every dtype, mode, activation and residual at one shape."""
+    """Every dtype, mode and residual at one shape, with activations of every kind."""
     return [
         Case(shape, axis, dtype, training, activation, residual)
         for dtype in DTYPES
         for training in (True, False)
-        for activation in ACTIVATIONS
+        for activation in (*COMMON, "gelu")
         for residual in (False, True)
+    ]
+
+
+def smooth(shape: tuple[int, ...], axis: int) -> list[Case]:
+    """Every smooth activation, in every dtype and mode, with a residual in half of the cases."""
+    modes = [(dtype, training) for dtype in DTYPES for training in (True, False)]
+    return [
+        Case(shape, axis, dtype, training, activation, bool((i + j) % 2))
+        for i, activation in enumerate(SMOOTH)
+        for j, (dtype, training) in enumerate(modes)
     ]
 
 

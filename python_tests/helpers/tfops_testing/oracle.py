@@ -5,6 +5,8 @@ In float64; in long double where the data are float64 themselves, for NumPy sums
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +32,57 @@ class Backward(NamedTuple):
     residual: Array
 
 
+def _sigmoid(z: Array) -> Array:
+    return 1 / (1 + np.exp(-z))
+
+
+def _normal(z: Array) -> Array:
+    """The probability of less than z."""
+    return (0.5 * np.vectorize(math.erfc, otypes=[float])(-z.astype(np.float64) * math.sqrt(0.5))).astype(z.dtype)
+
+
+def _u_of_gelu(z: Array) -> tuple[Array, Array]:
+    """What the tanh is of in the approximation of GELU, and the slope of that. (1 + tanh(u)) / 2 is sigmoid(2 u)."""
+    factor = np.sqrt(z.dtype.type(2) / np.pi)
+    return factor * (z + 0.044715 * z**3), factor * (1 + 3 * 0.044715 * z**2)
+
+
+def _gelu_tanh_slope(z: Array) -> Array:
+    u, slope = _u_of_gelu(z)
+    return _sigmoid(2 * u) + 2 * z * _sigmoid(2 * u) * _sigmoid(-2 * u) * slope
+
+
+def _mish_slope(z: Array) -> Array:
+    tanh = np.tanh(np.logaddexp(0, z))
+    return tanh + z * (1 - tanh**2) * _sigmoid(z)
+
+
+_SCALE, _ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
+
+# The function and its derivative.
+_SMOOTH: dict[str | None, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "silu": (lambda z: z * _sigmoid(z), lambda z: _sigmoid(z) * (1 + z * (1 - _sigmoid(z)))),
+    "hard_silu": (
+        lambda z: z * np.clip(z + 3, 0, 6) / 6,
+        lambda z: np.where(z <= -3, 0, np.where(z >= 3, 1, (2 * z + 3) / 6)),
+    ),
+    "gelu": (lambda z: z * _normal(z), lambda z: _normal(z) + z * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)),
+    "gelu_tanh": (lambda z: z * _sigmoid(2 * _u_of_gelu(z)[0]), _gelu_tanh_slope),
+    "elu": (
+        lambda z: np.where(z > 0, z, np.expm1(np.minimum(z, 0))),
+        lambda z: np.where(z > 0, 1, np.exp(np.minimum(z, 0))),
+    ),
+    "selu": (
+        lambda z: _SCALE * np.where(z > 0, z, _ALPHA * np.expm1(np.minimum(z, 0))),
+        lambda z: _SCALE * np.where(z > 0, 1, _ALPHA * np.exp(np.minimum(z, 0))),
+    ),
+    "tanh": (np.tanh, lambda z: 4 * _sigmoid(2 * z) * _sigmoid(-2 * z)),
+    "sigmoid": (_sigmoid, lambda z: _sigmoid(z) * _sigmoid(-z)),
+    "softplus": (lambda z: np.logaddexp(0, z), _sigmoid),
+    "mish": (lambda z: z * np.tanh(np.logaddexp(0, z)), _mish_slope),
+}
+
+
 def activate(name: str | None, z: Array) -> Array:
     if name == "relu":
         return np.maximum(z, 0)
@@ -37,8 +90,8 @@ def activate(name: str | None, z: Array) -> Array:
         return np.clip(z, 0, 6)
     if name == "leaky_relu":
         return np.where(z > 0, z, np.float64(np.float32(0.2)) * z)
-    if name == "silu":
-        return z / (1 + np.exp(-z))
+    if name in _SMOOTH:
+        return _SMOOTH[name][0](z)
     return z
 
 
@@ -49,9 +102,8 @@ def slope_of(name: str | None, z: Array) -> Array:
         return ((z > 0) & (z < 6)).astype(z.dtype)
     if name == "leaky_relu":
         return np.where(z > 0, 1, np.float64(np.float32(0.2)))
-    if name == "silu":
-        sigmoid = 1 / (1 + np.exp(-z))
-        return sigmoid * (1 + z * (1 - sigmoid))
+    if name in _SMOOTH:
+        return _SMOOTH[name][1](z)
     return np.ones_like(z)
 
 

@@ -55,8 +55,8 @@ class Forced:
 
 
 def cases(shape: tuple[int, ...], axis: int, dtype: str) -> Iterator[Case]:
-    """With each activation; with and without a residual, and so a mask."""
-    for i, activation in enumerate(kernel_cases.ACTIVATIONS):
+    """With activations of each kind; with and without a residual, and so a mask."""
+    for i, activation in enumerate((*kernel_cases.COMMON, "mish")):
         for residual in (False, True):
             factor = (1.0, 0.25)[i % 2]  # with the gradients of the running statistics, too
             yield Case(shape, axis, dtype, True, activation, residual, factor)

@@ -1,0 +1,161 @@
+"""The activations in TensorFlow's own operations: what the kernels' are compared with, and their derivatives.
+
+`ACTIVATIONS` has every one by its name, in the order of `TFOPS_ACTIVATIONS` in `csrc/batch_norm/batch_norm.h`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+Function = Callable[[tf.Tensor], tf.Tensor]
+
+_LEAKY_RELU_SLOPE = float(np.float32(0.2))  # as the kernels have it, and tf.nn.leaky_relu's attribute
+_SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
+_GELU_FACTOR, _GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
+
+
+class PiecewiseLinear(NamedTuple):
+    """An activation with slope 1 where `is_on` says so, and `off_slope` elsewhere. The gradient needs that bit of z."""
+
+    of: Function
+    is_on: Function
+    off_slope: float = 0.0
+    kinks: tuple[float, ...] = (0.0,)
+
+
+class Smooth(NamedTuple):
+    """An activation with its first and second derivative, of which the gradient needs z itself."""
+
+    of: Function
+    slope: Function
+    curvature: Function
+    kinks: tuple[float, ...] = ()  # of the slope
+
+
+def _silu() -> Smooth:
+    def slope(z: tf.Tensor) -> tf.Tensor:
+        s = tf.sigmoid(z)
+        return s * (1 + z * (1 - s))
+
+    def curvature(z: tf.Tensor) -> tf.Tensor:
+        s = tf.sigmoid(z)
+        return s * (1 - s) * (2 + z * (1 - 2 * s))
+
+    return Smooth(lambda z: z * tf.sigmoid(z), slope, curvature)
+
+
+def _hard_silu() -> Smooth:
+    def slope(z: tf.Tensor) -> tf.Tensor:
+        return tf.where(z >= 3, tf.ones_like(z), tf.where(z <= -3, tf.zeros_like(z), z / 3 + 0.5))
+
+    def curvature(z: tf.Tensor) -> tf.Tensor:
+        return tf.where(tf.abs(z) < 3, tf.ones_like(z) / 3, tf.zeros_like(z))
+
+    return Smooth(lambda z: z * (tf.clip_by_value(z + 3, 0, 6) / 6), slope, curvature, kinks=(-3.0, 3.0))
+
+
+def _gelu() -> Smooth:
+    def below(z: tf.Tensor) -> tf.Tensor:
+        return 0.5 * tf.math.erfc(-z * math.sqrt(0.5))
+
+    def density(z: tf.Tensor) -> tf.Tensor:
+        return tf.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+
+    return Smooth(
+        lambda z: z * below(z),
+        lambda z: below(z) + z * density(z),
+        lambda z: density(z) * (2 - z * z),
+    )
+
+
+def _gelu_tanh() -> Smooth:
+    """z times the sigmoid of v = 2 sqrt(2 / pi) (z + 0.044715 z^3)."""
+
+    def sigmoid(z: tf.Tensor) -> tf.Tensor:
+        return tf.sigmoid(_GELU_FACTOR * z * (1 + _GELU_CUBE * z * z))
+
+    def v_slope(z: tf.Tensor) -> tf.Tensor:
+        return _GELU_FACTOR * (1 + 3 * _GELU_CUBE * z * z)
+
+    def slope(z: tf.Tensor) -> tf.Tensor:
+        s = sigmoid(z)
+        return s + z * v_slope(z) * s * (1 - s)
+
+    def curvature(z: tf.Tensor) -> tf.Tensor:
+        s, d = sigmoid(z), v_slope(z)
+        return s * (1 - s) * (2 * d + z * (6 * _GELU_FACTOR * _GELU_CUBE * z + d * d * (1 - 2 * s)))
+
+    return Smooth(lambda z: z * sigmoid(z), slope, curvature)
+
+
+def _elu(scale: float = 1.0, alpha: float = 1.0) -> Smooth:
+    """scale * z, and scale * alpha * (exp(z) - 1) below 0. What is not taken must not overflow, for its gradient."""
+
+    def exponential(z: tf.Tensor) -> tf.Tensor:
+        return scale * alpha * tf.exp(tf.minimum(z, 0))
+
+    return Smooth(
+        lambda z: tf.where(z > 0, scale * z, scale * alpha * tf.math.expm1(tf.minimum(z, 0))),
+        lambda z: tf.where(z > 0, scale * tf.ones_like(z), exponential(z)),
+        lambda z: tf.where(z > 0, tf.zeros_like(z), exponential(z)),
+        kinks=(0.0,),
+    )
+
+
+def _tanh() -> Smooth:
+    def slope(z: tf.Tensor) -> tf.Tensor:
+        return 1 - tf.square(tf.tanh(z))
+
+    return Smooth(tf.tanh, slope, lambda z: -2 * tf.tanh(z) * slope(z))
+
+
+def _sigmoid() -> Smooth:
+    def slope(z: tf.Tensor) -> tf.Tensor:
+        return tf.sigmoid(z) * tf.sigmoid(-z)
+
+    return Smooth(tf.sigmoid, slope, lambda z: slope(z) * (1 - 2 * tf.sigmoid(z)))
+
+
+def _mish() -> Smooth:
+    def slope(z: tf.Tensor) -> tf.Tensor:
+        t = tf.tanh(tf.nn.softplus(z))
+        return t + z * tf.sigmoid(z) * (1 - t * t)
+
+    def curvature(z: tf.Tensor) -> tf.Tensor:
+        t, s = tf.tanh(tf.nn.softplus(z)), tf.sigmoid(z)
+        return s * (1 - t * t) * (2 + z * (1 - s - 2 * t * s))
+
+    return Smooth(lambda z: z * tf.tanh(tf.nn.softplus(z)), slope, curvature)
+
+
+ACTIVATIONS: dict[str, PiecewiseLinear | Smooth] = {
+    "relu": PiecewiseLinear(tf.nn.relu, lambda z: z > 0),
+    "relu6": PiecewiseLinear(tf.nn.relu6, lambda z: (z > 0) & (z < 6), kinks=(0.0, 6.0)),
+    "leaky_relu": PiecewiseLinear(
+        lambda z: tf.nn.leaky_relu(z, alpha=_LEAKY_RELU_SLOPE), lambda z: z > 0, _LEAKY_RELU_SLOPE
+    ),
+    "silu": _silu(),
+    "hard_silu": _hard_silu(),
+    "gelu": _gelu(),
+    "gelu_tanh": _gelu_tanh(),
+    "elu": _elu(),
+    "selu": _elu(_SELU_SCALE, _SELU_ALPHA),
+    "tanh": _tanh(),
+    "sigmoid": _sigmoid(),
+    "softplus": Smooth(tf.nn.softplus, tf.sigmoid, lambda z: tf.sigmoid(z) * tf.sigmoid(-z)),
+    "mish": _mish(),
+}
+
+
+def is_piecewise_linear(name: str | None) -> bool:
+    """Whether the gradient in training reads bits of the residual in place of it."""
+    return isinstance(ACTIVATIONS.get(name or ""), PiecewiseLinear)
+
+
+def apply(name: str | None, z: tf.Tensor) -> tf.Tensor:
+    return ACTIVATIONS[name].of(z) if name else z
