@@ -1,4 +1,4 @@
-"""Keras' layer on the fused op, and what puts it into a model: `BatchNormalization` and `convert`."""
+"""Keras' layer on the fused op, what puts it into a model, and what watches it: `BatchNormHealth`."""
 
 try:
     import keras as _keras  # noqa: F401
@@ -12,5 +12,6 @@ except ImportError as error:
 
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._convert import convert
+from tfops.keras._health import BatchNormFinding, BatchNormHealth
 
-__all__ = ["BatchNormalization", "convert"]
+__all__ = ["BatchNormFinding", "BatchNormHealth", "BatchNormalization", "convert"]
