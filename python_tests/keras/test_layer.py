@@ -31,15 +31,16 @@ def _pair(shape, axis=-1, **kwargs):
 
 
 def test_arguments_are_those_of_keras():
-    """Names, order and defaults; then `activation`, by name alone."""
+    """Names, order and defaults; then those that are new, by name alone."""
     stock, fused = (
         inspect.signature(cls.__init__).parameters
         for cls in (keras.layers.BatchNormalization, tfops.keras.BatchNormalization)
     )
     lacking = set() if "renorm" in stock else {"renorm", "renorm_clipping", "renorm_momentum"}  # in older Keras
-    ours = [(each.name, each.default) for each in fused.values() if each.name not in {*lacking, "activation"}]
+    own = [each.name for each in fused.values() if each.kind is each.KEYWORD_ONLY]
+    assert own == ["activation", "skip_nonfinite"]
+    ours = [(each.name, each.default) for each in fused.values() if each.name not in {*lacking, *own}]
     assert ours == [(each.name, each.default) for each in stock.values()]
-    assert [each.name for each in fused.values() if each.kind is each.KEYWORD_ONLY] == ["activation"]
 
 
 def test_every_argument_reaches_keras():

@@ -12,7 +12,8 @@ from tfops_testing.fresh_process import run_python
 
 def _case(parts=(6, 6), shape=(4, 5, 3), **kwargs):
     defaults = {"mask": False, "residual": False, "mean": 1.0, "dtype": "float32", "layer": {}}
-    return {"parts": parts, "shape": shape, **defaults, "graph": True, "second": False, **kwargs}
+    switches = {"graph": True, "second": False, "recomputed": False, "bad": False}
+    return {"parts": parts, "shape": shape, **defaults, **switches, **kwargs}
 
 
 CASES = {
@@ -27,6 +28,14 @@ CASES = {
     ),
     "eager": _case((9, 3), graph=False),
     "bare": _case((5, 7), layer={"scale": False, "center": False}),
+    "recomputed": _case((9, 3), layer={"activation": "silu"}, residual=True, recomputed=True),
+    "recomputed mask, eager": _case((9, 3), mask=True, dtype="float64", recomputed=True, graph=False),
+}
+# Of two replicas, the second has a NaN.
+BAD = {
+    "bad": _case((5, 7), bad=True, layer={"skip_nonfinite": True}),
+    "bad, mask": _case((5, 7), bad=True, mask=True, graph=False, layer={"skip_nonfinite": True}),
+    "bad, apart": _case((5, 7), bad=True, layer={"skip_nonfinite": True, "synchronized": False}),
 }
 
 
@@ -34,7 +43,7 @@ CASES = {
 def results():
     import keras
 
-    cases = dict(CASES)
+    cases = CASES | BAD
     if "renorm" not in keras.layers.BatchNormalization().get_config():
         del cases["renorm"]
     run = run_python("-m", "tfops_testing.synchronized_check", json.dumps(list(cases.values())))
@@ -61,3 +70,17 @@ def test_one_collective_each_way(results):
     """On each replica: count, mean and variance forward, two sums backward."""
     *_, collectives = results["eager"]
     assert collectives == [["all_gather", 9], ["all_gather", 9], ["all_reduce", 6], ["all_reduce", 6]]
+
+
+@pytest.mark.parametrize("name", ["bad", "bad, mask"])
+def test_replicas_skip_together(results, name):
+    replicas, *_ = results[name]
+    for replica in replicas:
+        assert replica[-2:] == [[0, 0, 0], [1, 1, 1]]
+
+
+def test_replicas_with_statistics_of_their_own_skip_alone(results):
+    (first, second), *_ = results["bad, apart"]
+    assert 0 not in first[-2]
+    assert 1 not in first[-1]
+    assert second[-2:] == [[0, 0, 0], [1, 1, 1]]

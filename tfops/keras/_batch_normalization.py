@@ -43,10 +43,10 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
 
     The layer takes every argument of Keras' layer, with the same defaults, and holds the same weights under the same
     names: gamma, beta, moving_mean and moving_variance of shape [C], C being the size of the dimension `axis`. Without
-    an activation its config is that of Keras' layer. Three things differ in training: `synchronized` holds with a mask
-    too, a batch of no elements leaves the moving statistics as they are, and they take a batch in once where
-    `tf.recompute_grad` or `keras.RematScope` runs the layer twice (unless a `tf.function` in between runs what was
-    traced before).
+    the arguments that are new its config is that of Keras' layer. Three things differ in training: `synchronized` holds
+    with a mask too, a batch of no elements leaves the moving statistics as they are, and they take a batch in once
+    where `tf.recompute_grad` or `keras.RematScope` runs the layer twice (unless a `tf.function` in between runs what
+    was traced before).
 
     Inputs have rank >= 2. The kernels compute in the wider of the inputs' dtype and the layer's compute dtype, with
     sums, statistics and parameters in float32 (float64 for float64); the result has the compute dtype.
@@ -73,14 +73,18 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
         activation: Applied to the result: None, or one of "relu", "relu6", "leaky_relu" (with slope 0.2), "silu",
             "hard_silu", "gelu" (the exact one), "gelu_tanh" (its approximation), "elu", "selu", "tanh", "sigmoid",
             "softplus" and "mish".
+        skip_nonfinite: Whether a training step in which a moving statistic would become NaN or infinite leaves all of
+            the layer's as they are. y and the gradients of that step are what they are.
         **kwargs: What every layer of Keras takes: name, dtype, trainable and so on.
 
     Attributes:
         activation: As given.
+        skip_nonfinite: As given. It may be set, before a training step is compiled.
         folded: What calls do beside that, unless they tell: an activation, or None. `tfops.keras.convert` sets it in
             Sequential models, whose calls have no arguments.
 
     Raises:
+        TypeError: `skip_nonfinite` is not a bool.
         ValueError: `activation` is none of the above, or Keras refuses an argument.
 
     Examples:
@@ -102,6 +106,14 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
         >>> y = tfops.keras.BatchNormalization(activation="relu")(y, residual=inputs)
         >>> keras.Model(inputs, y).count_params()
         2368
+
+        A batch that has gone bad does not reach the moving statistics:
+
+        >>> layer = tfops.keras.BatchNormalization(momentum=0.5, skip_nonfinite=True)
+        >>> for batch in ([[1.0], [3.0]], [[1.0], [float("nan")]]):
+        ...     y = layer(np.array(batch, np.float32), training=True)
+        >>> print(y.numpy().ravel(), layer.moving_mean.numpy())
+        [nan nan] [1.]
     """
 
     def __init__(
@@ -125,10 +137,13 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
         synchronized: bool = False,
         *,
         activation: Activation | None = None,
+        skip_nonfinite: bool = False,
         **kwargs: Any,
     ):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, but it is {activation!r}")
+        if not isinstance(skip_nonfinite, bool):
+            raise TypeError(f"skip_nonfinite must be a bool, but it is {skip_nonfinite!r}")
         try:
             axis = int(axis)
         except (TypeError, ValueError) as error:
@@ -154,7 +169,9 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
             **kwargs,
         )
         self.activation: Activation | None = activation
+        self.skip_nonfinite: bool = skip_nonfinite
         self.folded: str | None = None
+        self._last_run: tuple[bool | None, bool] = None, False  # training, and whether there was a mask
         self.supports_jit = _xla.supports_jit()
 
     # Keras tells the arguments of build and compute_output_shape by name: those of call, and "_shape".
@@ -185,7 +202,8 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
 
         Args:
             inputs: The data x: a tensor of rank >= 2.
-            training: Whether to normalize with the batch's own statistics, and to update the moving ones.
+            training: Whether to normalize with the batch's own statistics, and to update the moving ones. None means
+                False; where the layer is recomputed for the gradient, what it meant the first time.
             mask: In training, the elements that statistics are taken of: a tensor of bools, of the inputs' shape
                 without the last dimension or one that broadcasts to it. None means all. All elements are normalized.
             residual: A tensor of the inputs' shape, added before the activation, or None.
@@ -198,11 +216,17 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
             The result y, a tensor of the inputs' shape and of the compute dtype.
 
         Raises:
-            ValueError: The mask has a wrong rank, or shapes do not match while a graph is built.
+            ValueError: The mask has a wrong rank, or is lost where the layer is recomputed for the gradient, or shapes
+                do not match while a graph is built.
             tf.errors.InvalidArgumentError: Shapes do not match when the layer runs.
         """
         mask = inputs_mask if mask is None else mask
         folded = folded or self.folded
+        recomputed = training is not False and is_recomputed()
+        if recomputed:
+            training = self._as_before(training, mask)
+        else:
+            self._last_run = training, mask is not None
         if folded is not None and _has_addition(folded):
             later = folded.partition("+")[2] or None
             rest = functools.partial(self, inputs, training=training, mask=mask, folded=later)
@@ -236,7 +260,7 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
             if renorm:
                 r, d, *_ = self._renorm_correction_and_moments(statistics.mean, statistics.variance)
                 scale, offset = self._compose_transforms(r, d, scale, offset, param)
-            if not is_recomputed():
+            if not recomputed:
                 self._update(statistics, renorm)
             y = normalize(x, scale, offset, statistics, **settings)
         else:
@@ -251,9 +275,8 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
                 unbiased=False,
                 **settings,
             )
-            if training and not is_recomputed():
-                self.moving_mean.assign(tf.cast(mean, self.moving_mean.dtype))
-                self.moving_variance.assign(tf.cast(variance, self.moving_variance.dtype))
+            if training and not recomputed:
+                self._assign({"moving_mean": mean, "moving_variance": variance})
         return tf.cast(y, self.compute_dtype)
 
     def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -286,31 +309,53 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
             return tf.cast(x, keras.backend.result_type("float32", self.compute_dtype))
         return tf.cast(x, keras.backend.result_type(x.dtype.name, self.compute_dtype))
 
+    def _as_before(self, training: bool | None, mask: Any) -> bool | None:
+        """`training` where the layer runs again: layers that call others are not under way then, and do not tell."""
+        before, had_mask = self._last_run
+        training = before if training is None else training
+        if training and had_mask and mask is None:
+            raise ValueError(
+                f"the mask of {self.name} is lost where it is recomputed for the gradient: tf.recompute_grad does not "
+                "pass on what tensors carry. Give it by name, layer(x, mask=mask)"
+            )
+        return training
+
     def _update(self, statistics: Statistics, renorm: bool) -> None:
         """The moving statistics: Keras' averages, but no elements leave them as they are."""
         mean, variance = statistics.mean, statistics.variance
         taken = statistics.count + statistics.ballast > 0
 
-        def average(variable: Any, value: tf.Tensor, momentum: float) -> tf.Tensor:
-            old = tf.cast(variable, value.dtype)
-            new = tf.where(taken, old * momentum + value * (1.0 - momentum), old)
-            variable.assign(tf.cast(new, variable.dtype))
-            return new
+        def average(name: str, value: tf.Tensor, momentum: float) -> tf.Tensor:
+            old = tf.cast(getattr(self, name), value.dtype)
+            return tf.where(taken, old * momentum + value * (1.0 - momentum), old)
 
-        average(self.moving_mean, mean, self.momentum)
-        if not renorm:
-            average(self.moving_variance, variance, self.momentum)
-            return
-        stddev = tf.sqrt(variance + self.epsilon)
-        average(self.renorm_mean, mean, self.renorm_momentum)
-        average(self.renorm_stddev, stddev, self.renorm_momentum)
-        moving_stddev = average(self.moving_stddev, stddev, self.momentum)
-        moving_variance = tf.nn.relu(tf.square(moving_stddev) - self.epsilon)
-        average(self.moving_variance, moving_variance, 0.0)
+        averages = {"moving_mean": average("moving_mean", mean, self.momentum)}
+        if renorm:
+            stddev = tf.sqrt(variance + self.epsilon)
+            averages["renorm_mean"] = average("renorm_mean", mean, self.renorm_momentum)
+            averages["renorm_stddev"] = average("renorm_stddev", stddev, self.renorm_momentum)
+            averages["moving_stddev"] = average("moving_stddev", stddev, self.momentum)
+            moving_variance = tf.nn.relu(tf.square(averages["moving_stddev"]) - self.epsilon)
+            averages["moving_variance"] = average("moving_variance", moving_variance, 0.0)
+        else:
+            averages["moving_variance"] = average("moving_variance", variance, self.momentum)
+        self._assign(averages)
+
+    def _assign(self, averages: dict[str, tf.Tensor]) -> None:
+        """New values of the moving statistics, by their names. With `skip_nonfinite`, all of them or none."""
+        variables = [getattr(self, name) for name in averages]
+        values = [tf.cast(each, variable.dtype) for each, variable in zip(averages.values(), variables, strict=True)]
+        if self.skip_nonfinite:
+            new, old = tf.stack(values), tf.stack([tf.cast(each, each.dtype) for each in variables])
+            # What is not finite already, as in a file of old, does not keep the others from being updated.
+            good = tf.reduce_all(tf.math.is_finite(new) | ~tf.math.is_finite(old))
+            values = tf.unstack(tf.where(good, new, old), len(values))
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments of the constructor; without an activation, a config for Keras' layer too."""
-        own = {"activation": self.activation, "folded": self.folded}
+        """The arguments of the constructor; without those that are new, a config for Keras' layer too."""
+        own = {"activation": self.activation, "folded": self.folded, "skip_nonfinite": self.skip_nonfinite or None}
         return {**super().get_config(), **{name: value for name, value in own.items() if value is not None}}
 
     @classmethod

@@ -97,8 +97,8 @@ class Copier:
         if is_list(layer):
             return self._make_list(layer)
         if id(layer) in self._of_norm:
-            unfused = () if self._to is BatchNormalization else ("activation",)
-            return self._remake(layer, self._to, (*unfused, "folded") if self._unfolds else unfused)
+            own = () if self._to is BatchNormalization else ("activation", "skip_nonfinite")
+            return self._remake(layer, self._to, (*own, "folded") if self._unfolds else own)
         if id(layer) in self._taken:
             return stand_in(self._remake(layer))
         if isinstance(layer, (FoldedLayer, FoldedOperation)) and self._unfolds:
@@ -397,6 +397,7 @@ def _constructing(source: type[keras.Layer], target: type[keras.Layer]) -> Itera
         activation = kwargs.pop("activation", None)
         if activation is not None:
             raise ValueError(f"a batch norm inside it has the fused activation {activation!r}")
+        kwargs.pop("skip_nonfinite", None)
         return target(*args, **kwargs)
 
     with _lock:

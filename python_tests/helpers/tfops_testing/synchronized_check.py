@@ -45,6 +45,8 @@ def run(case, parts):
     x, residual = (rng.standard_normal(shape) * 2 + case["mean"] for _ in range(2))
     residual -= case["mean"]
     weights = rng.standard_normal(shape)
+    if case["bad"]:
+        x[-1, ..., 0] = np.nan
     mask = rng.random(shape[:-1]) < 0.7
     bounds = np.cumsum([0, *parts])
     dtype = case["dtype"]
@@ -56,7 +58,8 @@ def run(case, parts):
         return strategy.experimental_distribute_values_from_function(lambda c: pieces[c.replica_id_in_sync_group])
 
     def make():
-        layer = tfops.keras.BatchNormalization(synchronized=True, momentum=0.75, dtype=dtype, **case["layer"])
+        options = {"synchronized": True, "momentum": 0.75, "dtype": dtype, **case["layer"]}
+        layer = tfops.keras.BatchNormalization(**options)
         layer.build((None, *case["shape"]))
         channels = layer.moving_mean.shape[0]
         if layer.gamma is not None:
@@ -66,14 +69,15 @@ def run(case, parts):
 
     def step(layer, x, residual, weights, mask):
         inputs = [x, residual] if case["residual"] else [x]
-        kwargs = {"residual": residual} if case["residual"] else {}
-        if case["mask"]:
-            kwargs["mask"] = mask
+
+        def call(x, residual=None):
+            return layer(x, training=True, residual=residual, mask=mask if case["mask"] else None)
+
         with tf.GradientTape() as outer:
             outer.watch(inputs)
             with tf.GradientTape() as tape:
                 tape.watch(inputs)
-                y = layer(inputs[0], training=True, **kwargs)
+                y = (tf.recompute_grad(call) if case["recomputed"] else call)(*inputs)
                 loss = tf.reduce_sum(weights * y * y)
             data = tape.gradient(loss, inputs + [v.value for v in layer.trainable_variables])
             product = tf.reduce_sum(data[0] ** 2) if case["second"] else tf.constant(0.0, dtype)
