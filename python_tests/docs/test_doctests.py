@@ -10,10 +10,13 @@ from types import ModuleType
 import pytest
 
 import tfops
+import tfops.gradcheck
 import tfops_kernels
 
+PACKAGES = [tfops, tfops.gradcheck, tfops.keras, tfops_kernels]
 
-@pytest.mark.parametrize("package", [tfops, tfops.keras, tfops_kernels], ids=lambda package: package.__name__)
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_docstrings_hold(package: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     names = {path.stem for path in Path(package.__file__).parent.glob("*.py")} - {"__init__"}

@@ -62,7 +62,9 @@ def _sources(words: list[str]) -> list[Path]:
     if words[0] == "-m":
         spec = importlib.util.find_spec(words[1])
         assert spec, f"there is no module {words[1]}"
-        return [Path(spec.origin)]
+        return [file for folder in spec.submodule_search_locations or [] for file in Path(folder).glob("*.py")] or [
+            Path(spec.origin)
+        ]
     path = ROOT / words[0]
     assert path.is_file(), f"there is no file {words[0]}"
     return list(path.parent.rglob("*.py"))

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 import tfops
 from tfops import _fallback, _gpus, _phases, gradcheck, info
+from tfops.gradcheck import _op
 from tfops_testing import kernel_cases, oracle
 from tfops_testing.op_cases import make_problem, to_float64
 
@@ -86,12 +87,12 @@ def test_results_and_gradients_agree_with_float64(shape, axis, dtype, training):
 
 
 @pytest.mark.usefixtures("gpus_cannot_be_served")
-@pytest.mark.parametrize("mode", gradcheck.MODES)
+@pytest.mark.parametrize("mode", _op.MODES)
 def test_gradients_agree_with_difference_quotients(mode):
     for activation, residual in itertools.product((*kernel_cases.COMMON, "gelu_tanh"), (False, True)):
         for layout in ("NHWC", "NCHW"):
             case = gradcheck.Case(layout, mode, activation, residual)
-            for result in gradcheck.check(case, ["float64", "float32"]):
+            for result in gradcheck.check_op(case, ["float64", "float32"]):
                 assert result.passed, result
 
 

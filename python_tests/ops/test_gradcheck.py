@@ -9,32 +9,38 @@ import tensorflow as tf
 
 import tfops
 from tfops import gradcheck
+from tfops.gradcheck import _op
 from tfops_testing import kernel_cases
 from tfops_testing.fresh_process import run_python
 
 
-@pytest.mark.parametrize("layout", gradcheck.LAYOUTS)
-@pytest.mark.parametrize("mode", gradcheck.MODES)
+@pytest.mark.parametrize("layout", _op.LAYOUTS)
+@pytest.mark.parametrize("mode", _op.MODES)
 def test_gradients_agree(layout, mode):
-    for result in gradcheck.check(gradcheck.Case(layout, mode, "relu6", residual=True), seed=7):
+    for result in gradcheck.check_op(gradcheck.Case(layout, mode, "relu6", residual=True), seed=7):
         assert result.passed, result
 
 
 def test_reference_has_the_same_gradients():
     case = gradcheck.Case("NCHW", "moving", "silu", residual=True)
-    for result in gradcheck.check(case, function=tfops.reference.fused_batch_norm):
+    for result in gradcheck.check_op(case, function=tfops.reference.fused_batch_norm):
         assert result.passed, result
 
 
+def test_check_takes_cases():
+    case = gradcheck.Case("NC", "inference")
+    assert gradcheck.check(case, ["float32"], seed=3) == gradcheck.check_op(case, ["float32"], seed=3)
+
+
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("mode", gradcheck.MODES)
-@pytest.mark.parametrize("layout", gradcheck.LAYOUTS)
+@pytest.mark.parametrize("mode", _op.MODES)
+@pytest.mark.parametrize("layout", _op.LAYOUTS)
 def test_inputs_keep_away_from_kinks_and_are_exact_in_every_dtype(layout, mode, residual):
     case = gradcheck.Case(layout, mode, None, residual)
     for seed in range(5):
-        inputs = gradcheck.draw_inputs(case, np.random.default_rng(seed))
+        inputs = _op.draw_inputs(case, np.random.default_rng(seed))
         for name, value in inputs.items():
-            for dtype in gradcheck.DTYPES:
+            for dtype in _op.DTYPES:
                 np.testing.assert_array_equal(tf.cast(tf.cast(value, dtype), tf.float64), value, f"{name}, {dtype}")
 
         # The activation's argument by NumPy, not by the program's own formula: channels last, one row an element.
@@ -44,10 +50,10 @@ def test_inputs_keep_away_from_kinks_and_are_exact_in_every_dtype(layout, mode, 
         )
         given = mode == "inference"
         mean, variance = (inputs["mean"], inputs["variance"]) if given else (x.mean(axis=0), x.var(axis=0))
-        z = (x - mean) / np.sqrt(variance + gradcheck.EPSILON) * inputs["scale"] + inputs["offset"]
+        z = (x - mean) / np.sqrt(variance + _op.EPSILON) * inputs["scale"] + inputs["offset"]
         z = z + added if residual else z
-        assert np.abs(z).min() > gradcheck.KINK_MARGIN
-        assert np.abs(z - 6).min() > gradcheck.KINK_MARGIN
+        assert np.abs(z).min() > _op.KINK_MARGIN
+        assert np.abs(z - 6).min() > _op.KINK_MARGIN
         for piece in (z < 0, (z > 0) & (z < 6), z > 6):
             assert piece.any(axis=0).all()
 
@@ -108,6 +114,11 @@ def test_options_choose_the_combinations(capsys):
         (["--device", "tpu:3"], "tpu:3"),
         (["--json", os.path.join("no", "such", "folder")], os.path.join("no", "such", "folder")),
         (["--speed"], "--speed"),
+        (["--function", "json:dumps", "--layout", "NC"], "--layout: means nothing beside --function"),
+        (["--function", "json"], "must be MODULE:NAME, not 'json'"),
+        (["--function", "no_such_module:name"], "no_such_module"),
+        (["--function", "json:no_such_name"], "no_such_name"),
+        (["--function", "json:__name__"], "json:__name__ must be (function, inputs) or a dict of check's arguments"),
     ],
 )
 def test_bad_arguments_are_named(arguments, named, capsys):
@@ -128,7 +139,7 @@ def test_case_rejects_unknown_values(field):
     with pytest.raises(ValueError, match=f"{field} must be one of .* not 'nope'"):
         gradcheck.Case(**{field: "nope"})
     with pytest.raises(ValueError, match=r"dtypes must be among .* not 'int8'"):
-        gradcheck.check(gradcheck.Case(), ["int8"])
+        gradcheck.check_op(gradcheck.Case(), ["int8"])
 
 
 def with_gradient_of(name: str, change):
@@ -146,7 +157,7 @@ def with_gradient_of(name: str, change):
     return function
 
 
-@pytest.mark.parametrize("name", gradcheck.INPUTS)
+@pytest.mark.parametrize("name", _op.INPUTS)
 @pytest.mark.parametrize(
     ("dtype", "excess"), [("float64", 2e-6), ("float32", 1e-5), ("float16", 2e-3), ("bfloat16", 2e-2)]
 )
@@ -165,7 +176,7 @@ def test_wrong_gradient_is_caught(name, dtype, excess, monkeypatch, capsys):
     ]
     assert gradcheck.main(arguments) == 0
     spoil = with_gradient_of(name, lambda gradient: gradient * tf.cast(1 + excess, gradient.dtype))
-    monkeypatch.setattr(gradcheck, "fused_batch_norm", spoil)
+    monkeypatch.setattr(_op, "fused_batch_norm", spoil)
     assert gradcheck.main(arguments) == 1
     output = capsys.readouterr().out
     assert "FAILED" in output
@@ -176,7 +187,7 @@ def test_wrong_gradient_is_caught(name, dtype, excess, monkeypatch, capsys):
     "change", [lambda gradient: None, lambda gradient: gradient * float("nan")], ids=["none", "nan"]
 )
 def test_missing_or_nan_gradient_is_caught(change, monkeypatch, tmp_path):
-    monkeypatch.setattr(gradcheck, "fused_batch_norm", with_gradient_of("scale", change))
+    monkeypatch.setattr(_op, "fused_batch_norm", with_gradient_of("scale", change))
     report = tmp_path / "report.json"
     arguments = ["--dtype", "float32", "--layout", "NC", "--mode", "training", "--activation", "none"]
     assert gradcheck.main([*arguments, "--json", str(report)]) == 1
@@ -191,6 +202,6 @@ def test_gradient_of_the_statistics_outputs_is_checked():
         return y, tf.stop_gradient(mean), tf.stop_gradient(variance)
 
     case = gradcheck.Case("NHWC", "moving")
-    for result in gradcheck.check(case, function=without):
+    for result in gradcheck.check_op(case, function=without):
         assert not result.passed, result
         assert result.errors["x"] > 10 * result.tolerances["x"]

@@ -1,4 +1,4 @@
-"""The program `python -m tfops.gradcheck`: numerical against analytic gradients of `tfops.fused_batch_norm`.
+"""`check_op`: numerical against analytic gradients of `tfops.fused_batch_norm`.
 
 Every combination of dtype, layout, mode, activation and residual is one small problem. The loss is sum(y * w), plus, in
 mode "moving", the sums of the mean and variance outputs times weights of their own. Its derivative with respect to
@@ -28,13 +28,8 @@ The error of an input's gradient is max |analytic - numerical| / max |numerical|
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import itertools
-import json
 import math
-import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,8 +38,8 @@ import tensorflow as tf
 
 from tfops import _activations, fused_batch_norm
 from tfops._arguments import ACTIVATIONS
-
-__all__ = ["Case", "Result", "check", "main"]
+from tfops.gradcheck._differences import element, quotients
+from tfops.gradcheck._problem import Problem
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 SHAPES = {"NHWC": (3, 2, 4, 5), "NCHW": (4, 3, 2, 3), "NC": (12, 5)}
@@ -99,7 +94,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What `check` found for one case in one dtype.
+    """What `check_op` found for one case in one dtype.
 
     Attributes:
         case: The combination.
@@ -212,52 +207,30 @@ def outputs_in_loss(function: Function, case: Case, inputs: dict[str, tf.Tensor]
     return list(outputs) if case.mode == "moving" else [outputs[0]]
 
 
-def numerical_gradients(
-    function: Function, case: Case, inputs: dict[str, np.ndarray], weights: list[np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Central differences in float64, one element at a time.
+def problem(function: Function, case: Case, inputs: dict[str, np.ndarray], dtype: str, devices: set[str]) -> Problem:
+    """The op on data of `dtype`, as a function of the differentiated inputs; `devices` collects where y is computed."""
+    names = case.differentiated
 
-    Returns:
-        For each differentiated input, the loss' gradient: float64, of the input's shape.
-    """
-    tensors = {name: tf.constant(value) for name, value in inputs.items()}
-    gradients = {}
-    for name in case.differentiated:
-        gradients[name] = np.zeros_like(inputs[name])
-        for index in np.ndindex(inputs[name].shape):
-            sides = []
-            for step in (STEP, -STEP):
-                perturbed = inputs[name].copy()
-                perturbed[index] += step
-                outputs = outputs_in_loss(function, case, tensors | {name: tf.constant(perturbed)})
-                sides.append([output.numpy() for output in outputs])
-            # Outputs are subtracted before they are summed: most do not depend on the element and cancel exactly.
-            difference = sum(np.sum(w * (above - below)) for w, above, below in zip(weights, *sides, strict=True))
-            gradients[name][index] = difference / (2 * STEP)
-    return gradients
+    def call(leaves: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
+        outputs = outputs_in_loss(function, case, dict(zip(names, leaves, strict=True)))
+        device = tf.DeviceSpec.from_string(outputs[0].device)
+        devices.add(f"{device.device_type}:{device.device_index}")
+        return {f"outputs[{index}]": output for index, output in enumerate(outputs)}
+
+    return Problem(call, names, [inputs[name] for name in names], [gradient_dtype(name, dtype) for name in names])
 
 
-def analytic_gradients(
-    function: Function, case: Case, inputs: dict[str, np.ndarray], weights: list[np.ndarray], dtype: str
-) -> tuple[dict[str, np.ndarray | None], str]:
-    """The op's own gradients with data of `dtype`, and the device that y was computed on.
+def numerical_gradients(problem: Problem, weights: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Central differences, one element at a time: for each differentiated input, the loss' gradient."""
 
-    Returns:
-        For each differentiated input, the loss' gradient as float64, of the input's shape, or None if the op gives
-        none; the device's name.
-    """
-    tensors = {name: tf.constant(value, gradient_dtype(name, dtype)) for name, value in inputs.items()}
-    with tf.GradientTape() as tape:
-        tape.watch(tensors)
-        outputs = outputs_in_loss(function, case, tensors)
-    upstream = [tf.constant(w, output.dtype) for w, output in zip(weights, outputs, strict=True)]
-    sources = {name: tensors[name] for name in case.differentiated}
-    gradients = tape.gradient(outputs, sources, output_gradients=upstream)
-    device = tf.DeviceSpec.from_string(outputs[0].device)
-    return (
-        {name: None if g is None else tf.cast(g, tf.float64).numpy() for name, g in gradients.items()},
-        f"{device.device_type}:{device.device_index}",
-    )
+    def derivative(index: int, place: int) -> float:
+        probe = element(problem, index, place, weights)._replace(unit=1.0)
+        return float(quotients(problem, probe, STEP).central[0])
+
+    return {
+        name: np.reshape([derivative(index, place) for place in range(value.size)], value.shape)
+        for index, (name, value) in enumerate(zip(problem.names, problem.values, strict=True))
+    }
 
 
 def relative_error(analytic: np.ndarray | None, numerical: np.ndarray) -> float:
@@ -267,10 +240,10 @@ def relative_error(analytic: np.ndarray | None, numerical: np.ndarray) -> float:
     return float(np.max(np.abs(analytic - numerical)) / np.max(np.abs(numerical)))
 
 
-def check(
+def check_op(
     case: Case, dtypes: Sequence[str] = DTYPES, *, seed: int = 0, function: Function | None = None
 ) -> list[Result]:
-    """Compares numerical and analytic gradients for one combination.
+    """Compares numerical and analytic gradients of `tfops.fused_batch_norm` for one combination.
 
     The error of an input's gradient is max |analytic - numerical| / max |numerical|. It may be up to 1e-6 in float64,
     and up to eps(g) / 2 + 32 eps(float32) in the other dtypes, g being the gradient's own.
@@ -289,7 +262,7 @@ def check(
 
     Examples:
         >>> from tfops import gradcheck
-        >>> results = gradcheck.check(gradcheck.Case("NC", activation="relu"), ["float64", "bfloat16"])
+        >>> results = gradcheck.check_op(gradcheck.Case("NC", activation="relu"), ["float64", "bfloat16"])
         >>> [result.passed for result in results]
         [True, True]
     """
@@ -300,13 +273,14 @@ def check(
     rng = np.random.default_rng(seed)
     inputs = draw_inputs(case, rng)
     weights = draw_weights(case, rng)
-    numerical = numerical_gradients(function, case, inputs, weights)
+    numerical = numerical_gradients(problem(function, case, inputs, "float64", set()), weights)
     results = []
     for dtype in dtypes:
-        analytic, device = analytic_gradients(function, case, inputs, weights, dtype)
-        errors = {name: relative_error(analytic[name], numerical[name]) for name in numerical}
+        devices: set[str] = set()
+        found = problem(function, case, inputs, dtype, devices).gradients(weights)
+        errors = {name: relative_error(each, numerical[name]) for name, each in zip(numerical, found, strict=True)}
         tolerances = {name: tolerance(name, dtype) for name in numerical}
-        results.append(Result(case, dtype, device, errors, tolerances))
+        results.append(Result(case, dtype, devices.pop(), errors, tolerances))
     return results
 
 
@@ -315,13 +289,13 @@ def format_row(case: Case, results: Sequence[Result]) -> str:
     activation, residual = str(case.activation).lower(), "with" if case.residual else "without"
     cells = []
     for result in results:
-        worst = max(result.errors, key=lambda name: _badness(result.errors[name] / result.tolerances[name]))
+        worst = max(result.errors, key=lambda name: badness(result.errors[name] / result.tolerances[name]))
         cells.append(f"{result.errors[worst]:8.1e} {worst:<8}{' ' if result.passed else '!'}")
     verdict = "ok" if all(result.passed for result in results) else "FAILED"
     return f"{case.layout:<7}{case.mode:<11}{activation:<12}{residual:<9}" + " ".join(cells) + f"  {verdict}"
 
 
-def _badness(error: float) -> float:
+def badness(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
@@ -335,110 +309,3 @@ def to_json(result: Result) -> dict[str, Any]:
         "tolerances": result.tolerances,
         "passed": result.passed,
     }
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options of the command line, checked; sys.argv's if argv is None."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tfops.gradcheck",
-        description="Checks the gradients of tfops.fused_batch_norm against difference quotients. "
-        "Exit status: 0 if all agree, 1 if any does not, 2 for bad arguments.",
-    )
-
-    def choice(flag: str, values: Sequence[str], text: str) -> None:
-        parser.add_argument(flag, nargs="+", choices=values, default=list(values), help=f"{text} (default: all)")
-
-    choice("--dtype", DTYPES, "dtypes of x")
-    choice("--layout", LAYOUTS, "4-D NHWC, 4-D NCHW, 2-D")
-    choice("--mode", MODES, "'moving': training with exponential_avg_factor < 1, mean and variance in the loss")
-    choice("--activation", [str(each).lower() for each in ACTIVATIONS], "fused activations")
-    choice("--residual", ("without", "with"), "without or with a fused residual")
-    parser.add_argument("--device", metavar="NAME", help="such as cpu, gpu or gpu:1 (default: TensorFlow's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
-    parser.add_argument("--json", metavar="FILE", help="also write every combination's errors to FILE")
-    arguments = parser.parse_args(argv)
-
-    if arguments.seed < 0:
-        parser.error(f"argument --seed: must be at least 0, not {arguments.seed}")
-    if arguments.device is not None:
-        name = arguments.device.upper().removeprefix("/").removeprefix("DEVICE:")
-        name = name if ":" in name else f"{name}:0"
-        available = [device.name.removeprefix("/device:") for device in tf.config.list_logical_devices()]
-        if name not in available:
-            parser.error(f"argument --device: no {arguments.device!r} here, only {', '.join(available)}")
-        arguments.device = name
-    if arguments.json is not None:
-        try:
-            open(arguments.json, "w").close()  # now, not after a minute's work
-        except OSError as error:
-            parser.error(f"argument --json: cannot write {arguments.json!r}: {error.strerror}")
-    return arguments
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Checks all combinations, or those that the options choose, and prints a line for each.
-
-    Args:
-        argv: The options of `python -m tfops.gradcheck`, which `--help` lists. None means those of sys.argv.
-
-    Returns:
-        The exit status: 0 if all gradients agree, 1 if any does not.
-
-    Raises:
-        SystemExit: An option is wrong (with code 2), or asks for help.
-
-    Examples:
-        >>> from tfops import gradcheck
-        >>> options = "--layout NC --mode inference --activation silu --residual with --dtype float64"
-        >>> gradcheck.main(options.split())  # doctest: +ELLIPSIS
-        Largest relative error of any input's gradient, ...
-        1 of 1 combinations passed on ...
-        0
-    """
-    arguments = parse_arguments(argv)
-    activations = [None if name == "none" else name for name in arguments.activation]
-    residuals = [name == "with" for name in arguments.residual]
-
-    start = time.perf_counter()
-    print("Largest relative error of any input's gradient, and which input's it is; ! beyond its tolerance:\n")
-    print(f"{'layout':<7}{'mode':<11}{'activation':<12}{'residual':<9}", end="")
-    print(" ".join(f"{dtype:<18}" for dtype in arguments.dtype))
-    results: list[Result] = []
-    for layout, mode, activation, residual in itertools.product(
-        arguments.layout, arguments.mode, activations, residuals
-    ):
-        case = Case(layout, mode, activation, residual)
-        with tf.device(arguments.device):
-            row = check(case, arguments.dtype, seed=arguments.seed)
-        print(format_row(case, row), flush=True)
-        results += row
-    seconds = time.perf_counter() - start
-
-    failures = [result for result in results if not result.passed]
-    print()
-    for dtype in arguments.dtype:
-        ones = [result for result in results if result.dtype == dtype]
-        error = max((error for result in ones for error in result.errors.values()), key=_badness)
-        share = max((result.worst for result in ones), key=_badness)
-        print(f"{dtype:<9} largest error {error:.1e}, at most {share:.2g} of the tolerance")
-    if arguments.json is not None:
-        report = {
-            "tensorflow": tf.__version__,
-            "seed": arguments.seed,
-            "seconds": round(seconds, 1),
-            "passed": not failures,
-            "results": [to_json(result) for result in results],
-        }
-        with open(arguments.json, "w") as file:
-            json.dump(report, file, indent=1)
-    devices = {result.device for result in results}
-    misplaced = devices - {arguments.device} if arguments.device is not None else set()
-    if misplaced:
-        print(f"\nFAILED: TensorFlow ran the op on {', '.join(misplaced)}: it has no kernel for {arguments.device}")
-    passed = f"{len(results) - len(failures)} of {len(results)} combinations passed"
-    print(f"\n{passed} on {' and '.join(sorted(devices))} in {seconds:.0f} s")
-    return 1 if failures or misplaced else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
