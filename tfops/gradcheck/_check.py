@@ -155,10 +155,11 @@ def _modes(
     if not function.built:
         function(*inputs if unpack and type(inputs) is tuple else [inputs])
     copy = in_float64(function) if float64 else None
+    names = _named(function.variables)  # a copy's may have other paths
     found = {}
     for mode in ("training", "inference"):
         own, *wide = (
-            _Source(functools.partial(each, training=mode == "training"), _named(each.variables))
+            _Source(functools.partial(each, training=mode == "training"), dict(zip(names, each.variables, strict=True)))
             for each in (function, copy)
             if each is not None
         )
