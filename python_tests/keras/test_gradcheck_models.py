@@ -41,6 +41,9 @@ def test_models_pass_in_both_modes_and_stay_as_they_are(norm, order):
     assert report, report
     assert {row.mode for row in report.rows} == {"training", "inference"}
     assert {row.dtype for row in report.rows} == {"float64", "float32"}
+    (row,) = [row for row in report.rows if row.kind == "output"]  # dropout
+    assert (row.mode, row.dtype) == ("training", "float32")
+    assert "other values than in float64" in row.note
     wanted = {"inputs", *(variable.path for variable in model.trainable_variables)}
     assert {row.input for row in report.rows if row.kind == "gradient"} == wanted
     for variable, value in zip(model.variables, before, strict=True):
@@ -57,7 +60,7 @@ def test_second_derivative_of_keras_batch_norm_is_wrong_and_that_of_tfops_right(
 
 
 def test_a_model_is_checked_once_where_its_modes_do_not_differ():
-    inputs = {"a": keras.Input([3]), "b": keras.Input([3])}
+    inputs = {name: keras.Input([3], name=name) for name in "ab"}
     outputs = keras.layers.Dense(2, activation="silu")(inputs["a"] * inputs["b"])
     model = keras.Model(inputs, {"y": outputs, "z": inputs["b"]})
     report = gradcheck.check(model, {"a": batch(2, 3), "b": batch(2, 3)})

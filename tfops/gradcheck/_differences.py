@@ -104,9 +104,9 @@ def settle(
     Returns:
         quotients: The first one that is as expected, else the one of the first step.
         noise: Theirs.
-        kinked: Where neither is so because the function has a kink, or a jump, at the point.
+        kinked: Where neither is so because the function has a kink, or a jump, within the smallest steps.
     """
-    central, noise, gap = first.central.copy(), first.noise.copy(), first.gap
+    central, noise, last = first.central.copy(), first.noise.copy(), first
     unsettled = ~(np.abs(central - expected) <= allowed + noise)  # NaN is not
     kinked = np.zeros_like(unsettled)
     for step in steps[1:]:
@@ -117,8 +117,10 @@ def settle(
         better = settled | (unsettled & ~np.isfinite(central))
         central[better], noise[better] = new.central[better], new.noise[better]
         unsettled &= ~settled
-        kinked = unsettled & (new.gap > allowed + new.noise) & (new.gap > _SMOOTH * gap)
-        gap = new.gap
+        at_point = (new.gap > allowed + new.noise) & (new.gap > _SMOOTH * last.gap)
+        beside = np.abs(new.central - last.central) > allowed + new.noise + last.noise
+        kinked = unsettled & (at_point | beside)
+        last = new
     return central, noise, kinked
 
 
