@@ -13,14 +13,14 @@ class Row:
     Attributes:
         kind: "gradient", "forward mode", "gradient of gradient" (and so on for higher orders), or "output" for what is
             wrong with the function's values.
-        input: The path of the input, such as "inputs[0]['x']", or the name of the variable.
+        input: The path of the input, such as `inputs[0]['x']`, or the name of the variable.
         mode: "training" or "inference" where a Keras layer was called in both, else "".
         dtype: That of the input.
         error: The largest |analytic - numerical|, or where all are far within the tolerance, that of the one that is
             nearest to it.
         tolerance: The largest error allowed there.
         largest: The largest |numerical|: what the error is to be compared with.
-        place: The element that has this error, such as "inputs[0]['x'][2, 3]".
+        place: The element that has this error, such as `inputs[0]['x'][2, 3]`.
         analytic: The derivative there, according to TensorFlow.
         numerical: The difference quotient there. In a type narrower than float64, the derivative in float64.
         compared: How many elements and random directions were compared.
