@@ -11,7 +11,8 @@ import tensorflow as tf
 from tensorflow.python.framework import op_def_registry
 
 import tfops
-from tfops import _activations, _arguments, gradcheck
+from tfops import _activations, _arguments
+from tfops.gradcheck import _op
 from tfops_kernels import _api, _kernels
 from tfops_testing import kernel_cases, oracle
 from tfops_testing.paths import ROOT
@@ -22,7 +23,7 @@ NAMES = kernel_cases.ACTIVATIONS[1:]
 def test_names_are_the_kernels():
     assert _kernels.ACTIVATIONS == ("", *_activations.ACTIVATIONS)
     assert get_args(_arguments.Activation) == get_args(_api.Activation) == NAMES
-    assert gradcheck.ACTIVATIONS == (None, *NAMES)
+    assert _op.ACTIVATIONS == (None, *NAMES)
     linear = {name for name, each in _activations.ACTIVATIONS.items() if isinstance(each, _activations.PiecewiseLinear)}
     assert linear == set(kernel_cases.PIECEWISE_LINEAR)
 
