@@ -1,4 +1,4 @@
-"""Keras' layer on the fused op, what puts it into a model, and what watches it: `BatchNormHealth`."""
+"""Keras' layer on the fused op, what changes models, and what watches them train."""
 
 try:
     import keras as _keras  # noqa: F401
@@ -13,5 +13,6 @@ except ImportError as error:
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._convert import convert
 from tfops.keras._health import BatchNormFinding, BatchNormHealth
+from tfops.keras._inference import fold
 
-__all__ = ["BatchNormFinding", "BatchNormHealth", "BatchNormalization", "convert"]
+__all__ = ["BatchNormFinding", "BatchNormHealth", "BatchNormalization", "convert", "fold"]

@@ -34,12 +34,11 @@ def same_calls(model: keras.Model, calls: dict[int, Any], copy: keras.Model) -> 
     return next((name for (name, _), each in places.items() if each != sorted(each)), None)
 
 
-def same_variables(model: keras.Model, variables: dict[int, Any], copy: keras.Model) -> str | None:
+def same_variables(wanted: list[Any], variables: dict[int, Any], got: list[Any]) -> str | None:
     """What is wrong with the copy's variables; None if nothing is."""
-    count, wanted = len(copy.variables), len(model.variables)
-    if count != wanted:
-        return f"its copy has {count} variables, not {wanted}"
-    for variable in model.variables:
+    if len(got) != len(wanted):
+        return f"its copy has {len(got)} variables, not {len(wanted)}"
+    for variable in wanted:
         new = variables.get(id(variable))
         if new is None:
             return f"its copy has no {variable.path}"

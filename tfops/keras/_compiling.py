@@ -28,14 +28,14 @@ def compile_like(model: keras.Model, copy: keras.Model, variables: Mapping[int, 
       variables: by the id of each variable of the model, that of the copy.
     """
     if copy.compiled:  # by its class' constructor
-        _uncompile(copy)
+        uncompile(copy)
     if not model.compiled:
         return
     try:
         with model.distribute_strategy.scope():
             _compile(model, copy)
     except Exception as error:
-        _uncompile(copy)
+        uncompile(copy)
         _warn(
             f"the copy of {model.name} is not compiled: {_reason(error)}. Compile it by hand, by copy.compile(...) "
             f"with what {model.name} was compiled with"
@@ -101,7 +101,7 @@ def _reason(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _uncompile(model: keras.Model) -> None:
+def uncompile(model: keras.Model) -> None:
     """Undoes `compile`, for which Keras has no way."""
     model.compiled = False
     model.optimizer = model.loss = None

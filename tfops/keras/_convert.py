@@ -103,15 +103,20 @@ def convert(
         >>> type(stock.get_layer("norm")) is keras.layers.BatchNormalization
         True
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"model must be a keras.Model, but it is {model!r}")
+    check_arguments(model, verbose)
     if to not in CLASSES:
         raise ValueError(f"to must be one of {', '.join(map(repr, CLASSES))}, but it is {to!r}")
-    if verbose not in (0, 1, 2):
-        raise ValueError(f"verbose must be 0, 1 or 2, but it is {verbose!r}")
     copier = Copier(model, CLASSES[to], fold)
     copy, reports = copier.run()
     compile_like(model, copy, copier.variables)
     if verbose:
         print(describe(model.name, to, reports, verbose > 1))
     return copy
+
+
+def check_arguments(model: keras.Model, verbose: int) -> None:
+    """Raises an error that names what is wrong."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"model must be a keras.Model, but it is {model!r}")
+    if verbose not in (0, 1, 2):
+        raise ValueError(f"verbose must be 0, 1 or 2, but it is {verbose!r}")

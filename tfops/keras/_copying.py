@@ -8,7 +8,7 @@ import tempfile
 import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import keras
@@ -32,13 +32,15 @@ class Copier:
       variables: by the id of each variable of the model, that of the copy, once `run` is done.
     """
 
-    def __init__(self, model: keras.Model, to: type[keras.Layer], fold: bool):
+    _verb = "convert"
+
+    def __init__(self, model: keras.Model, to: type[keras.Layer], fold: bool, merged: Collection[int] = ()):
         self.variables: dict[int, Any] = {}
         self._model = model
         self._to = to
         self._from = keras.layers.BatchNormalization if to is BatchNormalization else BatchNormalization
         self._unfolds = not fold or to is not BatchNormalization  # what has been folded in before
-        self._folds = plan(model, fold and to is BatchNormalization)  # of each graph and Sequential
+        self._folds = plan(model, fold and to is BatchNormalization, merged)  # of each graph and Sequential
         self._of_norm: dict[int, list[Fold]] = defaultdict(list)  # the same, of each batch norm
         for each in [fold for part in self._folds.values() for fold in part]:
             self._of_norm[id(each.norm)].append(each)
@@ -59,24 +61,31 @@ class Copier:
                     if isinstance(layer, keras.Layer):
                         self._transfer(layer, self._copies[key])
             self._carry_over()
-            if problem := same_variables(self._model, self.variables, copy):
-                self._refuse(
-                    self._model,
-                    f"{problem}. Layers have been added to it, removed, or shared, and its config does not tell",
-                )
-            if not self._parts and not same_order(self._model, self.variables, copy):
-                self._refuse(self._model, "its copy has the weights in another order; files of weights would not fit")
-            if problem := same_outputs(self._model, copy):
-                self._refuse(
-                    self._model,
-                    f"{problem}. The config of a class must tell all that its instances are made with; if it does, "
-                    "convert(..., fold=False) may help",
-                )
+            self._check(copy)
         return copy, [report for layer, _ in self._pairs.values() for report in self._reports(layer)]
+
+    def _check(self, copy: keras.Model) -> None:
+        self._check_variables(self._model.variables, copy.variables)
+        if not self._parts and not same_order(self._model, self.variables, copy):
+            self._refuse(self._model, "its copy has the weights in another order; files of weights would not fit")
+        if problem := same_outputs(self._model, copy):
+            self._refuse(
+                self._model,
+                f"{problem}. The config of a class must tell all that its instances are made with; if it does, "
+                "convert(..., fold=False) may help",
+            )
+
+    def _check_variables(self, wanted: list[Any], got: list[Any]) -> None:
+        if problem := same_variables(wanted, self.variables, got):
+            self._refuse(
+                self._model,
+                f"{problem}. Layers have been added to it, removed, or shared, and its config does not tell",
+            )
 
     def _refuse(self, layer: Any, problem: str, error: Exception | None = None) -> None:
         model, part = (f"{each.name} ({type(each).__name__})" for each in (self._model, layer))
-        raise ValueError(f"cannot convert {model}: {'' if layer is self._model else part + ': '}{problem}") from error
+        text = problem if layer is self._model else f"{part}: {problem}"
+        raise ValueError(f"cannot {self._verb} {model}: {text}") from error
 
     # ------------------------------------------------------------------------------------------------------------------
     # Copies without state
@@ -105,9 +114,9 @@ class Copier:
             return self._remake(layer.original())
         return self._remake(layer)
 
-    def _remake(self, layer: Any, *args: Any) -> Any:
+    def _remake(self, layer: Any, *args: Any, **options: Any) -> Any:
         try:
-            return remake(layer, *args)
+            return remake(layer, *args, **options)
         except RemakeError as error:
             self._refuse(
                 layer,
@@ -141,7 +150,7 @@ class Copier:
         Functional.__init__(copy, inputs, outputs, name=model.name)
         if name := same_calls(model, self._calls, copy):
             self._refuse(model, f"the calls of {name}, which has several, would come in another order")
-        for each in _own_variables(model):
+        for each in own_variables(model):
             copy.add_weight(
                 shape=each.shape,
                 dtype=each.dtype,
@@ -233,14 +242,7 @@ class Copier:
                 warnings.simplefilter("ignore")  # those of models that cannot be built: the layers in them still can
                 copy.build_from_config(layer.get_build_config())
         try:
-            store: dict[str, Any] = {}
-            layer.save_own_variables(store)
-            copy.load_own_variables(store)
-            if hasattr(layer, "save_assets"):
-                with tempfile.TemporaryDirectory() as folder:
-                    layer.save_assets(folder)
-                    copy.load_assets(folder)
-            pairs = list(zip(_own_variables(layer), _own_variables(copy), strict=True))
+            pairs = self._load(layer, copy)
         except Exception as error:
             self._refuse(
                 layer, f"its copy does not take its state, as if its config did not tell all: {reason(error)}", error
@@ -256,6 +258,17 @@ class Copier:
         copy._trainable = layer._trainable
         for sublayer, new in self._sublayers(layer, copy):
             self._transfer(sublayer, new)
+
+    def _load(self, layer: keras.Layer, copy: keras.Layer) -> list[tuple[Any, Any]]:
+        """Gives the copy the layer's own state; pairs the variables of both."""
+        store: dict[str, Any] = {}
+        layer.save_own_variables(store)
+        copy.load_own_variables(store)
+        if hasattr(layer, "save_assets"):
+            with tempfile.TemporaryDirectory() as folder:
+                layer.save_assets(folder)
+                copy.load_assets(folder)
+        return list(zip(own_variables(layer), own_variables(copy), strict=True))
 
     def _transfer_seed(self, generator: keras.random.SeedGenerator, copy: keras.random.SeedGenerator) -> None:
         copy.state.assign(generator.state)
@@ -301,8 +314,7 @@ class Copier:
         pairs = [(layer, copy) for layer, copy in self._pairs.values() if layer is not copy]
         for layer, copy in pairs:
             if id(layer) not in self._folds:
-                stands_in = isinstance(copy, FoldedLayer) and not isinstance(layer, FoldedLayer)
-                carry_plain(layer, copy, copy.original() if stands_in else copy)
+                self._carry_plain(layer, copy)
                 continue
             for generator in layer._seed_generators:
                 known[id(generator)] = keras.random.SeedGenerator.from_config(generator.get_config())
@@ -319,6 +331,10 @@ class Copier:
                 problems += [(f"{what} of the copy of {layer.name} begins anew", why) for what, why in anew]
         for what, why in problems:
             warnings.warn(f"{what}: {why}", stacklevel=4)  # where `convert` is called
+
+    def _carry_plain(self, layer: keras.Layer, copy: keras.Layer) -> None:
+        stands_in = isinstance(copy, FoldedLayer) and not isinstance(layer, FoldedLayer)
+        carry_plain(layer, copy, copy.original() if stands_in else copy)
 
     # ------------------------------------------------------------------------------------------------------------------
     # What is told
@@ -353,7 +369,7 @@ class Copier:
         return merged([Report(layer.name, (*parts, *kinds), (*parts.values(), *names)) for kinds, names in calls])
 
 
-def _own_variables(layer: keras.Layer) -> list[Any]:
+def own_variables(layer: keras.Layer) -> list[Any]:
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -14,7 +14,7 @@ from tfops.keras._attributes import held
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._tags import still_to_come
 
-_CLASSES = keras.layers.BatchNormalization, BatchNormalization
+CLASSES = keras.layers.BatchNormalization, BatchNormalization
 # Keras' losses look for the sigmoid that has made probabilities, so as to compute from what it was given.
 _LOGITS = "losses ask what the sigmoid was of"
 _NUMBERS = {0: "no", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
@@ -102,16 +102,20 @@ def called(node: Any) -> list[Any]:
     return node.operation._flatten_layers() if isinstance(node.operation, keras.Layer) else [node.operation]
 
 
-def plan(model: keras.Model, to_fold: bool) -> dict[int, list[Fold]]:
-    """For each graph and Sequential in the model, by its id, what each call of a batch norm in it takes in."""
-    parts = list(_parts(model, set()))
+def plan(model: keras.Model, to_fold: bool, merged: Collection[int] = ()) -> dict[int, list[Fold]]:
+    """For each graph and Sequential in the model, by its id, what each call of a batch norm in it takes in.
+
+    Args:
+      merged: the ids of batch norms that take nothing in, because they will be no more.
+    """
+    parts = list(parts_of(model))
     shared = _Shared(filter(is_graph, parts))
     folds = {}
     for part in parts:
         look = _Graph(part, shared) if is_graph(part) else _List(part)
         # The last first: of two batch norms that are added, the later takes the addition in.
-        calls = [call for call in reversed(look.calls) if type(look.layer(call)) in _CLASSES]
-        folds[id(part)] = [look.fold(Fold(look.layer(call), call), to_fold) for call in calls]
+        calls = [Fold(look.layer(call), call) for call in reversed(look.calls) if type(look.layer(call)) in CLASSES]
+        folds[id(part)] = [look.fold(each, to_fold and id(each.norm) not in merged) for each in calls]
     # The calls of a Sequential have no arguments: what is folded in there is a matter of the layer, at all its calls.
     of_norm = defaultdict(set)
     for part in parts:
@@ -126,17 +130,18 @@ def plan(model: keras.Model, to_fold: bool) -> dict[int, list[Fold]]:
     return folds
 
 
-def _parts(model: Any, seen: set[int]) -> Iterator[keras.Model]:
+def parts_of(model: Any, seen: set[int] | None = None) -> Iterator[keras.Model]:
     """The model and those nested in it, once each, as far as they are graphs and Sequentials."""
+    seen = set() if seen is None else seen
     if id(model) in seen or not (is_graph(model) or is_list(model)):
         return
     seen.add(id(model))
     yield model
     for layer in sublayers(model):
-        yield from _parts(layer, seen)
+        yield from parts_of(layer, seen)
     if is_graph(model):
         for node in leading(held(model, keras.KerasTensor)):
-            yield from _parts(node.operation, seen)
+            yield from parts_of(node.operation, seen)
 
 
 def _obstacle(norm: keras.Layer) -> str:
@@ -237,7 +242,7 @@ class _Graph:
         if id(tensor) in self._shared.kept:
             return None, fold.without("its result is an output")
         if len(readers) != 1:
-            names = ", ".join(_name(node.operation) for node in readers)
+            names = ", ".join(name_of(node.operation) for node in readers)
             return None, fold.without(f"read by {_NUMBERS.get(len(readers), len(readers))} layers", names)
         return readers[0], fold.without(*_no_activation(readers[0].operation))
 
@@ -255,7 +260,7 @@ class _Graph:
             return fold.without("the addition broadcasts", f"{name} adds shapes {one.shape} and {other.shape}")
         if one.dtype != other.dtype or addition.outputs[0].dtype != tensor.dtype:
             return fold.without("the addition has another dtype", name)
-        if fold.norm.compute_dtype != tensor.dtype or not _is_float(fold.call.input_tensors[0]):
+        if fold.norm.compute_dtype != tensor.dtype or not is_float(fold.call.input_tensors[0]):
             return fold.without("its input is not of its dtype", name)
         # It will be called where the addition is. No other call of it may come in between.
         places = [self._place[id(node)] for node in self._calls_of[id(fold.norm)]]
@@ -264,15 +269,15 @@ class _Graph:
         return fold.with_(addition.operation, "add")
 
 
-def _is_float(tensor: Any) -> bool:
+def is_float(tensor: Any) -> bool:
     return "float" in keras.backend.standardize_dtype(tensor.dtype)
 
 
 def _no_activation(operation: Any) -> tuple[str, str]:
     if type(operation).__module__.startswith("keras.src.layers.activations"):
-        return "the activation is not one that can be folded in", _name(operation)
-    return "no activation follows", _name(operation)
+        return "the activation is not one that can be folded in", name_of(operation)
+    return "no activation follows", name_of(operation)
 
 
-def _name(operation: Any) -> str:
+def name_of(operation: Any) -> str:
     return f"{operation.name} ({type(operation).__name__})"

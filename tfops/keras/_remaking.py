@@ -23,19 +23,20 @@ class RemakeError(ValueError):
     """Says in a line why an object cannot be made from its config."""
 
 
-def remake(layer: Any, cls: Any = None, without: Collection[str] = ()) -> Any:
+def remake(layer: Any, cls: Any = None, without: Collection[str] = (), **options: Any) -> Any:
     """A new layer, model or operation of the same config.
 
     Args:
       cls: the class; the layer's own if None.
       without: what to leave out of the config.
+      **options: what to put in the place of what the config says.
 
     Raises:
       RemakeError: that cannot be done.
     """
     functions = _functions(layer)
     try:
-        return _remake(layer, cls or type(layer), without, functions)
+        return _remake(layer, cls or type(layer), without, {**functions, **options})
     except Exception as error:
         text = reason(error)
         if functions:
@@ -56,7 +57,7 @@ def carry_settings(layer: keras.Layer, new: keras.Layer, has_config: bool = True
             vars(new)[name] = value.copy() if isinstance(value, (dict, set)) else value
 
 
-def _remake(layer: Any, cls: Any, without: Collection[str], functions: dict[str, types.FunctionType]) -> Any:
+def _remake(layer: Any, cls: Any, without: Collection[str], options: dict[str, Any]) -> Any:
     if cls is keras.layers.Lambda:
         # Its config has the function's code, without what that refers to.
         return keras.layers.Lambda(
@@ -68,14 +69,14 @@ def _remake(layer: Any, cls: Any, without: Collection[str], functions: dict[str,
             dtype=layer.dtype_policy,
         )
     with warnings.catch_warnings():
-        if functions:  # a config has their code at best, and Keras warns of that
+        if options:  # a config has functions' code at best, and Keras warns of that
             warnings.simplefilter("ignore")
         config = layer.get_config()
     parameters = inspect.signature(cls.__init__).parameters.values()
     if cls.from_config.__func__ in _DEFAULTS and all(each.kind is not each.VAR_KEYWORD for each in parameters):
         # Keras puts these into every config, for classes too that do not take them.
         without = {*without, *({"name", "trainable", "dtype"} - {each.name for each in parameters})}
-    new = cls.from_config({name: functions.get(name, value) for name, value in config.items() if name not in without})
+    new = cls.from_config({name: options.get(name, value) for name, value in config.items() if name not in without})
     new.name = layer.name  # which the config may leave out
     return new
 

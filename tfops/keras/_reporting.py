@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 _WORDS = {
@@ -31,6 +31,7 @@ class Report(NamedTuple):
     kept: str = ""  # its class, if that is why it has been left as it was
     calls: tuple[Report, ...] = ()  # one for each call, if these differ; then there are no kinds of the batch norm
     unfolded: bool = False  # it was of the wanted class, but had something folded in
+    into: str = ""  # the layer whose weights it has gone into
 
     @property
     def folds(self) -> bool:
@@ -61,14 +62,32 @@ def describe(name: str, to: str, reports: list[Report], each: bool) -> str:
     alone = [report for report in done if not report.folds]
     folded = [text] if (text := _count(done, "with" if to == "tfops" else "that had")) else []
     if alone and (folded or any(report.why for report in alone)):
-        reasons = Counter(report.why for report in alone if report.why).most_common()
-        text = reasons[0][0] if len(reasons) == 1 else "; ".join(f"{why}: {number}" for why, number in reasons)
-        folded.append(f"{len(alone)} alone" + (f" ({text})" if text else ""))
+        folded.append(f"{len(alone)} alone{_reasons(alone)}")
     line += f": {', '.join(folded)}" if folded else ""
     if kept:
         origin = "Keras'" if to == "tfops" else "tfops'"
         line += f"; left as they are, because their classes derive from {origin}: {_list(kept)}"
     return _with_each(line, reports) if each else line
+
+
+def describe_merged(name: str, reports: list[Report], each: bool) -> str:
+    """What went into weights, and what was kept, in a line; and a line for each batch norm."""
+    if not reports:
+        return f"{name}: there are no batch norms to fold"
+    kept = [report for report in reports if not report.into]
+    parts = [f"{len(reports) - len(kept)} folded into weights"] if len(kept) < len(reports) else []
+    if kept:
+        folded = _count(kept, "with")
+        parts.append(f"{len(kept)} kept{_reasons(kept)}{': ' if folded else ''}{folded}")
+    line = f"{name}: {len(reports)} batch norm{'s' if len(reports) > 1 else ''}: {', '.join(parts)}"
+    return _with_each(line, reports, _tell_merged) if each else line
+
+
+def _reasons(reports: list[Report]) -> str:
+    """Why batch norms are alone, or were kept."""
+    reasons = Counter(report.why for report in reports if report.why).most_common()
+    text = reasons[0][0] if len(reasons) == 1 else "; ".join(f"{why}: {number}" for why, number in reasons)
+    return f" ({text})" if text else ""
 
 
 def _count(reports: list[Report], verb: str) -> str:
@@ -85,9 +104,16 @@ def _unlike(report: Report) -> str:
     return " and ".join(f"{kind} in {number} of {len(report.calls)} calls" for kind, number in kinds.items())
 
 
-def _with_each(line: str, reports: list[Report]) -> str:
+def _with_each(line: str, reports: list[Report], tell: Callable[[Report], str] | None = None) -> str:
     width = max(len(report.name) for report in reports)
-    return "\n".join([line, *(f"  {report.name:<{width}}  {_tell(report)}" for report in reports)])
+    return "\n".join([line, *(f"  {report.name:<{width}}  {(tell or _tell)(report)}" for report in reports)])
+
+
+def _tell_merged(report: Report) -> str:
+    if report.into:
+        return f"folded into {report.into}"
+    text = f"kept: {report.why}" + (f" ({report.detail})" if report.detail else "")
+    return f"{text}; {_tell(report)}" if report.folds else text
 
 
 def _tell(report: Report) -> str:
