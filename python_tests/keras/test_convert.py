@@ -26,15 +26,6 @@ APPLICATIONS = {
 TOLERANCE = 1e-7  # of the largest element of a tensor, in float64
 
 
-@pytest.fixture
-def float64():
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
-
-
 def _randomize(model):
     """Batch norms like those of a trained network."""
     rng = np.random.default_rng(0)

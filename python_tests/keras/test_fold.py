@@ -9,57 +9,12 @@ from keras import layers
 
 import tfops
 from tfops.keras import convert, fold
+from tfops_testing.folded_models import NO_LAYER, assert_same, check_fold, numbers, randomize
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 Norm = layers.BatchNormalization
 Fused = tfops.keras.BatchNormalization
-TOLERANCE = 1e-12  # of the largest element, in float64
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
-
-
-def _randomize(model):
-    """No weight is 0 or 1, and batch norms do something."""
-    rng = np.random.default_rng(0)
-    for variable in model.variables:
-        if variable.name.startswith(("gamma", "moving_variance")):
-            variable.assign(rng.uniform(0.5, 1.5, variable.shape))
-        elif "float" in variable.dtype:
-            variable.assign(rng.normal(0, 0.3, variable.shape))
-
-
-def _x(*shape):
-    return np.random.default_rng(1).normal(size=shape)
-
-
-def _norms(model):
-    return {layer.name: layer for layer in model._flatten_layers() if isinstance(layer, Norm)}
-
-
-def _assert_same(got, want, tolerance=TOLERANCE):
-    for one, other in zip(keras.tree.flatten(got), keras.tree.flatten(want), strict=True):
-        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
-
-
-def _fold(model, x, capsys, tolerance=TOLERANCE):
-    """The folded model, whose outputs are the model's, and what is said of each batch norm."""
-    if model.built:
-        _randomize(model)
-    weights = model.get_weights()
-    folded = fold(model, verbose=2)
-    told = dict(line.strip().split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
-    assert {name for name, text in told.items() if text.startswith("kept")} == _norms(folded).keys()
-    for got, want in zip(model.get_weights(), weights, strict=True):
-        np.testing.assert_array_equal(got, want)
-    _assert_same(folded(x, training=False), model(x, training=False), tolerance)
-    return folded, told
 
 
 BEFORE = [
@@ -83,10 +38,10 @@ NORMS = [{}, {"scale": False}, {"center": False}, {"center": False, "scale": Fal
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize(("kind", "options", "shape"), BEFORE, ids=lambda value: getattr(value, "__name__", None))
 def test_what_follows_goes_into_the_layer(kind, options, shape, use_bias, capsys):
-    for settings in NORMS if kind is layers.Conv2D else NORMS[:1]:
+    for settings in NORMS if kind is layers.Conv3D else NORMS[:1]:
         inputs = keras.Input(shape)
         y = layers.ReLU()(Norm(name="norm", **settings)(kind(name="layer", use_bias=use_bias, **options)(inputs)))
-        folded, told = _fold(keras.Model(inputs, y), _x(2, *shape), capsys)
+        folded, told = check_fold(keras.Model(inputs, y), numbers(2, *shape), capsys)
         assert told == {"norm": "folded into layer"}
         assert folded.get_layer("layer").use_bias
         assert [type(layer) for layer in folded.layers[2:]] == [layers.Identity, layers.ReLU]
@@ -113,7 +68,7 @@ def test_what_comes_before_goes_into_the_layer_that_does_not_pad(kind, options, 
     y = Norm(name="before")(layers.ReLU()(inputs))
     y = kind(name="layer", use_bias=use_bias, **options)(y)
     y = y if options.get("activation") else Norm(name="after")(y)  # both at once
-    _, told = _fold(keras.Model(inputs, y), _x(2, *shape), capsys)
+    _, told = check_fold(keras.Model(inputs, y), numbers(2, *shape), capsys)
     assert set(told.values()) == {"folded into layer"}
 
 
@@ -125,7 +80,7 @@ def test_channels_first(kind, follows, capsys):
     layer, norm = kind(data_format="channels_first", name="layer", **options), Norm(axis=1, name="norm")
     y = norm(layer(inputs)) if follows else layer(norm(inputs))
     model = keras.Model(inputs, y)
-    _randomize(model)
+    randomize(model)
     folded = fold(model, verbose=2)
     assert "norm  folded into layer" in capsys.readouterr().out
     last = {"data_format": "channels_last", "name": "layer", **options}  # on a CPU nothing else runs
@@ -136,175 +91,8 @@ def test_channels_first(kind, follows, capsys):
     for each in stock.layers[1:]:
         each.set_weights(model.get_layer(each.name).get_weights())
     served.set_weights(folded.get_layer("layer").get_weights())
-    x = _x(2, 5, 6, 3)
-    _assert_same(served(x), stock(x))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is kept, and why
-
-
-class Derived(Norm):
-    pass
-
-
-class Hidden(layers.Layer):
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.dense, self.norm = layers.Dense(4), Norm(name="norm")
-
-    def build(self, shape):
-        self.dense.build(shape)
-        self.norm.build((*shape[:-1], 4))
-
-    def call(self, x):
-        return self.norm(self.dense(x))
-
-
-def _with_activation(x):
-    return Norm(name="norm")(layers.Dense(4, activation="relu", name="layer")(x))
-
-
-def _read_elsewhere(x):
-    y = layers.Dense(4, name="layer")(x)
-    return layers.Add()([Norm(name="norm")(y), y])
-
-
-def _read_as_residual(x):
-    y = layers.Dense(4, name="layer")(x)
-    return Fused(name="norm")(y, residual=y)
-
-
-def _output(x):
-    y = layers.Dense(4, name="layer")(x)
-    return y, Norm(name="norm")(y)
-
-
-def _other_axis(x):
-    return Norm(name="norm", axis=1)(layers.Conv2D(3, 1, name="layer")(x))
-
-
-def _shared_layer(x):
-    layer = layers.Dense(3, name="layer")
-    return layer(Norm(name="norm")(layer(x)))
-
-
-def _shared_norm(x):
-    norm, dense = Norm(name="norm"), layers.Dense(3)
-    return norm(layers.Dense(3)(norm(dense(x))))
-
-
-def _in_training(x):
-    return Norm(name="norm")(layers.Dense(4)(x), training=True)
-
-
-def _nested_in_training(x):
-    inner = keras.Sequential([keras.Input(x.shape[1:]), layers.Dense(4), Norm(name="norm")])
-    return inner(x, training=True)
-
-
-def _nested_layer(x):
-    inner = keras.Sequential([keras.Input(x.shape[1:]), layers.Dense(4)], name="inner")
-    return Norm(name="norm")(inner(x))
-
-
-def _pooled(x):
-    return Norm(name="norm")(layers.GlobalAveragePooling2D(name="pool")(x))
-
-
-def _padding(x):
-    return layers.Conv2D(3, 3, padding="same", name="layer")(Norm(name="norm")(x))
-
-
-def _zero_padding(x):
-    y = layers.ZeroPadding2D(name="pad")(Norm(name="norm")(layers.ReLU(name="relu")(x)))
-    return layers.Conv2D(3, 3)(y)
-
-
-def _transposed_after(x):
-    return layers.Conv2DTranspose(3, 1, name="layer")(Norm(name="norm")(layers.ReLU()(x)))
-
-
-def _regularized_norm(x):
-    return Norm(name="norm", activity_regularizer="l2")(layers.Dense(3)(x))
-
-
-def _regularized_layer(x):
-    return Norm(name="norm")(layers.Dense(3, name="layer", activity_regularizer="l2")(x))
-
-
-def _derived(x):
-    return Derived(name="norm")(layers.Dense(3)(x))
-
-
-NO_LAYER = "kept: its input does not come from a convolution or dense layer"
-IT = "the layer that would take it in"
-KEPT = [
-    (_with_activation, "kept: the layer before it has an activation (layer (Dense))"),
-    (_read_elsewhere, "kept: the output of the layer before it is read elsewhere, too (layer (Dense)); addition: add"),
-    (_read_as_residual, "kept: the output of the layer before it is read elsewhere, too (layer (Dense))"),
-    (_output, "kept: the output of the layer before it is read elsewhere, too (layer (Dense))"),
-    (_other_axis, f"kept: its axis is not that of the channels of {IT} (layer (Conv2D))"),
-    (_shared_layer, f"kept: {IT} is called several times (layer (Dense))"),
-    (_shared_norm, "kept: it is called several times"),
-    (_in_training, "kept: it is called with training=True"),
-    (_nested_in_training, "kept: it is called with training=True"),
-    (_nested_layer, f"{NO_LAYER} (inner (Sequential))"),
-    (_pooled, f"{NO_LAYER} (pool (GlobalAveragePooling2D))"),
-    (_padding, "kept: the layer after it pads what it reads (layer (Conv2D))"),
-    (_zero_padding, f"{NO_LAYER} (relu (ReLU))"),
-    (_transposed_after, "kept: the layer after it pads what it reads (layer (Conv2DTranspose))"),
-    (_regularized_norm, "kept: it has an activity regularizer"),
-    (_regularized_layer, f"kept: {IT} has an activity regularizer (layer (Dense))"),
-    (_derived, "kept: its class derives from Keras' (Derived)"),
-    (lambda x: Hidden(name="hidden")(x), "kept: in a model or layer whose graph cannot be seen"),
-    (lambda x: layers.TimeDistributed(Norm(name="norm"))(x), "kept: in a model or layer whose graph cannot be seen"),
-]
-
-
-@pytest.mark.parametrize(("build", "reason"), KEPT, ids=lambda value: getattr(value, "__name__", ""))
-def test_others_are_kept(build, reason, capsys):
-    inputs = keras.Input((4, 5, 3), name="inputs")
-    keras.utils.clear_session()
-    folded, told = _fold(keras.Model(inputs, build(inputs)), _x(2, 4, 5, 3), capsys)
-    assert told == {"norm": reason}
-    assert type(_norms(folded)["norm"]) is (Derived if build is _derived else Fused)
-
-
-def test_quantized_layers_are_left_alone(capsys):
-    keras.config.set_dtype_policy("float32")
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="layer"), Norm(name="norm")])
-    model.layers[0].quantize("int8")
-    _, told = _fold(model, _x(2, 4), capsys, 1e-6)
-    assert told == {"norm": f"kept: {IT} is quantized (layer (Dense))"}
-
-
-def test_adapters_go_into_the_weights_too(capsys):
-    layer = layers.Dense(3, name="layer", use_bias=False)
-    model = keras.Sequential([keras.Input((4,)), layer, Norm(name="norm")])
-    layer.enable_lora(2)
-    folded, told = _fold(model, _x(2, 4), capsys, 1e-7)  # LoRA weights are float32
-    assert told == {"norm": "folded into layer"}
-    assert [weight.name for weight in folded.weights] == ["kernel", "bias"]
-
-
-def test_weights_have_to_be_finite(capsys):
-    layer = layers.Dense(3, name="layer", dtype="mixed_float16")
-    model = keras.Sequential([keras.Input((4,)), layer, Norm(name="norm", epsilon=1e-12)])
-    _randomize(model)
-    model.get_layer("norm").moving_variance.assign([1, 1e-12, 1])
-    layer.kernel.assign(np.full((4, 3), 1.0))
-    fold(model, verbose=2)
-    assert "norm  kept: its weights would not be finite in float16 (layer (Dense))" in capsys.readouterr().out
-
-
-def test_models_without_weights_keep_all(capsys):
-    fold(keras.Sequential([layers.Dense(3), Norm(name="norm")], name="net"), verbose=2)
-    assert capsys.readouterr().out.splitlines()[1] == "  norm  kept: it has no weights yet"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What the copy is
+    x = numbers(2, 5, 6, 3)
+    assert_same(served(x), stock(x))
 
 
 def _block():
@@ -317,7 +105,7 @@ def _block():
 
 
 def test_fused_activations_and_residuals_stay(capsys):
-    folded, told = _fold(_block(), _x(2, 4, 5, 3), capsys)
+    folded, told = check_fold(_block(), numbers(2, 4, 5, 3), capsys)
     into = {"first": "one", "second": "two", "third": "three"}
     assert told.pop("kept") == f"{NO_LAYER} (third (BatchNormalization)); ReLU: relu"
     assert told == {name: f"folded into {layer}" for name, layer in into.items()}
@@ -346,16 +134,16 @@ def test_converted_models_fold_like_the_model(capsys):
     y = Norm(name="main")(layers.Conv2D(4, 1, name="conv_main")(x))
     x = layers.ReLU(name="out")(layers.Add(name="add")([Norm(name="shortcut")(x), y]))
     model = keras.Model(inputs, layers.Dense(2)(x))
-    folded, told = _fold(model, _x(2, 6, 6, 3), capsys)
+    folded, told = check_fold(model, numbers(2, 6, 6, 3), capsys)
     assert told.pop("shortcut").endswith("; addition and ReLU: add, out")
     assert set(told.values()) == {"folded into conv", "folded into conv_main"}
-    again, told_again = _fold(convert(model, verbose=0), _x(2, 6, 6, 3), capsys)
+    again, told_again = check_fold(convert(model, verbose=0), numbers(2, 6, 6, 3), capsys)
     assert told_again.keys() - {"shortcut"} == told.keys()
     assert [type(layer) for layer in again.layers] == [type(layer) for layer in folded.layers]
     for got, want in zip(again.get_weights(), folded.get_weights(), strict=True):
         np.testing.assert_array_equal(got, want)
     # A folded model has no more to fold.
-    again, told_again = _fold(folded, _x(2, 6, 6, 3), capsys)
+    again, told_again = check_fold(folded, numbers(2, 6, 6, 3), capsys)
     assert told_again.keys() == {"shortcut"}
     assert [type(layer) for layer in again.layers] == [type(layer) for layer in folded.layers]
 
@@ -375,12 +163,12 @@ class Own(keras.Model):
 
 def test_models_keep_their_class_and_attributes(capsys):
     model = Own()
-    _randomize(model)
-    folded, told = _fold(model, _x(2, 6), capsys)
+    randomize(model)
+    folded, told = check_fold(model, numbers(2, 6), capsys)
     assert told == {"norm": "folded into dense"}
     assert type(folded) is Own
-    _assert_same(folded.embed(_x(2, 6)), model.embed(_x(2, 6)))
-    _assert_same(*(keras.Model(each.inputs, each.features)(_x(2, 6)) for each in (folded, model)))
+    assert_same(folded.embed(numbers(2, 6)), model.embed(numbers(2, 6)))
+    assert_same(*(keras.Model(each.inputs, each.features)(numbers(2, 6)) for each in (folded, model)))
 
 
 def test_nested_and_shared_models(capsys):
@@ -388,7 +176,9 @@ def test_nested_and_shared_models(capsys):
     inner = keras.Sequential(stack, name="inner")
     inputs = [keras.Input((4, 4, 3)), keras.Input((4, 4, 3))]
     y = layers.Concatenate()([layers.Flatten()(inner(x)) for x in inputs])
-    _, told = _fold(keras.Model(inputs, layers.Dense(2)(y)), [_x(2, 4, 4, 3), _x(2, 4, 4, 3) + 1], capsys)
+    _, told = check_fold(
+        keras.Model(inputs, layers.Dense(2)(y)), [numbers(2, 4, 4, 3), numbers(2, 4, 4, 3) + 1], capsys
+    )
     assert told == {"norm": "folded into conv"}
 
 
@@ -404,7 +194,7 @@ def test_sequential_models(capsys):
         Norm(name="fourth"),
         layers.Dense(2, name="dense"),
     ]
-    folded, told = _fold(keras.Sequential(stack), _x(2, 6, 6, 3), capsys)
+    folded, told = check_fold(keras.Sequential(stack), numbers(2, 6, 6, 3), capsys)
     assert told.pop("third").startswith(NO_LAYER)
     assert told == {"first": "folded into conv", "second": "folded into conv", "fourth": "folded into dense"}
     assert folded.get_layer("conv").activation is keras.activations.relu6
@@ -418,35 +208,19 @@ def test_the_copy_is_for_inference(capsys):
     y = Norm(name="kept", momentum=0.5)(layers.ReLU()(y))
     model = keras.Model(inputs, layers.Dense(2, kernel_regularizer="l2", activation="tanh")(layers.ReLU()(y)))
     model.compile("sgd", "mse")
-    folded, _ = _fold(model, _x(8, 6), capsys)
+    folded, _ = check_fold(model, numbers(8, 6), capsys)
     assert not folded.compiled
     assert folded.trainable_variables == []
     dense = folded.get_layer("dense")
     assert dense.kernel_regularizer is dense.kernel_constraint is dense.bias_constraint is None
     assert dense.kernel.regularizer is dense.kernel.constraint is None
-    _assert_same(folded(_x(8, 6), training=True), model(_x(8, 6)))
+    assert_same(folded(numbers(8, 6), training=True), model(numbers(8, 6)))
     folded.compile(loss="mse")
-    y = _x(8, 2)
-    want = np.mean((np.asarray(model(_x(8, 6))) - y) ** 2)
-    assert folded.evaluate(_x(8, 6), y, verbose=0) == pytest.approx(want)
+    y = numbers(8, 2)
+    want = np.mean((np.asarray(model(numbers(8, 6))) - y) ** 2)
+    assert folded.evaluate(numbers(8, 6), y, verbose=0) == pytest.approx(want)
     assert model.trainable_variables
     assert model.compiled
-
-
-@pytest.mark.parametrize("build", [_in_training, _nested_in_training])
-def test_batch_norms_that_always_train_still_do(build, capsys):
-    x = _x(8, 4, 5, 3)
-    inputs = keras.Input((4, 5, 3))
-    model = keras.Model(inputs, build(Norm(name="other")(layers.Dense(4)(inputs))))
-    folded, told = _fold(model, x, capsys)
-    assert told["other"].startswith("folded")
-    assert folded.trainable_variables == []
-    for _ in range(2):  # unless Keras is told otherwise, although all else is frozen
-        _assert_same(folded(x), model(x))
-    _assert_same(*(_norms(each)["norm"].moving_mean for each in (folded, model)))
-    model.trainable = False
-    _, told = _fold(model, x, capsys)
-    assert told["norm"].startswith("folded")
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16", "float16"])
@@ -456,10 +230,10 @@ def test_dtypes(policy, capsys):
     x = Norm(name="norm", dtype="float32")(layers.Conv2D(8, 3, name="conv")(inputs))
     model = keras.Model(inputs, layers.Dense(4)(Norm(name="other")(layers.Dense(4, name="dense")(layers.ReLU()(x)))))
     tolerance = {"float32": 1e-6, "mixed_bfloat16": 2e-2}.get(policy, 4e-3)
-    folded, told = _fold(model, _x(2, 6, 6, 3), capsys, tolerance)
+    folded, told = check_fold(model, numbers(2, 6, 6, 3), capsys, tolerance)
     assert told == {"norm": "folded into conv", "other": "folded into dense"}
     assert [layer.dtype_policy.name for layer in folded.layers] == [layer.dtype_policy.name for layer in model.layers]
-    assert folded(_x(1, 6, 6, 3)).dtype == model(_x(1, 6, 6, 3)).dtype
+    assert folded(numbers(1, 6, 6, 3)).dtype == model(numbers(1, 6, 6, 3)).dtype
     # Rounded once, from float64.
     kernel, norm = np.asarray(model.get_layer("conv").kernel, np.float64), model.get_layer("norm")
     gamma, variance = (np.asarray(each, np.float64) for each in (norm.gamma, norm.moving_variance))
@@ -470,11 +244,11 @@ def test_dtypes(policy, capsys):
 def test_saving(tmp_path, capsys):
     inputs = keras.Input((6, 6, 3))
     x = layers.ReLU()(Norm()(layers.Conv2D(4, 3, use_bias=False)(inputs)))
-    folded, _ = _fold(keras.Model(inputs, x), _x(2, 6, 6, 3), capsys)
+    folded, _ = check_fold(keras.Model(inputs, x), numbers(2, 6, 6, 3), capsys)
     folded.save(tmp_path / "model.keras")
     assert "tfops" not in folded.to_json()
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(loaded(_x(2, 6, 6, 3)), folded(_x(2, 6, 6, 3)))
+    np.testing.assert_array_equal(loaded(numbers(2, 6, 6, 3)), folded(numbers(2, 6, 6, 3)))
     assert loaded.trainable_variables == []
     (tmp_path / "two").mkdir()
     folded.save_weights(tmp_path / "two" / "m.weights.h5")

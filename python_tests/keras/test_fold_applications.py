@@ -11,72 +11,35 @@ import pytest
 import tensorflow as tf
 
 from tfops.keras import fold
+from tfops_testing.folded_models import norms, randomize
 
-# Image size, and how many batch norms go into weights, of how many. Every network of keras.applications that has any.
-APPLICATIONS = {
-    "DenseNet121": (32, 60, 121),
-    "DenseNet169": (32, 84, 169),
-    "DenseNet201": (32, 100, 201),
-    "EfficientNetB0": (32, 49, 49),
-    "EfficientNetB1": (32, 69, 69),
-    "EfficientNetB2": (32, 69, 69),
-    "EfficientNetB3": (32, 78, 78),
-    "EfficientNetB4": (32, 96, 96),
-    "EfficientNetB5": (32, 116, 116),
-    "EfficientNetB6": (32, 135, 135),
-    "EfficientNetB7": (32, 165, 165),
-    "EfficientNetV2B0": (32, 0, 0),
-    "EfficientNetV2B1": (32, 0, 0),
-    "EfficientNetV2B2": (32, 0, 0),
-    "EfficientNetV2B3": (32, 0, 0),
-    "EfficientNetV2L": (32, 0, 0),
-    "EfficientNetV2M": (32, 0, 0),
-    "EfficientNetV2S": (32, 0, 0),
-    "InceptionResNetV2": (75, 0, 0),
-    "InceptionV3": (75, 94, 94),
-    "MobileNet": (32, 27, 27),
-    "MobileNetV2": (32, 52, 52),
-    "MobileNetV3Large": (32, 0, 0),
-    "MobileNetV3Small": (32, 0, 0),
-    "NASNetLarge": (32, 0, 0),
-    "NASNetMobile": (32, 0, 0),
-    "ResNet101": (32, 0, 0),
-    "ResNet101V2": (32, 0, 0),
-    "ResNet152": (32, 0, 0),
-    "ResNet152V2": (32, 0, 0),
-    "ResNet50": (32, 53, 53),
-    "ResNet50V2": (32, 33, 49),
-    "Xception": (71, 40, 40),
+# How many batch norms do not follow a convolution, in every network of keras.applications that has batch norms.
+PREACTIVATION = {
+    **{"DenseNet121": 62, "DenseNet169": 86, "DenseNet201": 102},
+    **{"ResNet50V2": 17, "ResNet101V2": 34, "ResNet152V2": 51},
 }
+OTHERS = (
+    *("EfficientNetB0", "EfficientNetB1", "EfficientNetB2", "EfficientNetB3", "EfficientNetB4", "EfficientNetB5"),
+    *("EfficientNetB6", "EfficientNetB7", "EfficientNetV2B0", "EfficientNetV2B1", "EfficientNetV2B2"),
+    *("EfficientNetV2B3", "EfficientNetV2S", "EfficientNetV2M", "EfficientNetV2L", "InceptionResNetV2", "InceptionV3"),
+    *("MobileNet", "MobileNetV2", "MobileNetV3Large", "MobileNetV3Small", "NASNetLarge", "NASNetMobile"),
+    *("ResNet50", "ResNet101", "ResNet152", "Xception"),
+)
+KEPT = PREACTIVATION | dict.fromkeys(OTHERS, 0)
+SIZES = {"InceptionResNetV2": 75, "InceptionV3": 75, "Xception": 71}  # of images; others take 32 pixels
 TOLERANCE = 1e-5  # of the largest output, in float32
 FAST = ("MobileNet", "MobileNetV2", "ResNet50V2")
 
 
-def _randomize(model):
-    """Batch norms like those of a trained network."""
-    rng = np.random.default_rng(0)
-    for variable in model.variables:
-        if variable.name in ("gamma", "moving_variance"):
-            variable.assign(rng.uniform(0.5, 1.5, variable.shape))
-        elif variable.name in ("beta", "moving_mean"):
-            variable.assign(rng.normal(0, 0.1, variable.shape))
-
-
-def _norms(model):
-    return [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(each, marks=[] if each in FAST else pytest.mark.slow) for each in APPLICATIONS]
-)
+@pytest.mark.parametrize("name", [pytest.param(each, marks=[] if each in FAST else pytest.mark.slow) for each in KEPT])
 def test_applications(name):
-    size, into, norms = APPLICATIONS[name]
+    size = SIZES.get(name, 32)
     keras.utils.set_random_seed(0)
     make = getattr(keras.applications, name)
     model = make(weights=None, input_shape=(size, size, 3), classes=5, classifier_activation=None)
-    _randomize(model)
+    randomize(model, kernels=False)
     folded = fold(model, verbose=0)
-    assert (len(_norms(model)) - len(_norms(folded)), len(_norms(model))) == (into, norms)
+    assert len(norms(folded)) == KEPT[name] < len(norms(model))
     images = tf.random.stateless_uniform((3, size, size, 3), (0, 0))
     images *= 255 if name.startswith(("Eff", "MobileNetV3")) else 1
     want = model(images, training=False).numpy()
@@ -85,8 +48,8 @@ def test_applications(name):
 
 @pytest.mark.slow
 def test_every_application_with_batch_norms_is_tested():
-    for name in [name for name in dir(keras.applications) if name[0].isupper() and name not in APPLICATIONS]:
-        assert not _norms(getattr(keras.applications, name)(weights=None)), name
+    for name in [name for name in dir(keras.applications) if name[0].isupper() and name not in KEPT]:
+        assert not norms(getattr(keras.applications, name)(weights=None)), name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -105,9 +68,9 @@ def net():
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Add()([x, y]))
     x = keras.layers.ReLU()(keras.layers.BatchNormalization()(keras.layers.Dense(8)(x)))
     model = keras.Model(inputs, keras.layers.Dense(4)(x))
-    _randomize(model)
+    randomize(model, kernels=False)
     folded = fold(model, verbose=0)
-    assert (len(_norms(model)), len(_norms(folded))) == (4, 0)
+    assert (len(norms(model)), len(norms(folded))) == (4, 0)
     return model, folded
 
 

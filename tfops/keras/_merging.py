@@ -209,10 +209,10 @@ def _linear(layer: keras.Layer, kernels: list[np.ndarray], values: np.ndarray) -
     """What the layer without bias gives for inputs that have the same value, of each channel, everywhere."""
     products = kernels[0] * _for_inputs(layer, values)
     sums: np.ndarray = products.sum(axis=tuple(range(products.ndim - 2)))
-    if isinstance(layer, (*_DEPTHWISE, *_SEPARABLE)):  # which have not added up input channels
-        sums = sums.reshape(-1)
-        return np.matmul(sums, kernels[1].reshape(len(sums), -1)) if isinstance(layer, _SEPARABLE) else sums
-    return np.add.reduce(sums)
+    if not isinstance(layer, (*_DEPTHWISE, *_SEPARABLE)):  # which do not add up input channels
+        sums = sums.sum(axis=0)
+    sums = sums.reshape(-1)
+    return np.matmul(sums, kernels[1].reshape(len(sums), -1)) if isinstance(layer, _SEPARABLE) else sums
 
 
 def _float64(values: Any) -> np.ndarray:
