@@ -162,3 +162,17 @@ def test_model_trains_saves_and_loads(tmp_path):
 def test_bad_activation_is_named():
     with pytest.raises(ValueError, match=r"activation must be one of .* but it is 'softsign'"):
         tfops.keras.BatchNormalization(activation="softsign")
+
+
+@pytest.mark.parametrize("activation", kernel_cases.ACTIVATIONS[1:])
+def test_own_activation_becomes_keras_own(activation, tmp_path):
+    """Where a model is converted back, or folded into convolutions; also for what Keras has no name for."""
+    inputs = keras.Input((4, 4, 3))
+    y = tfops.keras.BatchNormalization(activation=activation)(keras.layers.Conv2D(5, 2)(inputs))
+    model = keras.Model(inputs, keras.layers.Conv2D(2, 1)(y))
+    x = np.random.default_rng(1).standard_normal((2, 4, 4, 3)).astype(np.float32)
+    for plain in (tfops.keras.convert(model, to="keras", verbose=0), tfops.keras.fold(model, verbose=0)):
+        assert not any(isinstance(layer, tfops.keras.BatchNormalization) for layer in plain.layers)
+        plain.save(tmp_path / "plain.keras")
+        for each in (plain, keras.saving.load_model(tmp_path / "plain.keras", compile=False)):
+            np.testing.assert_allclose(each(x), model(x), rtol=1e-5, atol=1e-5)

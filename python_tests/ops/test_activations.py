@@ -21,9 +21,9 @@ NAMES = kernel_cases.ACTIVATIONS[1:]
 
 
 def test_names_are_the_kernels():
-    assert _kernels.ACTIVATIONS == ("", *_activations.ACTIVATIONS)
+    assert ("", *_activations.ACTIVATIONS) == _kernels.ACTIVATIONS
     assert get_args(_arguments.Activation) == get_args(_api.Activation) == NAMES
-    assert _op.ACTIVATIONS == (None, *NAMES)
+    assert (None, *NAMES) == _op.ACTIVATIONS
     linear = {name for name, each in _activations.ACTIVATIONS.items() if isinstance(each, _activations.PiecewiseLinear)}
     assert linear == set(kernel_cases.PIECEWISE_LINEAR)
 

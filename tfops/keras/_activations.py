@@ -9,11 +9,19 @@ import tensorflow as tf
 
 from tfops._arguments import Activation
 
+
+@keras.saving.register_keras_serializable("tfops")
+def gelu_tanh(x: Any) -> Any:
+    """The approximation of GELU by tanh, which keras.activations has no name for."""
+    return keras.activations.gelu(x, approximate=True)
+
+
 # Those of keras.activations have tfops' names. Older Keras does not have all of them; and which of two functions `gelu`
 # is, is a parameter.
 _NAMES = [name for name in get_args(Activation) if hasattr(keras.activations, name)]
 _FUNCTIONS = [
     *((getattr(keras.activations, name), name) for name in _NAMES),
+    (gelu_tanh, "gelu_tanh"),
     (tf.nn.relu, "relu"),
     (tf.nn.relu6, "relu6"),
     (tf.nn.leaky_relu, "leaky_relu"),
@@ -37,6 +45,11 @@ _OPERATIONS = {
     "Softplus": "softplus",
     "Mish": "mish",
 }
+
+
+def function_of(name: str) -> Any:
+    """What Keras' layers take for an activation of that name."""
+    return gelu_tanh if name == "gelu_tanh" else name
 
 
 def kind_of(operation: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfops.keras._activations import function_of
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._checking import same_outputs
 from tfops.keras._compiling import uncompile
@@ -121,7 +122,7 @@ class _Folder(Copier):
             return super()._make(layer)
         options: dict[str, Any] = {"use_bias": True, **dict.fromkeys(_WITHOUT)}
         if activation := next(filter(None, (merge.activation for merge in self._merges.into[id(layer)])), None):
-            options["activation"] = activation
+            options["activation"] = function_of(activation)
         return self._remake(layer, **options)
 
     def _call_norm(self, fold: Fold, args: Any, kwargs: dict[str, Any]) -> Any:
