@@ -39,7 +39,7 @@ def spacing(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def ulps(got: np.ndarray, want: np.ndarray, dtype: str) -> np.ndarray:
-    """The errors of results, in units in the last place of what is right. An overflow is right where rounding has it."""
+    """Errors of results, in units in the last place of what is right. An overflow is right where rounding has it."""
     got = got.astype(np.float64)
     with np.errstate(over="ignore"):
         overflows = np.isinf(want.astype(numpy_dtype(dtype)).astype(np.float64)) & (got == np.copysign(np.inf, want))
