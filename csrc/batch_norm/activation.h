@@ -239,9 +239,12 @@ struct GeluTanh : Smooth {
   template <typename F>
   static TFOPS_INLINE F SlopeOf(F z) {
     const F bounded = Bounded(z);
-    const F sigmoid = SigmoidOf(TwiceU(bounded));
+    const F twice_u = TwiceU(bounded);
     const F slope = Number<F>(kFactor) + bounded * bounded * Number<F>(3 * 0.044715 * kFactor);
-    return sigmoid + bounded * slope * (sigmoid * (1 - sigmoid));
+    // sigmoid(v) (1 - sigmoid(v)) = e / (1 + e)^2 with e = exp(-|v|), without the cancellation.
+    const F e = Exponential<F>::Of(twice_u < F{} ? twice_u : -twice_u);
+    const F inverse = Reciprocal<F>::Of(1 + e);
+    return (twice_u < F{} ? e * inverse : inverse) + bounded * slope * (e * (inverse * inverse));
   }
 
  private:

@@ -36,10 +36,12 @@ Memory& TheMemory() {
 }
 
 Key KeyOf(const Problem& problem, Pass pass, const Device& device) {
+  constexpr int kMost = 64;
+  static_assert(std::size(kActivations) <= kMost);
   int64_t flags = device.number;
   for (const int flag :
        {static_cast<int>(problem.dtype), static_cast<int>(problem.activation), static_cast<int>(pass)}) {
-    flags = flags * 8 + flag;
+    flags = flags * kMost + flag;
   }
   for (const bool flag : {problem.has_residual, problem.training}) flags = flags * 2 + flag;
   return {problem.outer, problem.channels, problem.inner, flags};
