@@ -228,10 +228,10 @@ def test_dtypes(policy, capsys):
     keras.config.set_dtype_policy(policy)
     inputs = keras.Input((6, 6, 3), dtype="float32")
     x = Norm(name="norm", dtype="float32")(layers.Conv2D(8, 3, name="conv")(inputs))
-    model = keras.Model(inputs, layers.Dense(4)(Norm(name="other")(layers.Dense(4, name="dense")(layers.ReLU()(x)))))
+    model = keras.Model(inputs, layers.Dense(4)(Norm(name="other")(layers.Dense(4, name="hidden")(layers.ReLU()(x)))))
     tolerance = {"float32": 1e-6, "mixed_bfloat16": 2e-2}.get(policy, 4e-3)
     folded, told = check_fold(model, numbers(2, 6, 6, 3), capsys, tolerance)
-    assert told == {"norm": "folded into conv", "other": "folded into dense"}
+    assert told == {"norm": "folded into conv", "other": "folded into hidden"}
     assert [layer.dtype_policy.name for layer in folded.layers] == [layer.dtype_policy.name for layer in model.layers]
     assert folded(numbers(1, 6, 6, 3)).dtype == model(numbers(1, 6, 6, 3)).dtype
     # Rounded once, from float64.

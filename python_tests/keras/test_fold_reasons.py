@@ -9,7 +9,7 @@ from keras import layers
 
 import tfops
 from tfops.keras import fold
-from tfops_testing.folded_models import NO_LAYER, assert_same, check_fold, norms, numbers, randomize
+from tfops_testing.folded_models import NO_LAYER, TOLERANCE, assert_same, check_fold, norms, numbers, randomize
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -106,6 +106,10 @@ def _regularized_layer(x):
     return Norm(name="norm")(layers.Dense(3, name="layer", activity_regularizer="l2")(x))
 
 
+def _rounded(x):
+    return Norm(name="norm")(keras.ops.cast(layers.Dense(4)(x), "int32"))
+
+
 def _derived(x):
     return Derived(name="norm")(layers.Dense(3)(x))
 
@@ -128,6 +132,7 @@ KEPT = [
     (_transposed_after, "kept: the layer after it pads what it reads (layer (Conv2DTranspose))"),
     (_regularized_norm, "kept: it has an activity regularizer"),
     (_regularized_layer, f"kept: {IT} has an activity regularizer (layer (Dense))"),
+    (_rounded, f"{NO_LAYER} (cast (Cast))"),
     (_derived, "kept: its class derives from Keras' (Derived)"),
     (lambda x: Hidden(name="hidden")(x), "kept: in a model or layer whose graph cannot be seen"),
     (lambda x: layers.TimeDistributed(Norm(name="norm"))(x), "kept: in a model or layer whose graph cannot be seen"),
@@ -138,8 +143,9 @@ KEPT = [
 def test_others_are_kept(build, reason, capsys):
     inputs = keras.Input((4, 5, 3), name="inputs")
     keras.utils.clear_session()
-    folded, told = check_fold(keras.Model(inputs, build(inputs)), numbers(2, 4, 5, 3), capsys)
-    assert told == {"norm": reason}
+    tolerance = 1e-6 if build is _rounded else TOLERANCE  # Keras computes in float32 there
+    folded, told = check_fold(keras.Model(inputs, build(inputs)), numbers(2, 4, 5, 3), capsys, tolerance)
+    assert told["norm"].replace("cast_1", "cast") == reason  # older Keras has one more in the graph
     assert type(norms(folded)["norm"]) is (Derived if build is _derived else Fused)
 
 

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfops.keras._activations import kind_of
 from tfops.keras._attributes import held
 from tfops.keras._folding import CLASSES, called, is_float, is_list, leading, name_of, nodes, parts_of
 
@@ -118,14 +119,19 @@ class Merges:
         return before if type(after) not in _LINEAR else self._into_next(merge, step, after)
 
     def _into_previous(self, merge: Merge, step: _Step, activation: str | None) -> Merge:
-        maker = self._makers.get(step.reads[0])
+        key = step.reads[0]
+        maker = self._makers.get(key)
+        # Older Keras has casts of inputs in its graphs.
+        if maker is not None and kind_of(maker.operation) == "Cast" and not self._is_shared(key) and _is_float(merge):
+            key = maker.reads[0]
+            maker = self._makers.get(key)
         layer = None if maker is None else maker.operation
         if layer is None or type(layer) not in _LINEAR:
             name = "" if layer is None else name_of(layer)
             return merge.without("its input does not come from a convolution or dense layer", name)
         if layer.activation not in (None, keras.activations.linear):
             return merge.without("the layer before it has an activation", name_of(layer))
-        if step.reads[0] in self._kept or len(self._readers[step.reads[0]]) > 1:
+        if self._is_shared(key):
             return merge.without("the output of the layer before it is read elsewhere, too", name_of(layer))
         activation = None if step.has_residual else activation
         return self._checked(merge._replace(layer=layer, activation=activation))
@@ -133,13 +139,17 @@ class Merges:
     def _into_next(self, merge: Merge, step: _Step, layer: Any) -> Merge:
         if step.makes[0] in self._kept:
             return merge.without("its result is an output")
-        if not all(is_float(node.input_tensors[0]) for node in merge.norm._inbound_nodes):
+        if not _is_float(merge):
             return merge.without("its input is not of its dtype")
         if isinstance(layer, _TRANSPOSED) or (
             not isinstance(layer, keras.layers.Dense) and layer.padding != "valid" and max(layer.kernel_size) > 1
         ):
             return merge.without("the layer after it pads what it reads", name_of(layer))
         return self._checked(merge._replace(layer=layer, follows=False))
+
+    def _is_shared(self, key: Any) -> bool:
+        """Whether more than one call reads a value, or a user may."""
+        return key in self._kept or len(self._readers[key]) > 1
 
     def _checked(self, merge: Merge) -> Merge:
         """The merge, if the layer can take it in."""
@@ -157,6 +167,11 @@ class Merges:
         if not all(np.isfinite(tf.cast(each, layer.compute_dtype)).all() for each in weights):
             return merge.without(f"its weights would not be finite in {layer.compute_dtype}", name)
         return merge
+
+
+def _is_float(merge: Merge) -> bool:
+    """Whether what the batch norm reads is."""
+    return all(is_float(node.input_tensors[0]) for node in merge.norm._inbound_nodes)
 
 
 def merged_weights(layer: keras.Layer, merges: list[Merge]) -> list[np.ndarray]:

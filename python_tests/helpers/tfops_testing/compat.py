@@ -40,6 +40,7 @@ TESTS = [
     "keras/test_modes.py",
     "keras/test_saving.py",
     "keras/test_convert_graphs.py",
+    "keras/test_fold.py",
     "keras/test_compiling.py",
 ]
 VERSIONS = """

@@ -20,7 +20,9 @@ def randomize(model: keras.Model, kernels: bool = True) -> None:
     for variable in model.variables:
         if variable.name.startswith(("gamma", "moving_variance")):
             variable.assign(rng.uniform(0.5, 1.5, variable.shape))
-        elif variable.name.startswith(("beta", "moving_mean")) or (kernels and "float" in variable.dtype):
+        elif variable.name.startswith(("beta", "moving_mean")):
+            variable.assign(rng.normal(0, 0.1, variable.shape))
+        elif kernels and "float" in variable.dtype:
             variable.assign(rng.normal(0, 0.3, variable.shape))
 
 
