@@ -16,7 +16,7 @@ APPLICATIONS = {
     "ResNet50V2": (32, (0, 0, 49)),
     "MobileNet": (32, (0, 0, 27)),
     "MobileNetV2": (32, (10, 0, 35)),
-    "MobileNetV3Small": (32, (6, 0, 5)),
+    "MobileNetV3Small": (32, (6, 0, 23)),
     "DenseNet121": (32, (0, 0, 121)),
     "EfficientNetB0": (32, (0, 0, 33)),
     "InceptionV3": (75, (0, 0, 94)),

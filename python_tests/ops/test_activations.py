@@ -13,7 +13,7 @@ from tensorflow.python.framework import op_def_registry
 import tfops
 from tfops import _activations, _arguments
 from tfops.gradcheck import _op
-from tfops_kernels import _api, _kernels
+from tfops_kernels import _api, _arrays, _kernels
 from tfops_testing import kernel_cases, oracle
 from tfops_testing.paths import ROOT
 
@@ -22,7 +22,7 @@ NAMES = kernel_cases.ACTIVATIONS[1:]
 
 def test_names_are_the_kernels():
     assert ("", *_activations.ACTIVATIONS) == _kernels.ACTIVATIONS
-    assert get_args(_arguments.Activation) == get_args(_api.Activation) == NAMES
+    assert get_args(_arguments.Activation) == get_args(_arrays.Activation) == NAMES
     assert (None, *NAMES) == _op.ACTIVATIONS
     linear = {name for name, each in _activations.ACTIVATIONS.items() if isinstance(each, _activations.PiecewiseLinear)}
     assert linear == set(kernel_cases.PIECEWISE_LINEAR)

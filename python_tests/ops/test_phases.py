@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfops import _phases
+from tfops import _activations, _phases
 from tfops._library import ops
 from tfops_testing import kernel_cases
 from tfops_testing.op_cases import parameter_type, to_float64
@@ -115,7 +115,7 @@ def _plain(x, scale, offset, keep, ballast, residual, axis, epsilon, activation)
     variance = tf.math.divide_no_nan(tf.reduce_sum(weights * xc * xc, others), divisor)
     z = xc * tf.reshape(scale * tf.math.rsqrt(variance + epsilon), vector) + tf.reshape(offset, vector)
     z = z if residual is None else z + residual
-    return z if activation is None else getattr(tf.nn, activation)(z), mean, variance
+    return _activations.apply(activation, z), mean, variance
 
 
 def _fused(x, scale, offset, keep, ballast, residual, axis, epsilon, activation):

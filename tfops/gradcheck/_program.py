@@ -14,9 +14,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfops._arguments import ACTIVATIONS
 from tfops.gradcheck._check import check
 from tfops.gradcheck._op import (
-    ACTIVATIONS,
     DTYPES,
     LAYOUTS,
     MODES,

@@ -10,11 +10,12 @@ import tensorflow as tf
 from tfops._arguments import Activation
 
 
-@keras.saving.register_keras_serializable("tfops")
 def gelu_tanh(x: Any) -> Any:
     """The approximation of GELU by tanh, which keras.activations has no name for."""
     return keras.activations.gelu(x, approximate=True)
 
+
+keras.saving.register_keras_serializable("tfops")(gelu_tanh)
 
 # Those of keras.activations have tfops' names. Older Keras does not have all of them; and which of two functions `gelu`
 # is, is a parameter.

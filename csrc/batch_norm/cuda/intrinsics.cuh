@@ -32,6 +32,17 @@ __device__ __forceinline__ Word LoadGlobalStreaming(const Word* address) {
   return __ldcs(address);
 }
 
+// Copies a vector that is to stay in registers. Of two plain copies in two branches a compiler may make one, from one
+// of two addresses; and what has an address is in memory.
+template <typename Word>
+__device__ __forceinline__ void CopyInRegisters(const Word& from, Word* to) {
+  static_assert(sizeof(Word) == 16);
+  asm("mov.b32 %0, %1;" : "=r"(to->x) : "r"(from.x));
+  asm("mov.b32 %0, %1;" : "=r"(to->y) : "r"(from.y));
+  asm("mov.b32 %0, %1;" : "=r"(to->z) : "r"(from.z));
+  asm("mov.b32 %0, %1;" : "=r"(to->w) : "r"(from.w));
+}
+
 // Has L2 fetch the line of an address that will be read soon, and takes no register for it.
 __device__ __forceinline__ void PrefetchToL2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
@@ -156,6 +167,11 @@ __device__ __forceinline__ Word LoadGlobal(const Word* address) {
 template <typename Word>
 __device__ __forceinline__ Word LoadGlobalStreaming(const Word* address) {
   return LoadGlobal(address);
+}
+
+template <typename Word>
+__device__ __forceinline__ void CopyInRegisters(const Word& from, Word* to) {
+  *to = from;
 }
 
 // What is fetched has to be there, which AddressSanitizer sees.

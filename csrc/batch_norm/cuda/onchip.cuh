@@ -129,7 +129,7 @@ struct Held {
 template <int kBegin, int kEnd, typename V, int kCount>
 __device__ __forceinline__ void PickFrom(const V (&kept)[kCount], int i, V* picked) {
   if constexpr (kEnd - kBegin == 1) {
-    *picked = kept[kBegin];
+    CopyInRegisters(kept[kBegin].word, &picked->word);
   } else {
     constexpr int kMiddle = (kBegin + kEnd) / 2;
     if (i < kMiddle) {

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
   const Affine<F, kLanes> affine(affine_arrays, plan, walk);
   GradientAccumulator<F, kLanes> accumulator;
   // What is not kept is asked for one step ahead; before it is summed, L2 fetches it some steps ahead.
-  const auto fetch = [&](int step, const auto& at, GradientStep<T, kLanes>* vectors) {
+  const auto fetch = [&](int step, const auto& at, GradientStep<T, kLanes>* vectors) __attribute__((always_inline)) {
     vectors->inside = at.Inside();
     if (!vectors->inside) return;
     if (step < share.in_registers) {

@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tfops_kernels import _build, _kernels
-from tfops_kernels._arrays import PARAM_TYPES, Library, check, library_of
+from tfops_kernels._arrays import PARAM_TYPES, Activation, Library, check, library_of
 
 Array = Any  # numpy.ndarray, or torch.Tensor on a CUDA device
-Activation = Literal[
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "silu",
-    "hard_silu",
-    "gelu",
-    "gelu_tanh",
-    "elu",
-    "selu",
-    "tanh",
-    "sigmoid",
-    "softplus",
-    "mish",
-]
 
 
 class Forward(NamedTuple):

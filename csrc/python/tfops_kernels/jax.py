@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from tfops_kernels import _kernels
-from tfops_kernels._api import Activation, _problem, xla_attributes
-from tfops_kernels._arrays import PARAM_TYPES
+from tfops_kernels._api import _problem, xla_attributes
+from tfops_kernels._arrays import PARAM_TYPES, Activation
 
 _LIBRARY = Path(__file__).with_name("libtfops_jax.so")
 _OPS = ("Training", "TrainingGrad", "Inference", "InferenceGrad", "Moments", "GradientMoments", "GradientNormalize")
