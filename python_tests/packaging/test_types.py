@@ -64,7 +64,7 @@ def test_callers_are_checked(tmp_path):
         tfops.fused_batch_norm(x, c, c, activation="softsign")  # arg-type
         tfops.fused_batch_norm(x, c, c, shortcut=x)  # call-arg
         tfops.keras.BatchNormalization(momentum="0.9")  # arg-type
-        tfops.keras.BatchNormalization(activation="tanh")  # arg-type
+        tfops.keras.BatchNormalization(activation="softsign")  # arg-type
         tfops.keras.convert(layer, to="torch")  # arg-type
         tfops_kernels.forward(x, c, c, epsilon=None)  # arg-type
         tfops_kernels.forward(x, c, c).dx  # attr-defined

@@ -35,7 +35,7 @@ struct StreamingBatch {
   static constexpr int kMoments = 8;                                              // of x
   static constexpr int kNormalize = kLanes == 1 ? 8 : 4;                          // of x and residual
   static constexpr int kGradientMoments = kLanes == 1 ? 6 : kLanes == 4 ? 4 : 2;  // of dy, x and residual
-  static constexpr int kGradientNormalize = kLanes == 1 ? 8 : 2;                  // of dy, x and residual
+  static constexpr int kGradientNormalize = kLanes == 1 ? 6 : 2;                  // of dy, x and residual
 };
 
 // The on-chip tiers, whose blocks keep what they read.
