@@ -50,7 +50,7 @@ struct OnChipTuning {
   static constexpr int kInFlight = 8;
 };
 
-// Vectors of each array that a thread keeps in registers: the most that ptxas spills on no architecture.
+// Vectors of each array that a thread keeps in registers: the most for which ptxas spills on no architecture.
 template <int kLanes>
 struct OnChipVectors {
   static constexpr int kForward = 32;                      // of x
