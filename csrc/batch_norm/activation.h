@@ -180,7 +180,7 @@ struct LeakyRelu : PiecewiseLinear {
   }
 };
 
-// z * sigmoid(z), as MobileNetV3's and EfficientNet's.
+// z * sigmoid(z).
 struct Silu : Smooth {
   template <typename F>
   static TFOPS_INLINE F Of(F z) {
@@ -193,7 +193,7 @@ struct Silu : Smooth {
   }
 };
 
-// z * min(max(z + 3, 0), 6) / 6: 0 below -3, and z above 3.
+// z * min(max(z + 3, 0), 6) / 6, as MobileNetV3 has it: 0 below -3, and z above 3.
 struct HardSilu : Smooth {
   template <typename F>
   static TFOPS_INLINE F Of(F z) {
