@@ -1,11 +1,14 @@
 """The activations in TensorFlow's own operations: what the kernels' are compared with, and their derivatives.
 
-`ACTIVATIONS` has every one by its name, in the order of `TFOPS_ACTIVATIONS` in `csrc/batch_norm/batch_norm.h`.
+`ACTIVATIONS` has every one by its name, in the order of `TFOPS_ACTIVATIONS` in `csrc/batch_norm/batch_norm.h`. Some have
+parameters, which may follow the name as in a call, "leaky_relu(negative_slope=0.1)"; `find` knows these too.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +17,6 @@ import tensorflow as tf
 
 Function = Callable[[tf.Tensor], tf.Tensor]
 
-_LEAKY_RELU_SLOPE = float(np.float32(0.2))  # as the kernels have it, and tf.nn.leaky_relu's attribute
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
 _GELU_FACTOR, _GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
 
@@ -93,7 +95,26 @@ def _gelu_tanh() -> Smooth:
     return Smooth(lambda z: z * sigmoid(z), slope, curvature)
 
 
-def _elu(scale: float = 1.0, alpha: float = 1.0) -> Smooth:
+def _leaky_relu(negative_slope: float = 0.2) -> PiecewiseLinear:
+    slope = float(np.float32(negative_slope))  # as the kernels have it, and tf.nn.leaky_relu's attribute
+    return PiecewiseLinear(lambda z: tf.nn.leaky_relu(z, alpha=slope), lambda z: z > 0, slope)
+
+
+def _bounded_relu(max_value: float = math.inf, negative_slope: float = 0.0, threshold: float = 0.0) -> Smooth:
+    """Keras' ReLU: three slopes, and so not what a bit could tell."""
+
+    def of(z: tf.Tensor) -> tf.Tensor:
+        below = negative_slope * (z - threshold) if negative_slope else tf.zeros_like(z)
+        return tf.where(z <= threshold, below, tf.minimum(z, max_value))
+
+    def slope(z: tf.Tensor) -> tf.Tensor:
+        above = tf.where(z >= max_value, tf.zeros_like(z), tf.ones_like(z))
+        return tf.where(z <= threshold, negative_slope * tf.ones_like(z), above)
+
+    return Smooth(of, slope, tf.zeros_like, kinks=tuple(kink for kink in (threshold, max_value) if kink < math.inf))
+
+
+def _elu(alpha: float = 1.0, scale: float = 1.0) -> Smooth:
     """scale * z, and scale * alpha * (exp(z) - 1) below 0. What is not taken must not overflow, for its gradient."""
 
     def exponential(z: tf.Tensor) -> tf.Tensor:
@@ -136,15 +157,13 @@ def _mish() -> Smooth:
 ACTIVATIONS: dict[str, PiecewiseLinear | Smooth] = {
     "relu": PiecewiseLinear(tf.nn.relu, lambda z: z > 0),
     "relu6": PiecewiseLinear(tf.nn.relu6, lambda z: (z > 0) & (z < 6), kinks=(0.0, 6.0)),
-    "leaky_relu": PiecewiseLinear(
-        lambda z: tf.nn.leaky_relu(z, alpha=_LEAKY_RELU_SLOPE), lambda z: z > 0, _LEAKY_RELU_SLOPE
-    ),
+    "leaky_relu": _leaky_relu(),
     "silu": _silu(),
     "hard_silu": _hard_silu(),
     "gelu": _gelu(),
     "gelu_tanh": _gelu_tanh(),
     "elu": _elu(),
-    "selu": _elu(_SELU_SCALE, _SELU_ALPHA),
+    "selu": _elu(_SELU_ALPHA, _SELU_SCALE),
     "tanh": _tanh(),
     "sigmoid": _sigmoid(),
     "softplus": Smooth(tf.nn.softplus, tf.sigmoid, lambda z: tf.sigmoid(z) * tf.sigmoid(-z)),
@@ -152,10 +171,77 @@ ACTIVATIONS: dict[str, PiecewiseLinear | Smooth] = {
 }
 
 
+# The parameters of activations that have any, with their defaults. No max_value is 0 in the kernels.
+_PARAMETERS = {
+    "relu": {"max_value": math.inf, "negative_slope": 0.0, "threshold": 0.0},
+    "leaky_relu": {"negative_slope": 0.2},
+    "elu": {"alpha": 1.0},
+}
+
+
+@functools.lru_cache(maxsize=None)
+def parse(activation: str) -> tuple[str, dict[str, float]]:
+    """The name and the parameters of an activation, as plain as can be: relu(max_value=6) is relu6.
+
+    Raises ValueError if it is none, or has a parameter that it does not take, or of a wrong value.
+    """
+    call = re.fullmatch(r"(\w+)\((.*)\)", activation)
+    name = call[1] if call else activation
+    if name not in ACTIVATIONS:
+        names = ", ".join(map(repr, (None, *ACTIVATIONS)))
+        raise ValueError(f"activation must be one of {names}, but it is {activation!r}")
+    given = {}
+    defaults = _PARAMETERS.get(name, {})
+    for parameter in filter(str.strip, call[2].split(",")) if call else ():
+        key, _, value = (part.strip() for part in parameter.partition("="))
+        try:
+            given[key] = float(value)
+        except ValueError:
+            key = ""
+        if key not in defaults:
+            takes = ", ".join(f"{each}=number" for each in defaults) or "nothing"
+            raise ValueError(f"activation {name!r} takes {takes}, but it is {activation!r}")
+        if not math.isfinite(given[key]):
+            raise ValueError(f"{key} of activation must be finite, but it is {given[key]}")
+    if name == "relu" and given:
+        bound, slope, threshold = (given.get(key, default) for key, default in defaults.items())
+        if threshold < 0:
+            raise ValueError(f"threshold of activation must be >= 0, but it is {threshold}")
+        if bound <= threshold:
+            raise ValueError(f"max_value of activation must be > threshold, which is {threshold}, but it is {bound}")
+        if threshold == 0 and bound == math.inf:
+            name, given, defaults = "leaky_relu", {"negative_slope": slope}, _PARAMETERS["leaky_relu"]
+        elif (bound, slope, threshold) == (6, 0, 0):
+            return "relu6", {}
+    if name == "leaky_relu" and given.get("negative_slope") == 0:
+        return "relu", {}
+    return name, {key: given[key] for key in defaults if key in given and given[key] != defaults[key]}
+
+
+def canonical(activation: str) -> str:
+    """The same activation as all that mean the same write it. Raises what `parse` does."""
+    name, parameters = parse(activation)
+    return f"{name}({', '.join(f'{key}={value}' for key, value in parameters.items())})" if parameters else name
+
+
+@functools.lru_cache(maxsize=None)
+def find(activation: str) -> PiecewiseLinear | Smooth:
+    """The functions of an activation. Raises what `parse` does."""
+    name, parameters = parse(activation)
+    if not parameters:
+        return ACTIVATIONS[name]
+    factories: dict[str, Callable[..., PiecewiseLinear | Smooth]] = {
+        "relu": _bounded_relu,
+        "leaky_relu": _leaky_relu,
+        "elu": _elu,
+    }
+    return factories[name](**parameters)
+
+
 def is_piecewise_linear(name: str | None) -> bool:
     """Whether the gradient in training reads bits of the residual in place of it."""
-    return isinstance(ACTIVATIONS.get(name or ""), PiecewiseLinear)
+    return bool(name) and isinstance(find(name), PiecewiseLinear)
 
 
 def apply(name: str | None, z: tf.Tensor) -> tf.Tensor:
-    return ACTIVATIONS[name].of(z) if name else z
+    return find(name).of(z) if name else z

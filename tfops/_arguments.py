@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import operator
 import struct
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-Activation = Literal[
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "silu",
-    "hard_silu",
-    "gelu",
-    "gelu_tanh",
-    "elu",
-    "selu",
-    "tanh",
-    "sigmoid",
-    "softplus",
-    "mish",
-]
-ACTIVATIONS: tuple[Activation | None, ...] = (None, *get_args(Activation))
+from tfops import _activations
+
+ACTIVATIONS: tuple[str | None, ...] = (None, *_activations.ACTIVATIONS)
 _AXIS_OF_FORMAT = {"NHWC": -1, "NDHWC": -1, "NWC": -1, "NCHW": 1, "NCDHW": 1, "NCW": 1}
 _DATA_TYPES = (tf.float32, tf.bfloat16, tf.float16, tf.float64)
 
@@ -45,7 +32,7 @@ class Arguments(NamedTuple):
     epsilon: float
     exponential_avg_factor: float
     axis: int
-    activation: Activation | None
+    activation: str | None
     is_training: bool | tf.Tensor
     unbiased: bool
 
@@ -130,10 +117,12 @@ def _axis(axis: Any, data_format: Any) -> int:
     return _AXIS_OF_FORMAT[name]
 
 
-def _activation(activation: Any) -> Activation | None:
-    for known in ACTIVATIONS:
-        if activation is known or (isinstance(activation, str) and activation == known):
-            return known
+def activation_argument(activation: Any) -> str | None:
+    """The activation in its plainest form."""
+    if activation is None or (isinstance(activation, str) and activation in _activations.ACTIVATIONS):
+        return activation
+    if isinstance(activation, str):
+        return _activations.canonical(activation)
     raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, but it is {activation!r}")
 
 
@@ -214,7 +203,7 @@ def convert(
         epsilon,
         exponential_avg_factor,
         axis if type(axis) is int else _axis(axis, data_format),
-        activation if activation is None else _activation(activation),
+        activation if activation is None else activation_argument(activation),
         training,
         unbiased if isinstance(unbiased, bool) else _bool("unbiased", unbiased),
     )

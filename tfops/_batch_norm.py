@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfops import _fallback, _gpus, _gradients, _vectorization  # noqa: F401  (register gradients and converters)
-from tfops._arguments import Activation, convert, float_attribute
+from tfops._arguments import convert, float_attribute
 from tfops._library import ops
 
 
@@ -25,7 +25,7 @@ def fused_batch_norm(
     exponential_avg_factor: float | None = 1.0,
     *,
     axis: int | None = None,
-    activation: Activation | None = None,
+    activation: str | None = None,
     residual: Any = None,
     unbiased: bool = True,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -60,7 +60,9 @@ def fused_batch_norm(
         axis: The dimension of the channels, in [-rank, rank). It replaces `data_format`.
         activation: None, or one of "relu", "relu6", "leaky_relu" (with slope 0.2), "silu", "hard_silu", "gelu",
             "gelu_tanh", "elu", "selu", "tanh", "sigmoid", "softplus" and "mish".
-            "gelu" is z Phi(z), and "gelu_tanh" its approximation by tanh.
+            "gelu" is z Phi(z), and "gelu_tanh" its approximation by tanh. Parameters may follow as in a call:
+            "leaky_relu(negative_slope=0.1)", "elu(alpha=0.5)", or "relu(max_value=20, negative_slope=0.1,
+            threshold=1)", of which any may be left out, and which means what Keras' ReLU layer does.
         residual: A tensor of the shape and dtype of x, added before the activation.
         unbiased: Whether the returned variance is the unbiased estimate, which divides by n - 1 where v divides by n,
             the number of elements in a channel. (For n = 1, both divide by 1.)

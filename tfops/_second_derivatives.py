@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfops import _mask
-from tfops._activations import ACTIVATIONS, PiecewiseLinear, Smooth
+from tfops._activations import PiecewiseLinear, Smooth, find
 
 
 class Layout:
@@ -80,7 +80,7 @@ class Forward:
             self.xc = x - layout.vector(mean)
         self.inv_std = tf.math.rsqrt(variance + epsilon)
         self.slope = self.scale * self.inv_std
-        self.activation = ACTIVATIONS[activation] if activation else None
+        self.activation = find(activation) if activation else None
         self._z: Any = None
         if mask is None and activation:
             z = self.xc * layout.vector(self.slope) + layout.vector(offset)

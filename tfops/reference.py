@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfops import _activations
-from tfops._arguments import Activation, Arguments, convert
+from tfops._arguments import Arguments, convert
 
 
 def fused_batch_norm(
@@ -23,7 +23,7 @@ def fused_batch_norm(
     exponential_avg_factor: float | None = 1.0,
     *,
     axis: int | None = None,
-    activation: Activation | None = None,
+    activation: str | None = None,
     residual: Any = None,
     unbiased: bool = True,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

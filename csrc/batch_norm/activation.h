@@ -2,8 +2,10 @@
 //
 // TFOPS_ACTIVATIONS in batch_norm.h lists them; each is a struct of that name here, of one of two kinds:
 //
-//   piecewise linear: Of(z), IsOn(z), whether the slope is 1 at z, and kOffSlope, the slope where it is not;
+//   piecewise linear: Of(z), IsOn(z), whether the slope is 1 at z; where it is not, it is the parameter `slope`, or 0;
 //   smooth:           Of(z), and SlopeOf(z), its derivative.
+//
+// Those that have parameters (kHasParameters) take these too, as an ActivationIn of the arithmetic's type.
 //
 // F is float or double, or a GCC vector of them: `a < b ? c : d` then selects lane by lane. Comparisons are written so
 // that NaN comes out as NaN.
@@ -122,17 +124,51 @@ TFOPS_INLINE F Number(double value) {
   }
 }
 
+// An activation with its parameters, in the type of the arithmetic.
+template <typename F>
+struct ActivationIn {
+  Activation kind = Activation::kNone;
+  F slope = 0;      // of what is made of straight pieces, below the threshold; elu's alpha
+  F threshold = 0;  // where these bend
+  F high = NAN;     // what they do not exceed; NaN, which nothing is above, if there is no such bound
+
+  ActivationIn() = default;
+  explicit ActivationIn(const Problem& problem) : kind(problem.activation) {
+    if (kind == Activation::kNone) slope = 1;
+    if (kind == Activation::kRelu6) high = 6;
+    if (kind == Activation::kLeakyRelu) slope = static_cast<float>(problem.negative_slope);
+    if (kind == Activation::kElu) slope = static_cast<F>(problem.alpha);
+    if (kind == Activation::kBoundedRelu) {
+      slope = static_cast<F>(problem.negative_slope);
+      threshold = static_cast<F>(problem.threshold);
+      high = static_cast<F>(problem.max_value);
+    }
+  }
+
+  // What is piecewise linear, for loops that serve all of that.
+  TFOPS_INLINE F OfPieces(F z) const {
+    const F bent = z < F(0) ? (slope == F(0) ? F(0) : z * slope) : z;  // an infinity times 0 would be NaN
+    return bent > high ? high : bent;
+  }
+  TFOPS_INLINE bool IsOnPieces(F z) const { return z > F(0) && !(z >= high); }
+};
+
 // --- Activations ---------------------------------------------------------------------------------------------------
 
 namespace activations {
 
 struct PiecewiseLinear {
   static constexpr bool kIsPiecewiseLinear = true;
-  static constexpr float kOffSlope = 0;
+  static constexpr bool kHasParameters = false;
+  template <typename F>
+  static TFOPS_INLINE auto IsOn(F z) {
+    return z > F{};
+  }
 };
 
 struct Smooth {
   static constexpr bool kIsPiecewiseLinear = false;
+  static constexpr bool kHasParameters = false;
 };
 
 struct None : Smooth {
@@ -151,10 +187,6 @@ struct Relu : PiecewiseLinear {
   static TFOPS_INLINE F Of(F z) {
     return Bound<F>::Below(z, F{});
   }
-  template <typename F>
-  static TFOPS_INLINE auto IsOn(F z) {
-    return z > F{};
-  }
 };
 
 struct Relu6 : PiecewiseLinear {
@@ -169,14 +201,28 @@ struct Relu6 : PiecewiseLinear {
 };
 
 struct LeakyRelu : PiecewiseLinear {
-  static constexpr float kOffSlope = 0.2f;  // the default of tf.nn.leaky_relu and keras.activations.leaky_relu
-  template <typename F>
-  static TFOPS_INLINE F Of(F z) {
-    return z < F{} ? z * kOffSlope : z;
+  static constexpr bool kHasParameters = true;
+  template <typename F, typename Parameters>
+  static TFOPS_INLINE F Of(F z, const Parameters& parameters) {
+    return z < F{} ? z * parameters.slope : z;
   }
-  template <typename F>
-  static TFOPS_INLINE auto IsOn(F z) {
-    return z > F{};
+};
+
+// As Keras' ReLU: z between the threshold and `high`, not more, and (z - threshold) * slope below. It has three slopes,
+// for which a bit would not do, and so counts as smooth.
+struct BoundedRelu : Smooth {
+  static constexpr bool kHasParameters = true;
+  template <typename F, typename Parameters>
+  static TFOPS_INLINE F Of(F z, const Parameters& parameters) {
+    const F threshold = F{} + parameters.threshold, high = F{} + parameters.high;
+    const F bent = (z - threshold) * parameters.slope;
+    const F below = parameters.slope == 0 ? F{} : bent;  // an infinity times 0 would be NaN
+    return z <= threshold ? below : Bound<F>::Above(z, high);
+  }
+  template <typename F, typename Parameters>
+  static TFOPS_INLINE F SlopeOf(F z, const Parameters& parameters) {
+    const F above = z >= F{} + parameters.high ? F{} : F{} + 1;
+    return z <= F{} + parameters.threshold ? F{} + parameters.slope : above;
   }
 };
 
@@ -260,15 +306,16 @@ struct GeluTanh : Smooth {
   }
 };
 
-// z, or exp(z) - 1 below 0.
+// z, or (exp(z) - 1) * alpha below 0.
 struct Elu : Smooth {
-  template <typename F>
-  static TFOPS_INLINE F Of(F z) {
-    return z > F{} ? z : ExponentialLessOne<F>::Of(Bound<F>::Above(z, F{}));
+  static constexpr bool kHasParameters = true;
+  template <typename F, typename Parameters>
+  static TFOPS_INLINE F Of(F z, const Parameters& parameters) {
+    return z > F{} ? z : ExponentialLessOne<F>::Of(Bound<F>::Above(z, F{})) * parameters.slope;
   }
-  template <typename F>
-  static TFOPS_INLINE F SlopeOf(F z) {
-    return z > F{} ? Number<F>(1) : Exponential<F>::Of(Bound<F>::Above(z, F{}));
+  template <typename F, typename Parameters>
+  static TFOPS_INLINE F SlopeOf(F z, const Parameters& parameters) {
+    return z > F{} ? Number<F>(1) : Exponential<F>::Of(Bound<F>::Above(z, F{})) * parameters.slope;
   }
 };
 
@@ -379,7 +426,7 @@ using Of = typename Chosen<kActivation>::Type;
 
 }  // namespace activations
 
-// Whether the activation is piecewise linear with slopes 1 and kOffSlope: one bit says all about its derivative.
+// Whether the activation is piecewise linear with two slopes, of which one is 1: a bit says all about its derivative.
 template <Activation kActivation>
 inline constexpr bool kIsPiecewiseLinear = activations::Of<kActivation>::kIsPiecewiseLinear;
 
@@ -394,9 +441,25 @@ TFOPS_INLINE constexpr bool IsPiecewiseLinear(Activation activation) {
   return false;
 }
 
-template <Activation kActivation, typename F>
-TFOPS_INLINE F Activate(F z) {
-  return activations::Of<kActivation>::Of(z);
+template <Activation kActivation, typename F, typename Parameters>
+TFOPS_INLINE F Activate(F z, const Parameters& parameters) {
+  using Chosen = activations::Of<kActivation>;
+  if constexpr (Chosen::kHasParameters) {
+    return Chosen::Of(z, parameters);
+  } else {
+    return Chosen::Of(z);
+  }
+}
+
+// The derivative of a smooth activation.
+template <Activation kActivation, typename F, typename Parameters>
+TFOPS_INLINE F SlopeOf(F z, const Parameters& parameters) {
+  using Chosen = activations::Of<kActivation>;
+  if constexpr (Chosen::kHasParameters) {
+    return Chosen::SlopeOf(z, parameters);
+  } else {
+    return Chosen::SlopeOf(z);
+  }
 }
 
 // Whether the slope is 1 at z: a bool, or a vector of integers that are all ones or zero.
@@ -406,46 +469,25 @@ TFOPS_INLINE auto IsOn(F z) {
 }
 
 // dy * act'(z) where IsOn(z) is known to be false.
-template <Activation kActivation, typename F>
-TFOPS_INLINE F OffGradient(F dy) {
-  if constexpr (kIsPiecewiseLinear<kActivation>) {
-    constexpr float kSlope = activations::Of<kActivation>::kOffSlope;
-    if constexpr (kSlope != 0) return dy * kSlope;
+template <Activation kActivation, typename F, typename Parameters>
+TFOPS_INLINE F OffGradient(F dy, const Parameters& parameters) {
+  if constexpr (kIsPiecewiseLinear<kActivation> && activations::Of<kActivation>::kHasParameters) {
+    return dy * parameters.slope;
   }
   return F{};
 }
 
 // dz = dy * act'(z).
-template <Activation kActivation, typename F>
-TFOPS_INLINE F ActivationGradient(F dy, F z) {
+template <Activation kActivation, typename F, typename Parameters>
+TFOPS_INLINE F ActivationGradient(F dy, F z, const Parameters& parameters) {
   if constexpr (kActivation == Activation::kNone) {
     return dy;
   } else if constexpr (kIsPiecewiseLinear<kActivation>) {
-    return IsOn<kActivation>(z) ? dy : OffGradient<kActivation>(dy);
+    return IsOn<kActivation>(z) ? dy : OffGradient<kActivation>(dy, parameters);
   } else {
-    return dy * activations::Of<kActivation>::SlopeOf(z);
+    return dy * SlopeOf<kActivation>(z, parameters);
   }
 }
-
-// What is piecewise linear as numbers, for loops that serve all of that: z * slope below 0, and not above `high`.
-template <typename F>
-struct Pieces {
-  F slope;
-  F high;  // NaN, which nothing is above, if there is no such bound
-
-  static TFOPS_INLINE Pieces Of(Activation activation) {
-    return {activation == Activation::kNone        ? F(1)
-            : activation == Activation::kLeakyRelu ? F(activations::LeakyRelu::kOffSlope)
-                                                   : F(0),
-            activation == Activation::kRelu6 ? F(6) : F(NAN)};
-  }
-
-  TFOPS_INLINE F Activate(F z) const {
-    const F bent = z < F(0) ? (slope == F(0) ? F(0) : z * slope) : z;  // an infinity times 0 would be NaN
-    return bent > high ? high : bent;
-  }
-  TFOPS_INLINE bool IsOn(F z) const { return z > F(0) && !(z >= high); }
-};
 
 }  // namespace tfops
 

@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <functional>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <string>
 #include <vector>
@@ -60,7 +61,8 @@ inline int ElementBytes(DataType dtype) {
 }
 
 // Every activation: its name in C++, and its name for users. activation.h says what each is. Saved models and compiled
-// programs hold their names and places: they stay, and others come behind them.
+// programs hold their names and places: they stay, and others come behind them. The second of two with one name is for
+// parameters that the first does not take.
 #define TFOPS_ACTIVATIONS(ACTIVATION) \
   ACTIVATION(None, "")                \
   ACTIVATION(Relu, "relu")            \
@@ -75,7 +77,8 @@ inline int ElementBytes(DataType dtype) {
   ACTIVATION(Tanh, "tanh")            \
   ACTIVATION(Sigmoid, "sigmoid")      \
   ACTIVATION(Softplus, "softplus")    \
-  ACTIVATION(Mish, "mish")
+  ACTIVATION(Mish, "mish")            \
+  ACTIVATION(BoundedRelu, "relu")
 
 enum class Activation {
 #define TFOPS_ENUMERATOR(Name, text) k##Name,
@@ -97,6 +100,10 @@ struct Problem {
   int64_t inner = 1;
   DataType dtype = DataType::kFloat32;
   Activation activation = Activation::kNone;
+  double negative_slope = 0.2;  // of leaky_relu, which rounds it to a float, and of BoundedRelu
+  double max_value = std::numeric_limits<double>::infinity();  // of BoundedRelu
+  double threshold = 0;                                        // of BoundedRelu
+  double alpha = 1;                                            // of elu
   bool has_residual = false;
   bool training = true;
   double epsilon = 1e-3;
@@ -111,12 +118,15 @@ struct Problem {
 // [-rank, rank), if a dimension is negative, or if the number of elements exceeds 2^62.
 TFOPS_EXPORT Status Fold(const int64_t* dims, int rank, int64_t axis, Problem* problem);
 
-// InvalidArgument unless epsilon is finite and >= 0 and exponential_avg_factor is in [0, 1]. (With epsilon == 0 a
-// channel without variance comes out NaN, and no other does.)
+// InvalidArgument unless epsilon is finite and >= 0, exponential_avg_factor is in [0, 1], and the activation's
+// parameters are numbers with 0 <= threshold < max_value, and finite but for that. (With epsilon == 0 a channel without
+// variance comes out NaN, and no other does.)
 TFOPS_EXPORT Status Validate(const Problem& problem);
 
-// The activation of that name, or InvalidArgument.
-TFOPS_EXPORT Status ParseActivation(const std::string& name, Activation* activation);
+// Sets the activation and its parameters from a name, which parameters may follow as in a call in Python:
+// "leaky_relu(negative_slope=0.1)", "elu(alpha=0.5)", "relu(max_value=20, negative_slope=0.1, threshold=1)", all or
+// some of them in any order. InvalidArgument if it is none.
+TFOPS_EXPORT Status ParseActivation(const std::string& text, Problem* problem);
 
 // What the gradient needs, beside x, to know act' at an element.
 //   training with residual and a piecewise linear activation: activation bits, one for each element, written by the

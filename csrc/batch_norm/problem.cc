@@ -4,8 +4,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
+#include <locale>
+#include <sstream>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "csrc/batch_norm/activation.h"
 #include "csrc/batch_norm/batch_norm.h"
@@ -26,6 +29,69 @@ std::string Shown(double value) {
 }
 
 Status InvalidArgument(std::string message) { return {StatusCode::kInvalidArgument, std::move(message)}; }
+
+struct Parameter {
+  const char* name;
+  double Problem::* field;
+};
+
+std::vector<Parameter> ParametersOf(Activation activation) {
+  switch (activation) {
+    case Activation::kLeakyRelu:
+      return {{"negative_slope", &Problem::negative_slope}};
+    case Activation::kElu:
+      return {{"alpha", &Problem::alpha}};
+    case Activation::kRelu:
+    case Activation::kBoundedRelu:
+      return {{"max_value", &Problem::max_value},
+              {"negative_slope", &Problem::negative_slope},
+              {"threshold", &Problem::threshold}};
+    default:
+      return {};
+  }
+}
+
+// Reads "name=number", in whatever locale. False if it is something else.
+bool ReadParameter(const std::string& text, const std::vector<Parameter>& known, Problem* problem) {
+  const size_t equals = text.find('=');
+  if (equals == std::string::npos) return false;
+  std::istringstream words(text.substr(0, equals)), numbers(text.substr(equals + 1));
+  numbers.imbue(std::locale::classic());
+  std::string name, rest;
+  double value = 0;
+  if (!(words >> name) || words >> rest || !(numbers >> value) || numbers >> rest) return false;
+  for (const Parameter& parameter : known) {
+    if (name == parameter.name) {
+      problem->*parameter.field = value;
+      return true;
+    }
+  }
+  return false;
+}
+
+// The activation that does what relu does with the problem's parameters, and the least besides.
+Activation ReluOf(const Problem& problem) {
+  if (problem.threshold != 0) return Activation::kBoundedRelu;
+  if (std::isinf(problem.max_value)) return problem.negative_slope == 0 ? Activation::kRelu : Activation::kLeakyRelu;
+  return problem.max_value == 6 && problem.negative_slope == 0 ? Activation::kRelu6 : Activation::kBoundedRelu;
+}
+
+Status ValidateActivation(const Problem& problem) {
+  for (const Parameter& parameter : ParametersOf(problem.activation)) {
+    const double value = problem.*parameter.field;
+    if (std::isfinite(value) || parameter.field == &Problem::max_value) continue;
+    return InvalidArgument(std::string(parameter.name) + " of activation must be finite, but it is " + Shown(value));
+  }
+  if (problem.activation != Activation::kBoundedRelu) return {};
+  if (!(problem.threshold >= 0)) {
+    return InvalidArgument("threshold of activation must be >= 0, but it is " + Shown(problem.threshold));
+  }
+  if (!(problem.max_value > problem.threshold)) {
+    return InvalidArgument("max_value of activation must be > threshold, which is " + Shown(problem.threshold) +
+                           ", but it is " + Shown(problem.max_value));
+  }
+  return {};
+}
 
 }  // namespace
 
@@ -60,7 +126,7 @@ Status Validate(const Problem& problem) {
     return InvalidArgument("exponential_avg_factor must be in [0, 1], but it is " +
                            Shown(problem.exponential_avg_factor));
   }
-  return {};
+  return ValidateActivation(problem);
 }
 
 const char* NameOf(Activation activation) {
@@ -74,16 +140,33 @@ const char* NameOf(Activation activation) {
   return "";
 }
 
-Status ParseActivation(const std::string& name, Activation* activation) {
+Status ParseActivation(const std::string& text, Problem* problem) {
+  const size_t opening = text.find('(');
+  const bool has_parameters = opening != std::string::npos && text.back() == ')';
+  const std::string name = has_parameters ? text.substr(0, opening) : text;
   std::string names;
   for (const Activation known : kActivations) {
-    if (name == NameOf(known)) {
-      *activation = known;
-      return {};
+    if (known == Activation::kBoundedRelu) continue;
+    if (name == NameOf(known) && !(has_parameters && name.empty())) {
+      problem->activation = known;
+      if (!has_parameters) return {};
+      if (known == Activation::kRelu) problem->negative_slope = 0;
+      std::istringstream list(text.substr(opening + 1, text.size() - opening - 2));
+      for (std::string parameter; std::getline(list, parameter, ',');) {
+        if (ReadParameter(parameter, ParametersOf(known), problem)) continue;
+        std::string parameters;
+        for (const Parameter& each : ParametersOf(known)) {
+          parameters += std::string(parameters.empty() ? "" : ", ") + each.name + "=number";
+        }
+        return InvalidArgument("activation '" + name + "' takes " + (parameters.empty() ? "nothing" : parameters) +
+                               ", but it is '" + text + "'");
+      }
+      if (known == Activation::kRelu || known == Activation::kLeakyRelu) problem->activation = ReluOf(*problem);
+      return ValidateActivation(*problem);
     }
     names += std::string(names.empty() ? "'" : ", '") + NameOf(known) + "'";
   }
-  return InvalidArgument("activation must be one of " + names + ", but it is '" + name + "'");
+  return InvalidArgument("activation must be one of " + names + ", but it is '" + text + "'");
 }
 
 bool NeedsActivationBits(const Problem& problem) {

@@ -162,6 +162,10 @@ bool DrawCase(Source* source, Case* drawn) {
   Problem& problem = drawn->problem;
   problem.dtype = source->Choose(kTypes);
   problem.activation = kActivations[source->Byte() % std::size(kActivations)];
+  problem.negative_slope = DrawAttribute(source, 0.2);
+  problem.threshold = DrawAttribute(source, source->Flag() ? 0 : 0.25);
+  problem.max_value = DrawAttribute(source, source->Flag() ? std::numeric_limits<double>::infinity() : 1.5);
+  problem.alpha = DrawAttribute(source, 1);
   problem.has_residual = source->Flag();
   problem.training = !IsPhase(drawn->entry) && source->Flag();
   problem.unbiased = source->Flag();

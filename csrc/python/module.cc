@@ -165,7 +165,7 @@ Problem MakeProblem(const std::vector<int64_t>& shape, int64_t axis, DataType dt
                     bool has_residual, bool training, double epsilon, double exponential_avg_factor, bool unbiased) {
   Problem problem;
   ThrowUnlessOk(Fold(shape.data(), static_cast<int>(shape.size()), axis, &problem));
-  ThrowUnlessOk(ParseActivation(activation, &problem.activation));
+  ThrowUnlessOk(ParseActivation(activation, &problem));
   problem.dtype = dtype;
   problem.has_residual = has_residual;
   problem.training = training;
@@ -227,6 +227,10 @@ PYBIND11_MODULE(_kernels, m) {
       .def_readonly("channels", &Problem::channels)
       .def_readonly("inner", &Problem::inner)
       .def_property_readonly("activation", [](const Problem& p) { return static_cast<int>(p.activation); })
+      .def_readonly("negative_slope", &Problem::negative_slope)
+      .def_readonly("max_value", &Problem::max_value)
+      .def_readonly("threshold", &Problem::threshold)
+      .def_readonly("alpha", &Problem::alpha)
       .def_readonly("has_residual", &Problem::has_residual)
       .def_readonly("training", &Problem::training)
       .def_readonly("epsilon", &Problem::epsilon)
@@ -255,7 +259,9 @@ PYBIND11_MODULE(_kernels, m) {
   DefinePointer(forward, "activation_bits", &ForwardArrays::activation_bits);
 
   py::list names;
-  for (const Activation activation : kActivations) names.append(NameOf(activation));
+  for (const Activation activation : kActivations) {
+    if (!names.contains(NameOf(activation))) names.append(NameOf(activation));
+  }
   m.attr("ACTIVATIONS") = py::tuple(names);
 
   py::class_<BackwardArrays> backward(m, "BackwardArrays", local);

@@ -249,14 +249,6 @@ absl::Status GradientNormalizeShapes(InferenceContext* context) {
   return absl::OkStatus();
 }
 
-std::string ActivationAttribute() {
-  std::string names;
-  for (const Activation activation : kActivations) {
-    names += std::string(names.empty() ? "'" : ", '") + NameOf(activation) + "'";
-  }
-  return "activation: {" + names + "} = ''";
-}
-
 }  // namespace
 
 // epsilon and exponential_avg_factor are 32-bit attributes. Beside float64 data the _bits of each, unless they are 0,
@@ -267,7 +259,7 @@ std::string ActivationAttribute() {
       .Attr("axis: int = -1")                \
       .Attr("epsilon: float = 0.001")        \
       .Attr("epsilon_bits: int = 0")         \
-      .Attr(ActivationAttribute())           \
+      .Attr("activation: string = ''")       \
       .Attr("num_residuals: int >= 0 = 0")
 
 // running: nothing, or the running mean and variance. saved_mean, saved_inv_std and mask, the activation bits of

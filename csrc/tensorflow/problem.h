@@ -121,7 +121,7 @@ absl::Status ReadAttributes(Context* context, bool training, Attributes* attribu
   TF_RETURN_IF_ERROR(ReadDouble(context, "epsilon", &problem.epsilon));
   std::string activation;
   TF_RETURN_IF_ERROR(context->GetAttr("activation", &activation));
-  TF_RETURN_IF_ERROR(ToAbsl(ParseActivation(activation, &problem.activation)));
+  TF_RETURN_IF_ERROR(ToAbsl(ParseActivation(activation, &problem)));
   if (training) {
     TF_RETURN_IF_ERROR(ReadDouble(context, "exponential_avg_factor", &problem.exponential_avg_factor));
     TF_RETURN_IF_ERROR(context->GetAttr("unbiased", &problem.unbiased));

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/base/casts.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "csrc/tensorflow/problem.h"
@@ -37,15 +38,19 @@ using tensorflow::TensorShape;
 // ---------------------------------------------------------------------------------------------------------------------
 // Compiling
 
-// An MLIR dictionary, as handlers.h reads it. 17 digits tell a double exactly.
+// An MLIR dictionary, as handlers.h reads it.
 std::string Encode(const Problem& problem) {
   const auto flag = [](bool value) { return value ? "true" : "false"; };
+  // By its bits, which MLIR takes for infinity too.
+  const auto number = [](double value) { return absl::StrFormat("0x%016X : f64", absl::bit_cast<uint64_t>(value)); };
   return absl::StrFormat(
       "{outer = %d : i64, channels = %d : i64, inner = %d : i64, dtype = %d : i32, activation = %d : i32, "
-      "has_residual = %s, training = %s, epsilon = %.16e : f64, exponential_avg_factor = %.16e : f64, unbiased = %s}",
+      "negative_slope = %s, max_value = %s, threshold = %s, alpha = %s, has_residual = %s, training = %s, "
+      "epsilon = %s, exponential_avg_factor = %s, unbiased = %s}",
       problem.outer, problem.channels, problem.inner, static_cast<int>(problem.dtype),
-      static_cast<int>(problem.activation), flag(problem.has_residual), flag(problem.training), problem.epsilon,
-      problem.exponential_avg_factor, flag(problem.unbiased));
+      static_cast<int>(problem.activation), number(problem.negative_slope), number(problem.max_value),
+      number(problem.threshold), number(problem.alpha), flag(problem.has_residual), flag(problem.training),
+      number(problem.epsilon), number(problem.exponential_avg_factor), flag(problem.unbiased));
 }
 
 TensorShape ShapeOf(Extent extent, const TensorShape& x, const Problem& problem) {

@@ -24,9 +24,12 @@ XLA_FFI_REGISTER_ENUM_ATTR_DECODING(tfops::DataType);
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(tfops::Activation);
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(tfops::Problem, StructMember<int64_t>("outer"), StructMember<int64_t>("channels"),
                                       StructMember<int64_t>("inner"), StructMember<tfops::DataType>("dtype"),
-                                      StructMember<tfops::Activation>("activation"), StructMember<bool>("has_residual"),
-                                      StructMember<bool>("training"), StructMember<double>("epsilon"),
-                                      StructMember<double>("exponential_avg_factor"), StructMember<bool>("unbiased"));
+                                      StructMember<tfops::Activation>("activation"),
+                                      StructMember<double>("negative_slope"), StructMember<double>("max_value"),
+                                      StructMember<double>("threshold"), StructMember<double>("alpha"),
+                                      StructMember<bool>("has_residual"), StructMember<bool>("training"),
+                                      StructMember<double>("epsilon"), StructMember<double>("exponential_avg_factor"),
+                                      StructMember<bool>("unbiased"));
 
 namespace tfops {
 

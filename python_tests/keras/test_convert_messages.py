@@ -70,7 +70,7 @@ def test_one_line_counts_by_what_was_folded(capsys):
     y = layers.LeakyReLU(0.2)(Norm()(layers.ReLU(6)(Norm()(x))))
     y = Norm()(y)
     y = layers.Concatenate()([y, layers.Conv2D(2, 1)(y)])
-    y = layers.ELU(0.5)(Norm()(y))
+    y = layers.PReLU()(Norm()(y))
     y = layers.Add()([Norm()(y), y])
     y = layers.Activation("silu")(layers.Add()([Norm()(y), y]))
     model = keras.Model(x, layers.Dense(2)(layers.TimeDistributed(Norm())(y)), name="many")

@@ -3,35 +3,94 @@
 from __future__ import annotations
 
 import re
-from typing import get_args
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow.python.framework import op_def_registry
 
 import tfops
-from tfops import _activations, _arguments
+import tfops_kernels
+from tfops import _activations
+from tfops._library import ops
 from tfops.gradcheck import _op
-from tfops_kernels import _api, _arrays, _kernels
+from tfops_kernels import _api, _kernels
 from tfops_testing import kernel_cases, oracle
 from tfops_testing.paths import ROOT
 
-NAMES = kernel_cases.ACTIVATIONS[1:]
+NAMES = kernel_cases.NAMES[1:]
 
 
 def test_names_are_the_kernels():
     assert ("", *_activations.ACTIVATIONS) == _kernels.ACTIVATIONS
-    assert get_args(_arguments.Activation) == get_args(_arrays.Activation) == NAMES
     assert (None, *NAMES) == _op.ACTIVATIONS
-    linear = {name for name, each in _activations.ACTIVATIONS.items() if isinstance(each, _activations.PiecewiseLinear)}
+    linear = {name for name in kernel_cases.ACTIVATIONS if _activations.is_piecewise_linear(name)}
     assert linear == set(kernel_cases.PIECEWISE_LINEAR)
 
 
-def test_the_op_has_their_names():
-    for op in ("Tfops>BatchNormTraining", "Tfops>BatchNormInferenceGrad", "Tfops>BatchNormGradientNormalize"):
-        attribute = next(each for each in op_def_registry.get(op).attr if each.name == "activation")
-        assert tuple(name.decode() for name in attribute.allowed_values.list.s) == _kernels.ACTIVATIONS
+@pytest.mark.parametrize(
+    ("activation", "plain"),
+    [
+        ("relu()", "relu"),
+        ("relu(max_value=6)", "relu6"),
+        ("relu( threshold = 0 ,max_value=6.0)", "relu6"),
+        ("relu(negative_slope=0.25)", "leaky_relu(negative_slope=0.25)"),
+        ("relu(negative_slope=0.2)", "leaky_relu"),
+        ("leaky_relu(negative_slope=0.2)", "leaky_relu"),
+        ("leaky_relu(negative_slope=-0.5)", "leaky_relu(negative_slope=-0.5)"),
+        ("leaky_relu(negative_slope=0)", "relu"),
+        ("elu(alpha=1)", "elu"),
+        ("elu(alpha=1e-3)", "elu(alpha=0.001)"),
+        ("relu(threshold=1, negative_slope=0)", "relu(threshold=1.0)"),
+        ("relu(max_value=6, negative_slope=0.5)", "relu(max_value=6.0, negative_slope=0.5)"),
+        ("silu()", "silu"),
+    ],
+)
+def test_parameters_are_read(activation, plain):
+    """The kernels read the same as Python, and take the plainest activation that does it."""
+    assert _activations.canonical(activation) == plain
+    x = np.linspace(-3, 9, 48, dtype=np.float32).reshape(16, 3)
+    vectors = [np.full(3, value, np.float32) for value in (1, 0, 0, 1)]
+    settings = {"training": False, "epsilon": 0.0}
+    results = [tfops_kernels.forward(x, *vectors, activation=name, **settings).y for name in (activation, plain)]
+    np.testing.assert_array_equal(*results)
+    np.testing.assert_allclose(results[0], oracle.activate(plain, x.astype(np.float64)), rtol=1e-6, atol=1e-7)
+    assert tfops.keras.BatchNormalization(activation=activation).activation == plain
+    got = tfops.fused_batch_norm(x, *vectors, epsilon=0.0, is_training=False, activation=activation)[0]
+    np.testing.assert_array_equal(got, results[0])
+
+
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [
+        ("leaky_relu(alpha=0.1)", r"activation 'leaky_relu' takes negative_slope=number, but it is 'leaky_relu\(alpha"),
+        ("leaky_relu(0.1)", r"activation 'leaky_relu' takes negative_slope=number, but it is"),
+        (
+            "relu(max_value=six)",
+            r"activation 'relu' takes max_value=number, negative_slope=number, threshold=number, but",
+        ),
+        ("silu(beta=1)", r"activation 'silu' takes nothing, but it is 'silu\(beta=1\)'"),
+        ("elu(alpha=nan)", "alpha of activation must be finite, but it is nan|'elu' takes alpha=number, but"),
+        ("leaky_relu(negative_slope=inf)", "negative_slope of activation must be finite|takes negative_slope=number"),
+        (
+            "relu(max_value=1, threshold=1)",
+            r"max_value of activation must be > threshold, which is 1(\.0)?, but it is 1",
+        ),
+        ("relu(max_value=0)", r"max_value of activation must be > threshold, which is 0(\.0)?, but it is 0"),
+        ("relu(threshold=-1)", r"threshold of activation must be >= 0, but it is -1"),
+        ("elu(", r"activation must be one of .*, but it is 'elu\('"),
+        ("(alpha=1)", r"activation must be one of .*, but it is '\(alpha=1\)'"),
+        ("relu6(max_value=6)", r"activation 'relu6' takes nothing, but it is 'relu6\(max_value=6\)'"),
+    ],
+)
+def test_other_parameters_are_refused(activation, message):
+    x, ones = np.ones((4, 3), np.float32), np.ones(3, np.float32)
+    for refuse in (tfops.fused_batch_norm, tfops_kernels.forward):
+        with pytest.raises(ValueError, match=message):
+            refuse(x, ones, ones, activation=activation)
+    with pytest.raises(ValueError, match=message):
+        tfops.keras.BatchNormalization(activation=activation)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        ops.tfops_batch_norm_training(x, ones, ones, running=[], residual=[], activation=activation)
 
 
 def test_the_documentation_has_them():
@@ -42,11 +101,11 @@ def test_the_documentation_has_them():
         assert set(NAMES) - set(listed) <= {"softplus", "mish"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", kernel_cases.ACTIVATIONS[1:])
 def test_tables_agree_with_numpy(name):
     """The function and its derivatives, the second by differences of the first."""
     z = np.concatenate([np.linspace(-9, 9, 3601) + 1e-3, [-60.0, -20.0, 20.0, 60.0]])
-    each = _activations.ACTIVATIONS[name]
+    each = _activations.find(name)
     np.testing.assert_allclose(each.of(tf.constant(z)), oracle.activate(name, z), rtol=1e-13, atol=1e-14)
     if isinstance(each, _activations.PiecewiseLinear):
         slope = np.where(each.is_on(tf.constant(z)), 1, each.off_slope)

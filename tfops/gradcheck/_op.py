@@ -37,7 +37,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfops import _activations, fused_batch_norm
-from tfops._arguments import ACTIVATIONS
+from tfops._arguments import ACTIVATIONS, activation_argument
 from tfops.gradcheck._differences import element, quotients
 from tfops.gradcheck._problem import Problem
 
@@ -76,9 +76,10 @@ class Case:
     residual: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("layout", LAYOUTS), ("mode", MODES), ("activation", ACTIVATIONS)):
+        for name, allowed in (("layout", LAYOUTS), ("mode", MODES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        activation_argument(self.activation)
 
     @property
     def channel_axis(self) -> int:
@@ -157,6 +158,7 @@ def draw_inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
     shape = SHAPES[case.layout]
     channels = shape[case.channel_axis]
     count = math.prod(shape) // channels
+    kinks = {*KINKS, *(_activations.find(case.activation).kinks if case.activation else ())}
     columns: list[tuple[Any, ...]] = []
     while len(columns) < channels:
         x = grid(rng.uniform(-0.5, 0.5) + rng.normal(size=count))
@@ -167,7 +169,7 @@ def draw_inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
         variance = grid(rng.uniform(0.5, 2))
         batch = (mean, variance) if case.mode == "inference" else (np.mean(x), np.var(x))
         z = (x - batch[0]) / np.sqrt(batch[1] + EPSILON) * scale + offset + residual * case.residual
-        clear = all(np.all(np.abs(z - kink) > KINK_MARGIN) for kink in KINKS)
+        clear = all(np.all(np.abs(z - kink) > KINK_MARGIN) for kink in kinks)
         pieces = np.any(z < 0) and np.any((z > 0) & (z < 6)) and np.any(z > 6)
         if clear and pieces:
             columns.append((x, scale, offset, residual, mean, variance))

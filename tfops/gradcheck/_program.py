@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfops._arguments import ACTIVATIONS
+from tfops._arguments import ACTIVATIONS, activation_argument
 from tfops.gradcheck._check import check
 from tfops.gradcheck._op import (
     DTYPES,
@@ -38,6 +38,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     choices: dict[str, list[str]] = {}
 
+    def activation(text: str) -> str:
+        try:
+            return text if text == "none" else str(activation_argument(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
     def choice(flag: str, values: Sequence[str], text: str) -> None:
         choices[flag.removeprefix("--")] = list(values)
         parser.add_argument(flag, nargs="+", choices=values, help=f"{text} (default: all)")
@@ -51,7 +57,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     choice("--dtype", DTYPES, "dtypes of x")
     choice("--layout", LAYOUTS, "4-D NHWC, 4-D NCHW, 2-D")
     choice("--mode", MODES, "'moving': training with exponential_avg_factor < 1, mean and variance in the loss")
-    choice("--activation", [str(each).lower() for each in ACTIVATIONS], "fused activations")
+    choices["activation"] = [str(each).lower() for each in ACTIVATIONS]
+    parser.add_argument(
+        "--activation",
+        nargs="+",
+        type=activation,
+        metavar="NAME",
+        help=f"fused activations, with or without parameters (default: {', '.join(choices['activation'])})",
+    )
     choice("--residual", ("without", "with"), "without or with a fused residual")
     parser.add_argument("--device", metavar="NAME", help="such as cpu, gpu or gpu:1 (default: TensorFlow's)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import contextlib
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfops._arguments import Activation
+from tfops._activations import ACTIVATIONS, canonical, parse
 
 
 def gelu_tanh(x: Any) -> Any:
@@ -17,9 +18,26 @@ def gelu_tanh(x: Any) -> Any:
 
 keras.saving.register_keras_serializable("tfops")(gelu_tanh)
 
+
+@keras.saving.register_keras_serializable("tfops")
+class Parametrized:
+    """A function of keras.activations with parameters, which it has no names for either."""
+
+    def __init__(self, activation: str):
+        self.activation = activation
+        name, self._parameters = parse(activation)
+        self._function = getattr(keras.activations, name)
+
+    def __call__(self, x: Any) -> Any:
+        return self._function(x, **self._parameters)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"activation": self.activation}
+
+
 # Those of keras.activations have tfops' names. Older Keras does not have all of them; and which of two functions `gelu`
 # is, is a parameter.
-_NAMES = [name for name in get_args(Activation) if hasattr(keras.activations, name)]
+_NAMES = [name for name in ACTIVATIONS if hasattr(keras.activations, name)]
 _FUNCTIONS = [
     *((getattr(keras.activations, name), name) for name in _NAMES),
     (gelu_tanh, "gelu_tanh"),
@@ -48,9 +66,21 @@ _OPERATIONS = {
 }
 
 
-def function_of(name: str) -> Any:
-    """What Keras' layers take for an activation of that name."""
-    return gelu_tanh if name == "gelu_tanh" else name
+def function_of(activation: str) -> Any:
+    """What Keras' layers take for that activation."""
+    if activation == "gelu_tanh":
+        return gelu_tanh
+    return Parametrized(activation) if parse(activation)[1] else activation
+
+
+def layer_of(activation: str, **options: Any) -> keras.Layer:
+    """A layer of Keras that applies that activation."""
+    name, parameters = parse(activation)
+    if not parameters:
+        return keras.layers.Activation(function_of(activation), **options)
+    return {"relu": keras.layers.ReLU, "leaky_relu": keras.layers.LeakyReLU, "elu": keras.layers.ELU}[name](
+        **parameters, **options
+    )
 
 
 def kind_of(operation: Any) -> str:
@@ -64,14 +94,23 @@ def activation_of(operation: Any) -> str | None:
     """tfops' name of the activation that a layer or operation applies; None if there is none."""
     kind = kind_of(operation)
     if kind == "Activation":
+        if isinstance(operation.activation, Parametrized):
+            return operation.activation.activation
         return next((name for function, name in _FUNCTIONS if function is operation.activation), None)
     if kind in ("LeakyReLU", "LeakyRelu"):
-        return "leaky_relu" if operation.negative_slope == 0.2 else None
+        return _with_parameters("leaky_relu", negative_slope=operation.negative_slope)
     if kind in ("ELU", "Elu"):
-        return "elu" if operation.alpha == 1 else None
+        return _with_parameters("elu", alpha=operation.alpha)
     if kind == "Gelu":
         return "gelu_tanh" if operation.approximate else "gelu"
-    if kind == "ReLU" and operation.threshold == 0:
-        bounds = operation.negative_slope, operation.max_value
-        return {(0, None): "relu", (0, 6): "relu6", (0.2, None): "leaky_relu"}.get(bounds)
+    if kind == "ReLU":
+        bound = {} if operation.max_value is None else {"max_value": operation.max_value}
+        return _with_parameters("relu", **bound, negative_slope=operation.negative_slope, threshold=operation.threshold)
     return _OPERATIONS.get(kind)
+
+
+def _with_parameters(name: str, **parameters: Any) -> str | None:
+    """The activation with its parameters; None if they have values that the kernels do not take."""
+    with contextlib.suppress(TypeError, ValueError):
+        return canonical(f"{name}({', '.join(f'{key}={float(value)}' for key, value in parameters.items())})")
+    return None

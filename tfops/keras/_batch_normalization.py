@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfops import _xla
-from tfops._arguments import ACTIVATIONS, Activation, param_type
+from tfops._arguments import activation_argument, param_type
 from tfops._batch_norm import fused_batch_norm
 from tfops._phases import Statistics, batch_statistics, normalize, replicas
 from tfops.keras._recomputing import is_recomputed
@@ -72,13 +72,14 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
         synchronized: Whether statistics are those of all replicas of a `tf.distribute` strategy.
         activation: Applied to the result: None, or one of "relu", "relu6", "leaky_relu" (with slope 0.2), "silu",
             "hard_silu", "gelu" (the exact one), "gelu_tanh" (its approximation), "elu", "selu", "tanh", "sigmoid",
-            "softplus" and "mish".
+            "softplus" and "mish". Parameters may follow as in a call: "leaky_relu(negative_slope=0.1)",
+            "elu(alpha=0.5)", or "relu(max_value=20, negative_slope=0.1, threshold=1)", of which any may be left out.
         skip_nonfinite: Whether a training step in which a moving statistic would become NaN or infinite leaves all of
             the layer's as they are. y and the gradients of that step are what they are.
         **kwargs: What every layer of Keras takes: name, dtype, trainable and so on.
 
     Attributes:
-        activation: As given.
+        activation: As given, or in a plainer form: "relu(max_value=6)" becomes "relu6".
         skip_nonfinite: As given. It may be set, before a training step is compiled.
         folded: What calls do beside that, unless they tell: an activation, or None. `tfops.keras.convert` sets it in
             Sequential models, whose calls have no arguments.
@@ -136,12 +137,11 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
         renorm_momentum: float = 0.99,
         synchronized: bool = False,
         *,
-        activation: Activation | None = None,
+        activation: str | None = None,
         skip_nonfinite: bool = False,
         **kwargs: Any,
     ):
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, but it is {activation!r}")
+        activation = activation_argument(activation)
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be a bool, but it is {skip_nonfinite!r}")
         try:
@@ -168,7 +168,7 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
             synchronized=synchronized,
             **kwargs,
         )
-        self.activation: Activation | None = activation
+        self.activation: str | None = activation
         self.skip_nonfinite: bool = skip_nonfinite
         self.folded: str | None = None
         self._last_run: tuple[bool | None, bool] = None, False  # training, and whether there was a mask

@@ -26,8 +26,8 @@ def convert(
 
     - the addition that follows, `keras.layers.Add` of two tensors or `x + y`, if both are of one shape and dtype (where
       a dimension is not known, it is taken to be the same);
-    - then, or at once, the activation that follows, if it is one that `tfops.fused_batch_norm` has (leaky_relu with a
-      slope of 0.2, elu with an alpha of 1, no PReLU), as one of Keras' layers or operations (in a Sequential model the
+    - then, or at once, the activation that follows, if it is one that `tfops.fused_batch_norm` has (no
+      PReLU), as one of Keras' layers or operations (in a Sequential model the
       activation alone)
 
     where nothing else reads what comes before, and that is not an output of the model, nor an attribute of it. Then the

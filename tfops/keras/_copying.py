@@ -14,7 +14,7 @@ from typing import Any
 import keras
 from keras.src.models.functional import Functional
 
-from tfops.keras._activations import function_of
+from tfops.keras._activations import layer_of
 from tfops.keras._attributes import carry_over, carry_plain, held
 from tfops.keras._batch_normalization import BatchNormalization
 from tfops.keras._checking import same_calls, same_order, same_outputs, same_variables
@@ -215,7 +215,7 @@ class Copier:
             self._names.add(name)
             options = {"name": name, "dtype": norm.dtype_policy}
             adds = what == "add"
-            layer = keras.layers.Add(**options) if adds else keras.layers.Activation(function_of(what), **options)
+            layer = keras.layers.Add(**options) if adds else layer_of(what, **options)
             self._parts[id(norm), what] = layer
         return self._parts[id(norm), what]
 

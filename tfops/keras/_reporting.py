@@ -127,7 +127,8 @@ def _tell(report: Report) -> str:
 
 
 def _join(kinds: Iterable[str]) -> str:
-    return " and ".join(_WORDS.get(kind, kind) for kind in kinds)
+    parts = (kind.partition("(") for kind in kinds)  # a name, and parameters if there are any
+    return " and ".join(_WORDS.get(name, name) + opening + rest for name, opening, rest in parts)
 
 
 def _list(kept: list[Report]) -> str:

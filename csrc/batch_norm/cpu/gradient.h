@@ -25,7 +25,7 @@ struct GradientInputs {
   const T* x;
   const T* residual;
   const uint8_t* bits;
-  Activation activation;
+  ActivationIn<P> activation;
   int64_t ahead;
 
   GradientInputs() = default;
@@ -34,7 +34,7 @@ struct GradientInputs {
         x(At<const T>(job.arrays.x, run)),
         residual(At<const T>(job.arrays.residual, run)),
         bits(bits),
-        activation(job.problem.activation),
+        activation(job.problem),
         ahead(ahead) {}
 
   TFOPS_INLINE bool HasBits() const { return K::kIsKnown ? K::kHasBits : bits != nullptr; }
@@ -61,12 +61,12 @@ struct GradientInputs {
     if constexpr (K::kIsKnown && K::kActivation == Activation::kNone) return {dy_i, xc, Vec<P>{}};
     if (HasBits()) {
       const IntVec<P> on = MaskFromBits<P>(word);
-      if constexpr (K::kIsKnown) return {on ? dy_i : OffGradient<K::kActivation>(dy_i), xc, Vec<P>{}};
+      if constexpr (K::kIsKnown) return {on ? dy_i : OffGradient<K::kActivation>(dy_i, activation), xc, Vec<P>{}};
       return {dy_i, xc, on ? Splat<P>(1) : Splat<P>(-1)};  // a z where the slope is what it is at the real one
     }
     Vec<P> z = Affine<P>(xc, c, column);
     if (!K::kIsKnown && residual) z += LoadLanes<kPartial>(residual + i, n);
-    if constexpr (K::kIsKnown) return {ActivationGradient<K::kActivation>(dy_i, z), xc, Vec<P>{}};
+    if constexpr (K::kIsKnown) return {ActivationGradient<K::kActivation>(dy_i, z, activation), xc, Vec<P>{}};
     return {dy_i, xc, z};
   }
 

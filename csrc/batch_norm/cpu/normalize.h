@@ -25,7 +25,7 @@ struct NormalizeWork {
   const T* residual;
   T* y;
   uint8_t* bits;
-  Activation activation;
+  ActivationIn<P> activation;
   bool stream;
   int64_t x_ahead;
   int64_t residual_ahead;
@@ -35,7 +35,7 @@ struct NormalizeWork {
         residual(At<const T>(job.arrays.residual, run)),
         y(At<T>(job.arrays.y, run)),
         bits(bits),
-        activation(job.problem.activation),
+        activation(job.problem),
         stream(job.stream_y),
         x_ahead(job.x_ahead),
         residual_ahead(job.residual_ahead) {}
@@ -72,7 +72,7 @@ struct NormalizeWork {
     uint64_t word = 0;
     for (int v = 0; v < kVectors; ++v) {
       if constexpr (K::kHasBits) word |= uint64_t{BitsFromMask<P>(IsOn<K::kActivation>(z[v]))} << v * kL;
-      z[v] = Activate<K::kActivation>(z[v]);
+      z[v] = Activate<K::kActivation>(z[v], activation);
     }
     return word;
   }

@@ -174,56 +174,58 @@ struct Gradient {
 // Activations that are not piecewise linear take a few vectors at a time, and are out of line: one copy serves all
 // loops. This puts act(z) in the place of z.
 template <typename P>
-__attribute__((noinline)) void ActivateOutOfLine(Activation activation, Vec<P>* z, int count) {
-  WithActivation(activation, [&](auto constant) {
-    for (int v = 0; v < count; ++v) z[v] = Activate<decltype(constant)::value>(z[v]);
+__attribute__((noinline)) void ActivateOutOfLine(ActivationIn<P> activation, Vec<P>* z, int count) {
+  WithActivation(activation.kind, [&](auto constant) {
+    for (int v = 0; v < count; ++v) z[v] = Activate<decltype(constant)::value>(z[v], activation);
   });
 }
 
 // And this puts dz in the place of dy.
 template <typename P>
-__attribute__((noinline)) void ActivateGradientsOutOfLine(Activation activation, Gradient<P>* g, int count) {
-  WithActivation(activation, [&](auto constant) {
-    for (int v = 0; v < count; ++v) g[v].dz = ActivationGradient<decltype(constant)::value>(g[v].dz, g[v].z);
+__attribute__((noinline)) void ActivateGradientsOutOfLine(ActivationIn<P> activation, Gradient<P>* g, int count) {
+  WithActivation(activation.kind, [&](auto constant) {
+    for (int v = 0; v < count; ++v)
+      g[v].dz = ActivationGradient<decltype(constant)::value>(g[v].dz, g[v].z, activation);
   });
 }
 
 // For loops that do not know the activation: puts act(z) in the place of z. If there are to be bits, which only
 // piecewise linear activations have, returns where the slope is 1, the first vector's first; of 64 elements at most.
 template <typename P, int kVectors>
-TFOPS_INLINE uint64_t ActivateVectors(Activation activation, bool has_bits, Vec<P> (&z)[kVectors]) {
+TFOPS_INLINE uint64_t ActivateVectors(ActivationIn<P> activation, bool has_bits, Vec<P> (&z)[kVectors]) {
   uint64_t bits = 0;
-  if (activation == Activation::kNone) return bits;
-  if (!IsPiecewiseLinear(activation)) {
+  if (activation.kind == Activation::kNone) return bits;
+  if (!IsPiecewiseLinear(activation.kind)) {
     Vec<P> copies[kVectors];  // so that z need not be in memory where it is not
     for (int v = 0; v < kVectors; ++v) copies[v] = z[v];
     ActivateOutOfLine<P>(activation, copies, kVectors);
     for (int v = 0; v < kVectors; ++v) z[v] = copies[v];
     return bits;
   }
-  WithPiecewiseLinear(activation, [&](auto constant) {
+  WithPiecewiseLinear(activation.kind, [&](auto constant) {
     constexpr Activation kActivation = decltype(constant)::value;
     for (int v = 0; v < kVectors && has_bits; ++v) {
       bits |= static_cast<uint64_t>(BitsFromMask<P>(IsOn<kActivation>(z[v]))) << v * kLanes<P>;
     }
-    for (int v = 0; v < kVectors; ++v) z[v] = Activate<kActivation>(z[v]);
+    for (int v = 0; v < kVectors; ++v) z[v] = Activate<kActivation>(z[v], activation);
   });
   return bits;
 }
 
 // Likewise puts dz in the place of dy.
 template <typename P, int kVectors>
-TFOPS_INLINE void ActivateGradients(Activation activation, Gradient<P> (&g)[kVectors]) {
-  if (activation == Activation::kNone) return;
-  if (!IsPiecewiseLinear(activation)) {
+TFOPS_INLINE void ActivateGradients(ActivationIn<P> activation, Gradient<P> (&g)[kVectors]) {
+  if (activation.kind == Activation::kNone) return;
+  if (!IsPiecewiseLinear(activation.kind)) {
     Gradient<P> copies[kVectors];
     for (int v = 0; v < kVectors; ++v) copies[v] = g[v];
     ActivateGradientsOutOfLine<P>(activation, copies, kVectors);
     for (int v = 0; v < kVectors; ++v) g[v].dz = copies[v].dz;
     return;
   }
-  WithPiecewiseLinear(activation, [&](auto constant) {
-    for (int v = 0; v < kVectors; ++v) g[v].dz = ActivationGradient<decltype(constant)::value>(g[v].dz, g[v].z);
+  WithPiecewiseLinear(activation.kind, [&](auto constant) {
+    for (int v = 0; v < kVectors; ++v)
+      g[v].dz = ActivationGradient<decltype(constant)::value>(g[v].dz, g[v].z, activation);
   });
 }
 

@@ -37,12 +37,12 @@ Status StreamingBackward(const Problem& problem, const BackwardArrays& arrays, c
   const AffineArrays affine = AffineOf(problem, arrays);
   const GradientArrays gradient = GradientOf(problem, arrays);
   const Status moments = Launch(GradientMomentsKernel<T, kLanes>, tiling.grid, tiling.block, stream, tiling, affine,
-                                gradient, problem.activation, partials);
+                                gradient, ActivationIn<F>(problem), partials);
   if (!moments.ok()) return moments;
   const Status finish = FinishGradients<F>(problem, arrays, partials, ShapeOf(tiling), coefficients, stream);
   if (!finish.ok()) return finish;
   return Launch(GradientNormalizeKernel<T, kLanes>, tiling.grid, tiling.block, stream, tiling, affine, gradient,
-                problem.activation, coefficients, problem.training, Mask{}, arrays.dx,
+                ActivationIn<F>(problem), coefficients, problem.training, Mask{}, arrays.dx,
                 ResidualGradient(problem, arrays));
 }
 
@@ -115,9 +115,9 @@ Status GradientMoments(const Problem& problem, const BackwardArrays& arrays, voi
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
     return WithLanes<T>(tiling.lanes > 1, [&](auto lanes) {
-      const Status moments =
-          Launch(GradientMomentsKernel<T, decltype(lanes)::value>, tiling.grid, tiling.block, stream, tiling,
-                 AffineOf(problem, arrays), GradientOf(problem, arrays), problem.activation, partials);
+      const Status moments = Launch(GradientMomentsKernel<T, decltype(lanes)::value>, tiling.grid, tiling.block, stream,
+                                    tiling, AffineOf(problem, arrays), GradientOf(problem, arrays),
+                                    ActivationIn<Arithmetic<T>>(problem), partials);
       return moments.ok() ? finish(type, ShapeOf(tiling)) : moments;
     });
   });
@@ -141,7 +141,7 @@ Status GradientNormalize(const Problem& problem, const BackwardArrays& arrays, c
                                    Extent{FinishTuning::kThreads}, stream, statistics, problem.channels, coefficients);
       if (!gather.ok()) return gather;
       return Launch(GradientNormalizeKernel<T, decltype(lanes)::value>, tiling.grid, tiling.block, stream, tiling,
-                    AffineOf(problem, arrays), GradientOf(problem, arrays), problem.activation, coefficients,
+                    AffineOf(problem, arrays), GradientOf(problem, arrays), ActivationIn<F>(problem), coefficients,
                     /*centered=*/true, statistics.mask, arrays.dx, ResidualGradient(problem, arrays));
     });
   });

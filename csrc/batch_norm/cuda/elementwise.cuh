@@ -58,17 +58,19 @@ struct Affine {
 // These ask for the activation once a vector, which all threads answer alike: ReLU, which is what most problems have,
 // is not to take more instructions than it needs, and a kernel for each activation would cost every build.
 
-// Puts of(a, z[lane]) in the place of z[lane] for the smooth activation `a`, lane by lane: each in turn is the first,
-// for a switch among many functions is too much code to be unrolled.
+// Puts of(a, z[lane]) in the place of z[lane] for the smooth activation `a`, a constant, lane by lane: each in turn is
+// the first, for a switch among many functions is too much code to be unrolled.
 template <typename F, int kLanes, typename Of>
 __device__ __forceinline__ void ForSmooth(Activation activation, F (&z)[kLanes], const Of& of) {
 #pragma unroll 1
   for (int turn = 0; turn < kLanes; ++turn) {
     F first = z[0];
     switch (activation) {
-#define TFOPS_CASE(Name, text)                                                                      \
-  case Activation::k##Name:                                                                         \
-    if constexpr (!kIsPiecewiseLinear<Activation::k##Name>) first = of(activations::Name(), first); \
+#define TFOPS_CASE(Name, text)                                                      \
+  case Activation::k##Name:                                                         \
+    if constexpr (!kIsPiecewiseLinear<Activation::k##Name>) {                       \
+      first = of(std::integral_constant<Activation, Activation::k##Name>(), first); \
+    }                                                                               \
     break;
       TFOPS_ACTIVATIONS(TFOPS_CASE)
 #undef TFOPS_CASE
@@ -81,72 +83,72 @@ __device__ __forceinline__ void ForSmooth(Activation activation, F (&z)[kLanes],
 
 // y = act(z), in place. Returns a bit for each lane whose slope is 1, if bits are wanted.
 template <typename F, int kLanes>
-__device__ __forceinline__ unsigned ActivateVector(Activation activation, bool wants_bits, F (&z)[kLanes]) {
+__device__ __forceinline__ unsigned ActivateVector(const ActivationIn<F>& activation, bool wants_bits, F (&z)[kLanes]) {
   unsigned bits = 0;
-  if (activation == Activation::kNone) return bits;
-  const auto pieces = Pieces<F>::Of(activation);
+  if (activation.kind == Activation::kNone) return bits;
   if (wants_bits) {
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) bits |= (pieces.IsOn(z[lane]) ? 1u : 0u) << lane;
+    for (int lane = 0; lane < kLanes; ++lane) bits |= (activation.IsOnPieces(z[lane]) ? 1u : 0u) << lane;
   }
-  if (activation == Activation::kRelu) {
+  if (activation.kind == Activation::kRelu) {
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) z[lane] = Activate<Activation::kRelu>(z[lane]);
-  } else if (activation == Activation::kSilu) {
+    for (int lane = 0; lane < kLanes; ++lane) z[lane] = Activate<Activation::kRelu>(z[lane], activation);
+  } else if (activation.kind == Activation::kSilu) {
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) z[lane] = Activate<Activation::kSilu>(z[lane]);
-  } else if (IsPiecewiseLinear(activation)) {
+    for (int lane = 0; lane < kLanes; ++lane) z[lane] = Activate<Activation::kSilu>(z[lane], activation);
+  } else if (IsPiecewiseLinear(activation.kind)) {
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) z[lane] = pieces.Activate(z[lane]);
+    for (int lane = 0; lane < kLanes; ++lane) z[lane] = activation.OfPieces(z[lane]);
   } else {
-    ForSmooth(activation, z, [](auto smooth, F each) { return smooth.Of(each); });
+    ForSmooth(activation.kind, z,
+              [&](auto smooth, F each) { return Activate<decltype(smooth)::value>(each, activation); });
   }
   return bits;
 }
 
 // dz = dy * act'(z), in place, where `is_on` says of each lane whether the slope is 1.
 template <typename F, int kLanes, typename IsOn>
-__device__ __forceinline__ void GradientOfPieces(const Pieces<F>& pieces, const IsOn& is_on, F (&gradient)[kLanes]) {
-  if (pieces.slope == F(0)) {
+__device__ __forceinline__ void GradientOfPieces(F slope, const IsOn& is_on, F (&gradient)[kLanes]) {
+  if (slope == F(0)) {
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) gradient[lane] = is_on(lane) ? gradient[lane] : F(0);
   } else {
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
-      gradient[lane] = is_on(lane) ? gradient[lane] : gradient[lane] * pieces.slope;
+      gradient[lane] = is_on(lane) ? gradient[lane] : gradient[lane] * slope;
     }
   }
 }
 
 // Likewise, where z is known.
 template <typename F, int kLanes>
-__device__ __forceinline__ void ActivationGradientVector(Activation activation, const F (&z)[kLanes],
+__device__ __forceinline__ void ActivationGradientVector(const ActivationIn<F>& activation, const F (&z)[kLanes],
                                                          F (&gradient)[kLanes]) {
-  if (activation == Activation::kSilu) {
+  if (activation.kind == Activation::kSilu) {
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
-      gradient[lane] = ActivationGradient<Activation::kSilu>(gradient[lane], z[lane]);
+      gradient[lane] = ActivationGradient<Activation::kSilu>(gradient[lane], z[lane], activation);
     }
     return;
   }
-  if (!IsPiecewiseLinear(activation)) {
+  if (!IsPiecewiseLinear(activation.kind)) {
     F slopes[kLanes];
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) slopes[lane] = z[lane];
-    ForSmooth(activation, slopes, [](auto smooth, F each) { return smooth.SlopeOf(each); });
+    ForSmooth(activation.kind, slopes,
+              [&](auto smooth, F each) { return SlopeOf<decltype(smooth)::value>(each, activation); });
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) gradient[lane] *= slopes[lane];
     return;
   }
-  const auto pieces = Pieces<F>::Of(activation);
-  GradientOfPieces(pieces, [&](int lane) { return pieces.IsOn(z[lane]); }, gradient);
+  GradientOfPieces(activation.slope, [&](int lane) { return activation.IsOnPieces(z[lane]); }, gradient);
 }
 
 // Likewise, where the activation bits are known instead of z.
 template <typename F, int kLanes>
-__device__ __forceinline__ void ActivationGradientFromBits(Activation activation, unsigned bits,
+__device__ __forceinline__ void ActivationGradientFromBits(const ActivationIn<F>& activation, unsigned bits,
                                                            F (&gradient)[kLanes]) {
-  GradientOfPieces(Pieces<F>::Of(activation), [bits](int lane) { return (bits >> lane & 1) != 0; }, gradient);
+  GradientOfPieces(activation.slope, [bits](int lane) { return (bits >> lane & 1) != 0; }, gradient);
 }
 
 // A byte of activation bits from those of 8 / kLanes neighbours in a warp. All threads of the warp take part; the

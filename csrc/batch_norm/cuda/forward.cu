@@ -39,7 +39,7 @@ Status StreamingForward(const Problem& problem, const ForwardArrays& arrays, con
   const NormalizeArrays normalize{arrays.x, problem.has_residual ? arrays.residual : nullptr, arrays.y,
                                   NeedsActivationBits(problem) ? arrays.activation_bits : nullptr};
   return Launch(NormalizeKernel<T, kLanes>, tiling.grid, tiling.block, stream, tiling, affine, normalize,
-                problem.activation);
+                ActivationIn<Arithmetic<T>>(problem));
 }
 
 }  // namespace

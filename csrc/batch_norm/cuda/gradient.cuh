@@ -72,13 +72,13 @@ struct GradientStep {
   }
 
   // dz = dy * act'(z) and xc = x - mean.
-  __device__ __forceinline__ void Compute(const GradientArrays& arrays, Activation activation,
+  __device__ __forceinline__ void Compute(const GradientArrays& arrays, const ActivationIn<F>& activation,
                                           const Affine<F, kLanes>& affine, F (&dz)[kLanes], F (&xc)[kLanes]) const {
     dy.Unpack(dz);
     x.Unpack(xc);
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) xc[lane] -= affine.mean[lane];
-    if (activation == Activation::kNone) return;
+    if (activation.kind == Activation::kNone) return;
     if (arrays.activation_bits) return ActivationGradientFromBits(activation, bits, dz);
     F z[kLanes];
 #pragma unroll
@@ -105,7 +105,8 @@ struct GradientStep {
 
 // Adds the gradients of what a walk comes to, with kBatch vectors of each array in flight.
 template <typename T, int kBatch, int kLanes>
-__device__ __forceinline__ void AddGradients(const GradientArrays& arrays, const Tiling& tiling, Activation activation,
+__device__ __forceinline__ void AddGradients(const GradientArrays& arrays, const Tiling& tiling,
+                                             const ActivationIn<Arithmetic<T>>& activation,
                                              const Affine<Arithmetic<T>, kLanes>& affine,
                                              Walk<kLanes, Direction::kForward>* walk,
                                              GradientAccumulator<Arithmetic<T>, kLanes>* accumulator) {

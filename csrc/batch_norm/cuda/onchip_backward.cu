@@ -18,8 +18,9 @@ cudaError_t OnChipBackward(const OnChip& plan, const Problem& problem, const Bac
                            void* stream) {
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
-    return Start(OnChipBackwardKernel<T, kVectorLanes<T>>, ShapeOf(plan), stream, plan, problem, arrays,
-                 AffineOf(problem, arrays), GradientOf(problem, arrays), ResidualGradient(problem, arrays), workspace);
+    return Start(OnChipBackwardKernel<T, kVectorLanes<T>>, ShapeOf(plan), stream, plan, problem,
+                 ActivationIn<Arithmetic<T>>(problem), arrays, AffineOf(problem, arrays), GradientOf(problem, arrays),
+                 ResidualGradient(problem, arrays), workspace);
   });
 }
 

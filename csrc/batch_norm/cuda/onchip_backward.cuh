@@ -13,8 +13,8 @@ namespace tfops::cuda {
 // `exchanged` is for what the grid's blocks exchange. `dresidual` is null if it is not wanted, or as good as written.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
-    OnChipBackwardKernel(OnChip plan, Problem problem, BackwardArrays arrays, AffineArrays affine_arrays,
-                         GradientArrays gradient, void* dresidual, void* exchanged) {
+    OnChipBackwardKernel(OnChip plan, Problem problem, ActivationIn<Arithmetic<T>> activation, BackwardArrays arrays,
+                         AffineArrays affine_arrays, GradientArrays gradient, void* dresidual, void* exchanged) {
   using F = Arithmetic<T>;
   using V = Vector<T, kLanes>;
   constexpr int kKept = OnChipVectors<kLanes>::kBackward;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
     if (step >= 0 && vectors.inside) {
       if (gradient.activation_bits) held.Bits(step) = static_cast<uint8_t>(vectors.bits);
       F dz[kLanes], xc[kLanes];
-      vectors.Compute(gradient, problem.activation, affine, dz, xc);
+      vectors.Compute(gradient, activation, affine, dz, xc);
       accumulator.Add(dz, xc);
       accumulator.CloseLongChain(1);
     }
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
     if (step < share.steps && vectors.inside) {
       if (gradient.activation_bits) vectors.bits = held.Bits(step);
       F dz[kLanes], xc[kLanes];
-      vectors.Compute(gradient, problem.activation, affine, dz, xc);
+      vectors.Compute(gradient, activation, affine, dz, xc);
       V result;
       if (dresidual) {
         result.Pack(dz);

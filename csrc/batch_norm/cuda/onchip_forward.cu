@@ -20,7 +20,8 @@ cudaError_t OnChipForward(const OnChip& plan, const Problem& problem, const Forw
   if (!NeedsActivationBits(problem)) used.activation_bits = nullptr;
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
-    return Start(OnChipForwardKernel<T, kVectorLanes<T>>, ShapeOf(plan), stream, plan, problem, used, workspace);
+    return Start(OnChipForwardKernel<T, kVectorLanes<T>>, ShapeOf(plan), stream, plan, problem,
+                 ActivationIn<Arithmetic<T>>(problem), used, workspace);
   });
 }
 

@@ -12,7 +12,8 @@ namespace tfops::cuda {
 // `exchanged` is for what the grid's blocks exchange.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
-    OnChipForwardKernel(OnChip plan, Problem problem, ForwardArrays arrays, void* exchanged) {
+    OnChipForwardKernel(OnChip plan, Problem problem, ActivationIn<Arithmetic<T>> activation, ForwardArrays arrays,
+                        void* exchanged) {
   using F = Arithmetic<T>;
   using V = Vector<T, kLanes>;
   constexpr int kKept = OnChipVectors<kLanes>::kForward;
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
 #pragma unroll
           for (int lane = 0; lane < kLanes; ++lane) z[lane] += added[lane];
         }
-        bits = ActivateVector(problem.activation, arrays.activation_bits != nullptr, z);
+        bits = ActivateVector(activation, arrays.activation_bits != nullptr, z);
         x[i].Pack(z);
         x[i].StoreNext(arrays.y, walk.Offset());
       }

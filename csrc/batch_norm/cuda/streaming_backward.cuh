@@ -15,7 +15,7 @@ namespace tfops::cuda {
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kBlocks)
     GradientMomentsKernel(StreamingTiling tiling, AffineArrays affine_arrays, GradientArrays arrays,
-                          Activation activation, GradientSums* partials) {
+                          ActivationIn<Arithmetic<T>> activation, GradientSums* partials) {
   using F = Arithmetic<T>;
   GradientAccumulator<F, kLanes> accumulator;
   auto walk = WalkSplit<kLanes, Direction::kForward>(tiling);
@@ -30,8 +30,9 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kBlocks)
     GradientNormalizeKernel(StreamingTiling tiling, AffineArrays affine_arrays, GradientArrays arrays,
-                            Activation activation, const GradientCoefficients<Arithmetic<T>>* coefficients,
-                            bool centered, Mask mask, void* dx, void* dresidual) {
+                            ActivationIn<Arithmetic<T>> activation,
+                            const GradientCoefficients<Arithmetic<T>>* coefficients, bool centered, Mask mask, void* dx,
+                            void* dresidual) {
   using F = Arithmetic<T>;
   constexpr int kBatch = StreamingBatch<kLanes>::kGradientNormalize;
   auto walk = WalkSplit<kLanes, Direction::kBackward>(tiling);

@@ -32,7 +32,8 @@ struct NormalizeArrays {
 
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kBlocks)
-    NormalizeKernel(StreamingTiling tiling, AffineArrays affine_arrays, NormalizeArrays arrays, Activation activation) {
+    NormalizeKernel(StreamingTiling tiling, AffineArrays affine_arrays, NormalizeArrays arrays,
+                    ActivationIn<Arithmetic<T>> activation) {
   using F = Arithmetic<T>;
   constexpr int kBatch = StreamingBatch<kLanes>::kNormalize;
   auto walk = WalkSplit<kLanes, Direction::kBackward>(tiling);

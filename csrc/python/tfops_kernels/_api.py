@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tfops_kernels import _build, _kernels
-from tfops_kernels._arrays import PARAM_TYPES, Activation, Library, check, library_of
+from tfops_kernels._arrays import PARAM_TYPES, Library, check, library_of
 
 Array = Any  # numpy.ndarray, or torch.Tensor on a CUDA device
 
@@ -79,6 +79,10 @@ def xla_attributes(problem: _kernels.Problem) -> dict[str, Any]:
         "inner": np.int64,
         "dtype": np.int32,
         "activation": np.int32,
+        "negative_slope": np.float64,
+        "max_value": np.float64,
+        "threshold": np.float64,
+        "alpha": np.float64,
         "has_residual": np.bool_,
         "training": np.bool_,
         "epsilon": np.float64,
@@ -126,7 +130,7 @@ def forward(
     epsilon: float = 1e-3,
     exponential_avg_factor: float = 1.0,
     training: bool = True,
-    activation: Activation | None = None,
+    activation: str | None = None,
     unbiased: bool = True,
     threads: int = 1,
 ) -> Forward:
@@ -153,7 +157,9 @@ def forward(
             (1 - f) * running + f * batch.
         training: Whether to normalize with the statistics of the batch, and to return what the running ones become.
         activation: None, or one of "relu", "relu6", "leaky_relu" (with slope 0.2), "silu", "hard_silu", "gelu",
-            "gelu_tanh", "elu", "selu", "tanh", "sigmoid", "softplus" and "mish".
+            "gelu_tanh", "elu", "selu", "tanh", "sigmoid", "softplus" and "mish". Parameters may follow as in a call:
+            "leaky_relu(negative_slope=0.1)", "elu(alpha=0.5)", or "relu(max_value=20, negative_slope=0.1,
+            threshold=1)", of which any may be left out.
         unbiased: Whether the returned variance divides the sum of squares by n - 1, not by n, the number of elements in
             a channel.
         threads: The number of threads, on the CPU. The result does not depend on it.
@@ -231,7 +237,7 @@ def backward(
     epsilon: float = 1e-3,
     exponential_avg_factor: float = 1.0,
     training: bool = True,
-    activation: Activation | None = None,
+    activation: str | None = None,
     unbiased: bool = True,
     threads: int = 1,
 ) -> Backward:
@@ -264,9 +270,8 @@ def backward(
         spread: In training `saved_inv_std`, in inference the variance; [C].
         dmean: In training the gradient of the returned mean, [C], or None for zeros.
         dvariance: In training the gradient of the returned variance, [C], or None for zeros.
-        residual: The array if the gradient needs it, which is with all activations but relu, relu6 and leaky_relu, and
-            in inference with these too; else
-            whether there was one.
+        residual: The array if the gradient needs it, which is with all activations but relu, relu6 and leaky_relu (with
+            whatever slope), and in inference with these too; else whether there was one.
         mask: As `forward` returned it.
         axis: As `forward` was given it. So are all that follow.
         epsilon: Added to the variance.
@@ -377,7 +382,7 @@ def cuda_plan(
     backward: bool = False,
     residual: bool = False,
     training: bool = True,
-    activation: Activation | None = None,
+    activation: str | None = None,
     aligned: bool = True,
     **device: int,
 ) -> Plan:

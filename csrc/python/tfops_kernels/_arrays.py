@@ -1,27 +1,11 @@
-"""What arrays of NumPy and CUDA tensors of PyTorch have in common; and the types of arguments."""
+"""What arrays of NumPy and CUDA tensors of PyTorch have in common."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-
-Activation = Literal[
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "silu",
-    "hard_silu",
-    "gelu",
-    "gelu_tanh",
-    "elu",
-    "selu",
-    "tanh",
-    "sigmoid",
-    "softplus",
-    "mish",
-]
 
 # By name: bfloat16 is a NumPy type only once ml_dtypes has been imported.
 PARAM_TYPES = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}

@@ -26,10 +26,9 @@ def _act(call: Call, z: Array) -> Array:
 
 def _near_a_kink(call: Call, z: Array, error: Array) -> Array:
     near = np.zeros(z.shape, bool)
-    if call.activation in kernel_cases.PIECEWISE_LINEAR:
-        near |= np.abs(z) <= 4 * error
-    if call.activation == "relu6":
-        near |= np.abs(z - 6) <= 4 * error
+    kinks = (0.0,) if call.activation in kernel_cases.PIECEWISE_LINEAR else kernel_cases.JUMPS.get(call.activation, ())
+    for kink in (*kinks, 6.0) if call.activation == "relu6" else kinks:
+        near |= np.abs(z - kink) <= 4 * error
     return near
 
 
@@ -138,8 +137,8 @@ class Oracle:
             return oracle.slope_of(self.call.activation or None, self.z)
         rows, row = mask_row(self.x.shape, self.axis)
         bits = np.unpackbits(self.call.inputs["mask"].reshape(rows, -1), axis=1, bitorder="little")[:, :row]
-        zero = np.float64(np.float32(0.2)) if self.call.activation == "leaky_relu" else 0.0
-        return np.where(bits.reshape(self.x.shape), 1, self.wide(zero))
+        off = oracle.slope_of(self.call.activation, np.array(-1.0))
+        return np.where(bits.reshape(self.x.shape), 1, self.wide(off))
 
     def results(self) -> dict[str, Expected]:
         with np.errstate(all="ignore"):
@@ -157,6 +156,8 @@ class Oracle:
         error = 1.2 * self.z_error
         if self.call.activation in kernel_cases.SMOOTH:
             error = 2 * error + 64 * self.eps * (1 + np.abs(self.z))
+        if self.call.activation == kernel_cases.BOUNDED_RELU:  # which jumps at its threshold
+            error = error + _near_a_kink(self.call, self.z, self.z_error)
         return self._data(_act(self.call, self.z), error)
 
     def _Training(self) -> dict[str, Expected]:

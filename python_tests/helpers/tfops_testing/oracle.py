@@ -83,25 +83,52 @@ _SMOOTH: dict[str | None, tuple[Callable[[Array], Array], Callable[[Array], Arra
 }
 
 
+def _parameters(name: str | None) -> tuple[str | None, dict[str, float]]:
+    """An activation without its parameters, and these."""
+    plain, _, rest = (name or "").partition("(")
+    pairs = [each.split("=") for each in rest.rstrip(")").split(",") if each]
+    return plain or None, {key.strip(): float(value) for key, value in pairs}
+
+
+def _leaky_slope(parameters: dict[str, float]) -> np.float64:
+    return np.float64(np.float32(parameters.get("negative_slope", 0.2)))
+
+
 def activate(name: str | None, z: Array) -> Array:
+    name, parameters = _parameters(name)
+    if name == "relu" and parameters:
+        threshold = parameters.get("threshold", 0.0)
+        with np.errstate(invalid="ignore"):
+            below = (
+                parameters["negative_slope"] * (z - threshold) if "negative_slope" in parameters else np.zeros_like(z)
+            )
+        return np.where(z <= threshold, below, np.minimum(z, parameters.get("max_value", np.inf)))
     if name == "relu":
         return np.maximum(z, 0)
     if name == "relu6":
         return np.clip(z, 0, 6)
     if name == "leaky_relu":
-        return np.where(z > 0, z, np.float64(np.float32(0.2)) * z)
+        return np.where(z > 0, z, _leaky_slope(parameters) * z)
+    if name == "elu" and parameters:
+        return np.where(z > 0, z, parameters["alpha"] * np.expm1(np.minimum(z, 0)))
     if name in _SMOOTH:
         return _SMOOTH[name][0](z)
     return z
 
 
 def slope_of(name: str | None, z: Array) -> Array:
+    name, parameters = _parameters(name)
+    if name == "relu" and parameters:
+        above = (z < parameters.get("max_value", np.inf)).astype(z.dtype)
+        return np.where(z <= parameters.get("threshold", 0.0), parameters.get("negative_slope", 0.0), above)
     if name == "relu":
         return (z > 0).astype(z.dtype)
     if name == "relu6":
         return ((z > 0) & (z < 6)).astype(z.dtype)
     if name == "leaky_relu":
-        return np.where(z > 0, 1, np.float64(np.float32(0.2)))
+        return np.where(z > 0, 1, _leaky_slope(parameters))
+    if name == "elu" and parameters:
+        return np.where(z > 0, 1, parameters["alpha"] * np.exp(np.minimum(z, 0)))
     if name in _SMOOTH:
         return _SMOOTH[name][1](z)
     return np.ones_like(z)
