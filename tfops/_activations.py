@@ -1,7 +1,7 @@
 """The activations in TensorFlow's own operations: what the kernels' are compared with, and their derivatives.
 
-`ACTIVATIONS` has every one by its name, in the order of `TFOPS_ACTIVATIONS` in `csrc/batch_norm/batch_norm.h`. Some have
-parameters, which may follow the name as in a call, "leaky_relu(negative_slope=0.1)"; `find` knows these too.
+`ACTIVATIONS` has every one by its name, in the order of `TFOPS_ACTIVATIONS` in `csrc/batch_norm/batch_norm.h`. Some
+have parameters, which may follow the name as in a call, "leaky_relu(negative_slope=0.1)"; `find` knows these too.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ ACTIVATIONS: dict[str, PiecewiseLinear | Smooth] = {
 }
 
 
-# The parameters of activations that have any, with their defaults. No max_value is 0 in the kernels.
+# The parameters of activations that have any, with their defaults.
 _PARAMETERS = {
     "relu": {"max_value": math.inf, "negative_slope": 0.0, "threshold": 0.0},
     "leaky_relu": {"negative_slope": 0.2},
@@ -179,7 +179,7 @@ _PARAMETERS = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def parse(activation: str) -> tuple[str, dict[str, float]]:
     """The name and the parameters of an activation, as plain as can be: relu(max_value=6) is relu6.
 
@@ -224,7 +224,7 @@ def canonical(activation: str) -> str:
     return f"{name}({', '.join(f'{key}={value}' for key, value in parameters.items())})" if parameters else name
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def find(activation: str) -> PiecewiseLinear | Smooth:
     """The functions of an activation. Raises what `parse` does."""
     name, parameters = parse(activation)

@@ -158,8 +158,8 @@ Status ParseActivation(const std::string& text, Problem* problem) {
         for (const Parameter& each : ParametersOf(known)) {
           parameters += std::string(parameters.empty() ? "" : ", ") + each.name + "=number";
         }
-        return InvalidArgument("activation '" + name + "' takes " + (parameters.empty() ? "nothing" : parameters) +
-                               ", but it is '" + text + "'");
+        if (parameters.empty()) parameters = "nothing";
+        return InvalidArgument("activation '" + name + "' takes " + parameters + ", but it is '" + text + "'");
       }
       if (known == Activation::kRelu || known == Activation::kLeakyRelu) problem->activation = ReluOf(*problem);
       return ValidateActivation(*problem);

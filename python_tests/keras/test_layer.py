@@ -104,8 +104,14 @@ def test_without_scale_or_center_agrees_with_keras(kwargs):
 def test_activation_and_residual_agree_with_keras(activation):
     stock, fused = _pair((4, 6, 6, 5))
     fused.activation = activation
-    plain = functools.partial(keras.activations.gelu, approximate=True)
-    plain = plain if activation == "gelu_tanh" else getattr(keras.activations, activation)
+    parameters = {
+        "gelu_tanh": {"approximate": True},
+        "leaky_relu(negative_slope=0.01)": {"negative_slope": 0.01},
+        "elu(alpha=0.5)": {"alpha": 0.5},
+        kernel_cases.BOUNDED_RELU: {"max_value": 2.5, "negative_slope": 0.125, "threshold": 0.5},
+    }
+    function = getattr(keras.activations, activation.partition("(")[0].removesuffix("_tanh"))
+    plain = functools.partial(function, **parameters.get(activation, {}))
     rng = np.random.default_rng(1)
     x, residual = (tf.constant(rng.standard_normal((4, 6, 6, 5)).astype(np.float32)) for _ in range(2))
     for training in (True, False):

@@ -37,7 +37,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfops import _activations, fused_batch_norm
-from tfops._arguments import ACTIVATIONS, activation_argument
+from tfops._arguments import activation_argument
 from tfops.gradcheck._differences import element, quotients
 from tfops.gradcheck._problem import Problem
 
