@@ -8,6 +8,9 @@
 //   training   y = act((x - mean) * inv_std * scale + offset + residual),  mean and inv_std of the batch
 //   inference  the same, with mean and variance given
 //
+// Training may take the batch for several virtual batches (ghost batch norm: Hoffer, Hubara and Soudry, "Train longer,
+// generalize better", 2017), each of which has statistics of its own: see Problem::virtual_batches.
+//
 // Data are float16, bfloat16, float32 or float64. Parameters and statistics ("param type" below) are
 // float32, or float64 with float64 data; so is all arithmetic. Pointers are to host memory in
 // namespace cpu and to device memory in namespace cuda. An output may be the same array as an input of
@@ -109,8 +112,13 @@ struct Problem {
   double epsilon = 1e-3;
   double exponential_avg_factor = 1.0;  // training: mean_out = (1 - factor) * mean_in + factor * batch mean
   bool unbiased = true;                 // training: variance_out takes m2 / (n - 1), else m2 / n
+  // Training: `outer` is of so many virtual batches one after the other, each with statistics of its own. mean_out and
+  // variance_out take in their average, and dscale and doffset are sums over all. 0 if, and only if, there is none in
+  // an `outer` of 0.
+  int64_t virtual_batches = 1;
 
-  TFOPS_INLINE int64_t Count() const { return outer * inner; }  // elements a channel
+  // Elements of a channel in a virtual batch.
+  TFOPS_INLINE int64_t Count() const { return (virtual_batches > 1 ? outer / virtual_batches : outer) * inner; }
   TFOPS_INLINE int64_t Elements() const { return outer * channels * inner; }
 };
 
@@ -118,10 +126,18 @@ struct Problem {
 // [-rank, rank), if a dimension is negative, or if the number of elements exceeds 2^62.
 TFOPS_EXPORT Status Fold(const int64_t* dims, int rank, int64_t axis, Problem* problem);
 
-// InvalidArgument unless epsilon is finite and >= 0, exponential_avg_factor is in [0, 1], and the activation's
-// parameters are numbers with 0 <= threshold < max_value, and finite but for that. (With epsilon == 0 a channel without
-// variance comes out NaN, and no other does.)
+// Sets virtual_batches from a shape, an axis that Fold accepted, and the entries of dimension 0 that a virtual batch
+// has; 0 of them means that there are no virtual batches. InvalidArgument if the size is negative or does not divide
+// dimension 0, or if that has the channels.
+TFOPS_EXPORT Status SetVirtualBatches(const int64_t* dims, int rank, int64_t axis, int64_t virtual_batch_size,
+                                      Problem* problem);
+
+// InvalidArgument unless epsilon is finite and >= 0, exponential_avg_factor is in [0, 1], the activation's parameters
+// are numbers with 0 <= threshold < max_value, and finite but for that, and virtual_batches divides `outer`, or is 1 if
+// it is not training. (With epsilon == 0 a channel without variance comes out NaN, and no other does.)
 TFOPS_EXPORT Status Validate(const Problem& problem);
+// Likewise for BatchMoments(), whose problem may be training, but has no virtual batches.
+TFOPS_EXPORT Status ValidateMoments(const Problem& problem);
 
 // Sets the activation and its parameters from a name, which parameters may follow as in a call in Python:
 // "leaky_relu(negative_slope=0.1)", "elu(alpha=0.5)", "relu(max_value=20, negative_slope=0.1, threshold=1)", all or
@@ -134,8 +150,8 @@ TFOPS_EXPORT Status ParseActivation(const std::string& text, Problem* problem);
 //   every other problem: nothing (residual itself for smooth activations, and in inference where no bits are kept).
 //
 // Bits lie in rows, each of a whole number of bytes: a row is the contiguous run of `channels` elements if
-// inner == 1, else of `inner`; one run of everything if channels == 1. Bit i % 8 of byte i / 8 belongs to
-// element i of the row; bits past its end are zero.
+// inner == 1, else of `inner`; one run of everything in a virtual batch if channels == 1. Bit i % 8 of byte i / 8
+// belongs to element i of the row; bits past its end are zero.
 struct ActivationBitsLayout {
   int64_t rows = 0;
   int64_t row_elements = 0;
@@ -155,7 +171,8 @@ inline bool HasResidualGradient(const Problem& problem) {
 // Whether the running statistics may be left out in training: if nothing of them is kept.
 inline bool MayLackRunning(const Problem& problem) { return problem.exponential_avg_factor == 1; }
 
-// [N] is shorthand for the data's shape and type, [C] for a vector of `channels` of the param type.
+// [N] is shorthand for the data's shape and type, [C] for a vector of `channels` of the param type, [V, C] for one in
+// each virtual batch.
 struct ForwardArrays {
   const void* x = nullptr;         // [N]
   const void* scale = nullptr;     // [C]
@@ -169,8 +186,8 @@ struct ForwardArrays {
   void* y = nullptr;                   // [N]
   void* mean_out = nullptr;            // [C]; training only, as are all below
   void* variance_out = nullptr;        // [C]
-  void* saved_mean = nullptr;          // [C]; of the batch, for the gradient
-  void* saved_inv_std = nullptr;       // [C]; 1 / sqrt(m2 / n + epsilon)
+  void* saved_mean = nullptr;          // [V, C]; of the batch, for the gradient
+  void* saved_inv_std = nullptr;       // [V, C]; 1 / sqrt(m2 / n + epsilon)
   uint8_t* activation_bits = nullptr;  // LayoutOfActivationBits(problem).Bytes(); iff NeedsActivationBits(problem)
 };
 
@@ -178,6 +195,7 @@ struct ForwardArrays {
 //   doffset = sum(dz)    dscale = inv_std * sum(dz * xc)    dresidual = dz
 //   training   dx = scale * inv_std * (dz - sum(dz) / n - xc * inv_std^2 * sum(dz * xc) / n)
 //                   + factor * (dmean / n + dvariance * xc * 2 / (n - 1, or n if not unbiased))
+//              with factor divided by virtual_batches, and sums over a virtual batch but for doffset and dscale
 //   inference  dx = scale * inv_std * dz
 //              dmean_in = -scale * inv_std * sum(dz)
 //              dvariance_in = -scale * inv_std^3 * sum(dz * xc) / 2
@@ -186,8 +204,8 @@ struct BackwardArrays {
   const void* x = nullptr;                   // [N]
   const void* scale = nullptr;               // [C]
   const void* offset = nullptr;              // [C]
-  const void* mean = nullptr;                // [C]; training: saved_mean
-  const void* inv_std = nullptr;             // [C]; training only: saved_inv_std
+  const void* mean = nullptr;                // [C]; training: saved_mean, [V, C]
+  const void* inv_std = nullptr;             // [V, C]; training only: saved_inv_std
   const void* variance = nullptr;            // [C]; inference only
   const void* dmean = nullptr;               // [C]; training: gradient of mean_out, or null for none
   const void* dvariance = nullptr;           // [C]; training: gradient of variance_out, or null for none

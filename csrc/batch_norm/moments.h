@@ -80,25 +80,51 @@ TFOPS_INLINE SavedStatistics<P> StatisticsToSave(const Problem& problem, const M
   return {static_cast<P>(n > 0 ? moments.mean : 0.0), static_cast<P>(InverseStd(variance, problem.epsilon))};
 }
 
-// Writes the running statistics of channel c from its moments.
-template <typename P>
-TFOPS_INLINE void WriteRunningStatistics(const Problem& problem, const ForwardArrays& arrays,
-                                         const Moments<double>& moments, int64_t c) {
-  const P* mean_in = static_cast<const P*>(arrays.mean);
-  const P* variance_in = static_cast<const P*>(arrays.variance);
+// What the running statistics take in.
+struct TakenIn {
+  double mean;
+  double variance;
+};
+
+TFOPS_INLINE TakenIn StatisticsToTakeIn(const Problem& problem, const Moments<double>& moments) {
   const double n = moments.count;
   const double variance = n > 0 ? moments.m2 / n : 0.0;
   const double bessel = problem.unbiased && n > 1 ? n / (n - 1) : 1.0;
+  return {moments.mean, variance * bessel};
+}
+
+// Writes the running statistics of channel c.
+template <typename P>
+TFOPS_INLINE void WriteRunningStatistics(const Problem& problem, const ForwardArrays& arrays, bool is_empty,
+                                         const TakenIn& taken, int64_t c) {
+  const P* mean_in = static_cast<const P*>(arrays.mean);
+  const P* variance_in = static_cast<const P*>(arrays.variance);
   // An empty batch has no statistics: the running ones stay as they are.
-  const double factor = n > 0 ? problem.exponential_avg_factor : 0.0;
-  double mean_out = factor * moments.mean;
-  double variance_out = factor * (variance * bessel);
+  const double factor = is_empty ? 0.0 : problem.exponential_avg_factor;
+  double mean_out = factor * taken.mean;
+  double variance_out = factor * taken.variance;
   if (factor < 1.0) {
     mean_out += (1.0 - factor) * (mean_in ? static_cast<double>(mean_in[c]) : 0.0);
     variance_out += (1.0 - factor) * (variance_in ? static_cast<double>(variance_in[c]) : 0.0);
   }
   static_cast<P*>(arrays.mean_out)[c] = static_cast<P>(mean_out);
   static_cast<P*>(arrays.variance_out)[c] = static_cast<P>(variance_out);
+}
+
+// Likewise, from the channel's moments.
+template <typename P>
+TFOPS_INLINE void WriteRunningStatistics(const Problem& problem, const ForwardArrays& arrays,
+                                         const Moments<double>& moments, int64_t c) {
+  WriteRunningStatistics<P>(problem, arrays, !(moments.count > 0), StatisticsToTakeIn(problem, moments), c);
+}
+
+// Likewise, from the sums of what all virtual batches have for them to take in.
+template <typename P>
+TFOPS_INLINE void WriteAverageStatistics(const Problem& problem, const ForwardArrays& arrays, const TakenIn& sums,
+                                         int64_t c) {
+  const bool is_empty = problem.Count() == 0;
+  const double batches = static_cast<double>(is_empty ? 1 : problem.virtual_batches);
+  WriteRunningStatistics<P>(problem, arrays, is_empty, TakenIn{sums.mean / batches, sums.variance / batches}, c);
 }
 
 // Writes the statistics of channel c that the gradient needs, from its moments.
@@ -110,12 +136,16 @@ TFOPS_INLINE void WriteSavedStatistics(const Problem& problem, const ForwardArra
   static_cast<P*>(arrays.saved_inv_std)[c] = saved.inv_std;
 }
 
-// Writes the running and the saved statistics of channel c from its moments.
+// Writes the running statistics of channel c from its moments. Of one virtual batch among several, what they take in
+// goes to taken[own], where `own` is the channel's place in [V, C], and is averaged later.
 template <typename P>
-TFOPS_INLINE void FinishStatistics(const Problem& problem, const ForwardArrays& arrays, const Moments<double>& moments,
-                                   int64_t c) {
-  WriteRunningStatistics<P>(problem, arrays, moments, c);
-  WriteSavedStatistics<P>(problem, arrays, moments, c);
+TFOPS_INLINE void FinishRunningStatistics(const Problem& problem, const ForwardArrays& arrays,
+                                          const Moments<double>& moments, int64_t c, int64_t own, TakenIn* taken) {
+  if (taken) {
+    taken[own] = StatisticsToTakeIn(problem, moments);
+  } else {
+    WriteRunningStatistics<P>(problem, arrays, moments, c);
+  }
 }
 
 // dx = dz * slope + (x - mean) * tilt + shift
@@ -167,12 +197,22 @@ TFOPS_INLINE GradientCoefficients<P> CoefficientsOfGradient(const Problem& probl
   return {static_cast<P>(slope), static_cast<P>(tilt), static_cast<P>(shift)};
 }
 
-// Writes the [C] gradients of channel c from its two sums, and returns the coefficients of dx.
+// A virtual batch's share in the gradients of offset and scale.
+struct SharedGradients {
+  double offset;
+  double scale;
+};
+
+// Writes the [C] gradients of channel c from its two sums. Of one virtual batch among several, whose inv_std `arrays`
+// has, its share in these goes to shared[own], likewise, and is added up later.
 template <typename P>
-TFOPS_INLINE GradientCoefficients<P> FinishGradient(const Problem& problem, const BackwardArrays& arrays, double sum_dz,
-                                                    double sum_dz_xc, int64_t c) {
-  WriteGradients<P>(problem, arrays, sum_dz, sum_dz_xc, c);
-  return CoefficientsOfGradient<P>(problem, arrays, sum_dz, sum_dz_xc, c);
+TFOPS_INLINE void FinishGradient(const Problem& problem, const BackwardArrays& arrays, double sum_dz, double sum_dz_xc,
+                                 int64_t c, int64_t own, SharedGradients* shared) {
+  if (shared) {
+    shared[own] = {sum_dz, sum_dz_xc * InverseStd<P>(problem, arrays, c)};
+  } else {
+    WriteGradients<P>(problem, arrays, sum_dz, sum_dz_xc, c);
+  }
 }
 
 }  // namespace tfops

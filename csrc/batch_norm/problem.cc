@@ -126,7 +126,37 @@ Status Validate(const Problem& problem) {
     return InvalidArgument("exponential_avg_factor must be in [0, 1], but it is " +
                            Shown(problem.exponential_avg_factor));
   }
+  const int64_t batches = problem.virtual_batches;
+  const bool is_whole = batches > 0 ? problem.outer % batches == 0 : batches == 0 && problem.outer == 0;
+  if (!is_whole || (batches != 1 && !problem.training)) {
+    return InvalidArgument("virtual_batches must divide outer, and be 1 if it is not training, but it is " +
+                           std::to_string(batches) + ", outer is " + std::to_string(problem.outer) +
+                           " and training is " + (problem.training ? "true" : "false"));
+  }
   return ValidateActivation(problem);
+}
+
+Status ValidateMoments(const Problem& problem) {
+  Problem of_phase = problem;
+  of_phase.training = false;
+  return Validate(of_phase);
+}
+
+Status SetVirtualBatches(const int64_t* dims, int rank, int64_t axis, int64_t virtual_batch_size, Problem* problem) {
+  problem->virtual_batches = 1;
+  if (virtual_batch_size == 0) return {};
+  const std::string is = ", but it is " + std::to_string(virtual_batch_size);
+  if (virtual_batch_size < 0) return InvalidArgument("virtual_batch_size must be > 0, or 0 for none" + is);
+  if (axis == 0 || axis == -rank) {
+    return InvalidArgument("virtual_batch_size must be 0 where the channels are dimension 0" + is);
+  }
+  if (dims[0] % virtual_batch_size != 0) {
+    return InvalidArgument("virtual_batch_size must divide the batch, dimension 0 of x" + is + ", and the batch has " +
+                           std::to_string(dims[0]) +
+                           " entries (a data set's last batch is left out by drop_remainder=True)");
+  }
+  problem->virtual_batches = dims[0] / virtual_batch_size;
+  return {};
 }
 
 const char* NameOf(Activation activation) {
@@ -180,7 +210,7 @@ bool NeedsResidual(const Problem& problem) {
 ActivationBitsLayout LayoutOfActivationBits(const Problem& problem) {
   ActivationBitsLayout layout;
   if (problem.Elements() == 0) return layout;
-  layout.row_elements = problem.channels == 1 ? problem.Elements()
+  layout.row_elements = problem.channels == 1 ? problem.Elements() / problem.virtual_batches
                         : problem.inner == 1  ? problem.channels
                                               : problem.inner;
   layout.rows = problem.Elements() / layout.row_elements;

@@ -198,6 +198,10 @@ bool DrawCase(Source* source, Case* drawn) {
   if (rank < 2 || axis < -rank || axis >= rank) Fail("Fold accepted a rank or an axis that it should not have");
   constexpr int64_t kMost = 400000;
   if (problem.Elements() > kMost || problem.channels > kMost || problem.Count() > kMost) return false;
+  const int64_t size = source->Flag() && problem.training ? 1 + source->Byte() % 4 : 0;
+  const bool divides = size == 0 || ((axis + rank) % rank != 0 && dims[0] % size == 0);
+  if (SetVirtualBatches(dims.data(), rank, axis, size, &problem).ok() != divides) Fail("SetVirtualBatches errs");
+  if (!divides) return false;
   drawn->has_mask = source->Flag();
   drawn->mask.length = problem.inner == 1 ? problem.channels : dims[static_cast<size_t>(rank - 1)];
   return true;
@@ -226,6 +230,7 @@ class Run {
   DataType ParamType() const { return problem_.dtype == DataType::kFloat64 ? problem_.dtype : DataType::kFloat32; }
   int64_t DataBytes() const { return problem_.Elements() * ElementBytes(problem_.dtype); }
   int64_t VectorBytes() const { return problem_.channels * ElementBytes(ParamType()); }
+  int64_t StatisticsBytes() const { return problem_.virtual_batches * VectorBytes(); }
 
   Array* New(int64_t bytes, DataType type) {
     const int64_t elements = case_.misalignment >> (arrays_.size() % 8) & 3;
@@ -297,8 +302,9 @@ class Run {
     }
     arrays.y = DataOutput(problem_.has_residual ? arrays.residual : arrays.x);
     if (problem_.training) {
-      for (void** vector : {&arrays.mean_out, &arrays.variance_out, &arrays.saved_mean, &arrays.saved_inv_std}) {
-        *vector = VectorOutput();
+      for (void** vector : {&arrays.mean_out, &arrays.variance_out}) *vector = VectorOutput();
+      for (void** saved : {&arrays.saved_mean, &arrays.saved_inv_std}) {
+        *saved = Output(New(StatisticsBytes(), ParamType()));
       }
     }
     if (NeedsActivationBits(problem_)) {
@@ -311,8 +317,10 @@ class Run {
     BackwardArrays arrays;
     arrays.dy = Data();
     arrays.x = Data();
-    for (const void** vector : {&arrays.scale, &arrays.offset, &arrays.mean}) *vector = Vector();
-    (problem_.training ? arrays.inv_std : arrays.variance) = Vector();
+    for (const void** vector : {&arrays.scale, &arrays.offset}) *vector = Vector();
+    for (const void** saved : {&arrays.mean, problem_.training ? &arrays.inv_std : &arrays.variance}) {
+      *saved = Input(StatisticsBytes(), ParamType())->data();
+    }
     if (problem_.training && case_.has_running) {
       arrays.dmean = Vector();
       arrays.dvariance = Vector();

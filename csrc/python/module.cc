@@ -162,7 +162,8 @@ void CudaGradientPhase(const Problem& problem, const BackwardArrays& arrays, con
 }
 
 Problem MakeProblem(const std::vector<int64_t>& shape, int64_t axis, DataType dtype, const std::string& activation,
-                    bool has_residual, bool training, double epsilon, double exponential_avg_factor, bool unbiased) {
+                    bool has_residual, bool training, double epsilon, double exponential_avg_factor, bool unbiased,
+                    int64_t virtual_batch_size) {
   Problem problem;
   ThrowUnlessOk(Fold(shape.data(), static_cast<int>(shape.size()), axis, &problem));
   ThrowUnlessOk(ParseActivation(activation, &problem));
@@ -172,6 +173,9 @@ Problem MakeProblem(const std::vector<int64_t>& shape, int64_t axis, DataType dt
   problem.epsilon = epsilon;
   problem.exponential_avg_factor = exponential_avg_factor;
   problem.unbiased = unbiased;
+  if (training) {
+    ThrowUnlessOk(SetVirtualBatches(shape.data(), static_cast<int>(shape.size()), axis, virtual_batch_size, &problem));
+  }
   ThrowUnlessOk(Validate(problem));
   return problem;
 }
@@ -221,7 +225,7 @@ PYBIND11_MODULE(_kernels, m) {
   py::class_<Problem>(m, "Problem", local)
       .def(py::init(&MakeProblem), py::kw_only(), py::arg("shape"), py::arg("axis"), py::arg("dtype"),
            py::arg("activation"), py::arg("has_residual"), py::arg("training"), py::arg("epsilon"),
-           py::arg("exponential_avg_factor"), py::arg("unbiased"))
+           py::arg("exponential_avg_factor"), py::arg("unbiased"), py::arg("virtual_batch_size") = 0)
       .def_readonly("dtype", &Problem::dtype)
       .def_readonly("outer", &Problem::outer)
       .def_readonly("channels", &Problem::channels)
@@ -236,6 +240,7 @@ PYBIND11_MODULE(_kernels, m) {
       .def_readonly("epsilon", &Problem::epsilon)
       .def_readonly("exponential_avg_factor", &Problem::exponential_avg_factor)
       .def_readonly("unbiased", &Problem::unbiased)
+      .def_readonly("virtual_batches", &Problem::virtual_batches)
       .def_property_readonly("elements", &Problem::Elements)
       .def_property_readonly(
           "activation_bits_bytes",

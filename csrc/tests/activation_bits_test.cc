@@ -194,7 +194,7 @@ TEST(VectorsKnowTheirBits) {
     const cuda::View view = cuda::MakeView(problem, random->Flag(), 1 << 30, /*fold_bits=*/false);
     const cuda::Tiling tiling = cuda::MakeTiling(view, RandomBlock(view, /*has_bits=*/true, random), 1, false);
     ForVectors(tiling, tiling.steps, [&](const auto& walk, const Step&) {
-      const int64_t bit = walk.BitsOffset(tiling) * 8 + walk.BitInByte();
+      const int64_t bit = walk.BitsOffset(tiling, /*virtual_batch=*/0) * 8 + walk.BitInByte();
       EXPECT_EQ(bit, BitOf(problem, walk.Offset()));
       EXPECT_EQ(bit / 8, BitOf(problem, walk.Offset() + tiling.lanes - 1) / 8);
     });
@@ -217,7 +217,7 @@ TEST(FoldedVectorsFindTheirBits) {
       for (int lane = 0; lane < tiling.lanes; ++lane) {
         expected |= unsigned{Bit(bytes, BitOf(problem, walk.Offset() + lane))} << lane;
       }
-      EXPECT_EQ(walk.LoadFoldedBits(tiling, bytes.data()), expected);
+      EXPECT_EQ(walk.LoadFoldedBits(tiling, bytes.data(), /*virtual_batch=*/0), expected);
     });
   });
   EXPECT_LT(100, folded);

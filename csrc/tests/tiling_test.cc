@@ -73,18 +73,18 @@ TEST(WalksReachHugeTensors) {
       EXPECT_LT(step, tiling.steps);
       WithLanes(tiling.lanes, [&](auto lanes) {
         constexpr int kLanes = decltype(lanes)::value;
-        const Walk<kLanes, Direction::kForward> there(tiling, place, slab, step, 1);
+        const Walk<kLanes, Direction::kForward> there(tiling, place, slab, step, 1, 0);
         EXPECT_TRUE(there.Inside());
         EXPECT_EQ(there.Offset(), element);
         there.ForLanes(tiling,
                        [&](int lane, int64_t channel) { EXPECT_EQ(channel, ChannelOf(problem, element + lane)); });
         const int64_t before = random->Below(std::min<int64_t>(step, 100) + 1);
-        Walk<kLanes, Direction::kForward> forward(tiling, place, slab, step - before, before + 1);
+        Walk<kLanes, Direction::kForward> forward(tiling, place, slab, step - before, before + 1, 0);
         for (int64_t k = 0; k < before; ++k) forward.Advance();
         EXPECT_EQ(forward.Offset(), element);
         EXPECT_TRUE(forward.Inside());
         const int64_t after = random->Below(std::min<int64_t>(tiling.steps - step, 100));
-        Walk<kLanes, Direction::kBackward> backward(tiling, place, slab, step, after + 1);
+        Walk<kLanes, Direction::kBackward> backward(tiling, place, slab, step, after + 1, 0);
         for (int64_t k = 0; k < after; ++k) backward.Advance();
         EXPECT_EQ(backward.Offset(), element);
         EXPECT_TRUE(backward.Inside());

@@ -26,6 +26,7 @@ struct Step {
   int64_t slab;
   int64_t share;  // of the slab's steps
   int64_t step;
+  int64_t virtual_batch = 0;
 };
 
 // Calls body(walk, step) for every vector that a block comes to, in `count` steps of its slab from at.step on. Threads
@@ -36,10 +37,10 @@ void ForVectorsOfBlock(const cuda::Tiling& tiling, const Step& at, int64_t count
     for (cuda::Place place{0, 0, 0}; place.z <= tiling.block.z; ++place.z) {
       for (place.y = 0; place.y < tiling.block.y; ++place.y) {
         for (place.x = 0; place.x < tiling.block.x; ++place.x) {
-          cuda::Walk<decltype(lanes)::value, kDirection> walk(tiling, place, at.slab, at.step, count);
+          cuda::Walk<decltype(lanes)::value, kDirection> walk(tiling, place, at.slab, at.step, count, at.virtual_batch);
           for (int64_t i = 0; !walk.Done(); ++i, walk.Advance()) {
             const int64_t after = kDirection == cuda::Direction::kForward ? i : count - 1 - i;
-            if (walk.Inside()) body(walk, Step{at.slab, at.share, at.step + after});
+            if (walk.Inside()) body(walk, Step{at.slab, at.share, at.step + after, at.virtual_batch});
           }
         }
       }
@@ -47,13 +48,14 @@ void ForVectorsOfBlock(const cuda::Tiling& tiling, const Step& at, int64_t count
   });
 }
 
-// Calls body(walk, step) for every vector of the tensor, if blocks have `share_steps` steps of a slab each.
+// Calls body(walk, step) for every vector of the tensor, or of that virtual batch, if blocks have `share_steps` steps
+// of a slab each.
 template <cuda::Direction kDirection = cuda::Direction::kForward, typename Body>
-void ForVectors(const cuda::Tiling& tiling, int64_t share_steps, Body body) {
+void ForVectors(const cuda::Tiling& tiling, int64_t share_steps, Body body, int64_t virtual_batch = 0) {
   for (int64_t slab = 0; slab < tiling.slabs; ++slab) {
     for (int64_t first = 0; first < tiling.steps; first += share_steps) {
       const int64_t count = std::min(share_steps, tiling.steps - first);
-      ForVectorsOfBlock<kDirection>(tiling, Step{slab, first / share_steps, first}, count, body);
+      ForVectorsOfBlock<kDirection>(tiling, Step{slab, first / share_steps, first, virtual_batch}, count, body);
     }
   }
 }

@@ -102,7 +102,8 @@ inline double MergePartials(const Job& job, int64_t begin, int64_t end) {
   return count;
 }
 
-// Writes the vectors that training returns, of channels begin to end.
+// Writes the vectors that training returns, of channels begin to end. Of several virtual batches, each leaves its mean
+// and m2 to be averaged.
 template <typename P>
 void WriteStatistics(const ForwardJob& job, int64_t begin, int64_t end) {
   const Problem problem = job.problem;
@@ -113,10 +114,36 @@ void WriteStatistics(const ForwardJob& job, int64_t begin, int64_t end) {
   const auto moments = [=](int64_t c) {
     return count > 0 ? Moments<double>{count, mean[c], m2[c]} : Moments<double>{0, 0, 0};
   };
+  if (job.whole.virtual_batches == 1) {
 #pragma GCC ivdep
-  for (int64_t c = begin; c < end; ++c) WriteRunningStatistics<P>(problem, arrays, moments(c), c);
+    for (int64_t c = begin; c < end; ++c) WriteRunningStatistics<P>(problem, arrays, moments(c), c);
+  }
 #pragma GCC ivdep
   for (int64_t c = begin; c < end; ++c) WriteSavedStatistics<P>(problem, arrays, moments(c), c);
+}
+
+// Calls add(first, second, k) with the finished partials of each virtual batch, in their order, for sums of a channel
+// that begin with 0.
+template <typename Add>
+TFOPS_INLINE void ForFinished(const Job& job, Add add) {
+  for (int64_t k = 0; job.problem.Count() > 0 && k < job.whole.virtual_batches; ++k) {
+    add(job.partials.first + k * job.partials_apart, job.partials.second + k * job.partials_apart, k);
+  }
+}
+
+// Writes the running statistics, which take in the average of all virtual batches' own.
+template <typename P>
+void AverageVirtualBatches(const ForwardJob& job, int64_t begin, int64_t end) {
+  const double count = static_cast<double>(job.problem.Count());
+  for (int64_t c = begin; c < end; ++c) {
+    TakenIn sums = {0, 0};
+    ForFinished(job, [&](const double* mean, const double* m2, int64_t) {
+      const TakenIn taken = StatisticsToTakeIn(job.problem, Moments<double>{count, mean[c], m2[c]});
+      sums.mean += taken.mean;
+      sums.variance += taken.variance;
+    });
+    WriteAverageStatistics<P>(job.whole, job.arrays, sums, c);
+  }
 }
 
 template <typename P>
@@ -206,8 +233,10 @@ void FinishGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
   P* shift = static_cast<P*>(job.coefficients[kShift]);
   const auto dz = [=](int64_t c) { return empty ? 0 : sum_dz[c]; };
   const auto dz_xc = [=](int64_t c) { return empty ? 0 : sum_dz_xc[c]; };
+  if (job.whole.virtual_batches == 1) {
 #pragma GCC ivdep
-  for (int64_t c = begin; c < end; ++c) WriteGradients<P>(problem, arrays, dz(c), dz_xc(c), c);
+    for (int64_t c = begin; c < end; ++c) WriteGradients<P>(problem, arrays, dz(c), dz_xc(c), c);
+  }
 #pragma GCC ivdep
   for (int64_t c = begin; c < end; ++c) {
     const GradientCoefficients<P> finished = CoefficientsOfGradient<P>(problem, arrays, dz(c), dz_xc(c), c);
@@ -216,6 +245,21 @@ void FinishGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
   }
   RepeatColumns<P>(job, kTilt, begin, end);
   RepeatColumns<P>(job, kShift, begin, end);
+}
+
+// Writes the gradients of scale and offset, which are sums over all virtual batches.
+template <typename P>
+void AddVirtualBatches(const BackwardJob& job, int64_t begin, int64_t end) {
+  const P* inv_std = static_cast<const P*>(job.arrays.inv_std);
+  for (int64_t c = begin; c < end; ++c) {
+    double doffset = 0, dscale = 0;
+    ForFinished(job, [&](const double* sum_dz, const double* sum_dz_xc, int64_t k) {
+      doffset += sum_dz[c];
+      dscale += sum_dz_xc[c] * static_cast<double>(inv_std[k * job.problem.channels + c]);
+    });
+    static_cast<P*>(job.arrays.doffset)[c] = static_cast<P>(doffset);
+    static_cast<P*>(job.arrays.dscale)[c] = static_cast<P>(dscale);
+  }
 }
 
 template <typename P>

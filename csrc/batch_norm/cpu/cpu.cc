@@ -27,28 +27,48 @@ struct Step {
   OfChannels of_channels = nullptr;
 };
 
+// A phase of so many items in each of the virtual batches, in which body(job, item) is called with the job of one.
+template <typename Job, typename Body>
+Phase ForVirtualBatches(const Job& job, int64_t items, const Body& body) {
+  if (job.whole.virtual_batches == 1) return {items, [&job, body](int64_t i) { body(job, i); }};
+  return {items * job.whole.virtual_batches, [&job, items, body](int64_t i) {
+            const int64_t k = i / items;
+            body(OfVirtualBatch(job, k), i - k * items);
+          }};
+}
+
 // All of the steps, for one item after the other: each has all elements of its channels.
 template <typename Job>
 Phase AllInOne(const Job& job, const Kernels& kernels, const std::vector<Step<Job>>& steps) {
-  return {job.partition.Items(), [&job, &kernels, steps](int64_t item) {
-            const Partition& partition = job.partition;
-            const bool all = partition.fold > 1;  // columns of all channels
-            const int64_t begin = all ? 0 : partition.ColumnBegin(item);
-            const int64_t end = all ? job.problem.channels : partition.ColumnEnd(item);
-            for (const Step<Job>& step : steps) {
-              step.of_item ? (kernels.*step.of_item)(job, item) : (kernels.*step.of_channels)(job, begin, end);
-            }
-          }};
+  return ForVirtualBatches(job, job.partition.Items(), [&kernels, steps](const Job& job, int64_t item) {
+    const Partition& partition = job.partition;
+    const bool all = partition.fold > 1;  // columns of all channels
+    const int64_t begin = all ? 0 : partition.ColumnBegin(item);
+    const int64_t end = all ? job.problem.channels : partition.ColumnEnd(item);
+    for (const Step<Job>& step : steps) {
+      step.of_item ? (kernels.*step.of_item)(job, item) : (kernels.*step.of_channels)(job, begin, end);
+    }
+  });
+}
+
+constexpr int64_t kChannels = 256;  // that are finished at once
+
+int64_t ChannelItems(int64_t channels) { return (channels + kChannels - 1) / kChannels; }
+
+template <typename Job>
+void FinishChannels(const Job& job, const Kernels& kernels, const Step<Job>& step, int64_t i) {
+  const int64_t end = std::min(job.problem.channels, (i + 1) * kChannels);
+  (kernels.*step.of_channels)(job, i * kChannels, end);
 }
 
 template <typename Job>
 Phase OneByOne(const Job& job, const Kernels& kernels, const Step<Job>& step) {
-  if (step.of_item) return {job.partition.Items(), [&, step](int64_t i) { (kernels.*step.of_item)(job, i); }};
-  constexpr int64_t kChannels = 256;
-  const int64_t channels = job.problem.channels;
-  return {(channels + kChannels - 1) / kChannels, [&, step, channels](int64_t i) {
-            (kernels.*step.of_channels)(job, i * kChannels, std::min(channels, (i + 1) * kChannels));
-          }};
+  if (step.of_item) {
+    return ForVirtualBatches(job, job.partition.Items(),
+                             [&kernels, step](const Job& job, int64_t i) { (kernels.*step.of_item)(job, i); });
+  }
+  return ForVirtualBatches(job, ChannelItems(job.problem.channels),
+                           [&kernels, step](const Job& job, int64_t i) { FinishChannels(job, kernels, step, i); });
 }
 
 // Runs the steps in their order, each after the one before it is done for all that it depends on.
@@ -67,7 +87,12 @@ void Run(const Job& job, const std::vector<Step<Job>>& steps, const Threads& thr
       again = again || step.of_item;
     }
   }
-  RunPhases(threads, job.problem.Elements() / kElements, std::move(phases));
+  if (job.whole.virtual_batches != 1) {
+    const Step<Job> merge(&Kernels::MergeVirtualBatches);
+    phases.push_back({ChannelItems(job.problem.channels),
+                      [&job, &kernels, merge](int64_t i) { FinishChannels(job, kernels, merge, i); }});
+  }
+  RunPhases(threads, job.whole.Elements() / kElements, std::move(phases));
 }
 
 // The bytes that make_job(arena) takes of a workspace.
@@ -122,6 +147,7 @@ Status Backward(const Problem& problem, const BackwardArrays& arrays, void* work
 }
 
 Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* workspace, const Threads& threads) {
+  if (const Status status = ValidateMoments(problem); !status.ok()) return status;
   return CheckAndRun(problem, workspace, threads, [&](Arena* arena) { return MakeMomentsJob(problem, arrays, arena); },
                      {&Kernels::Moments, &Kernels::FinishMoments});
 }

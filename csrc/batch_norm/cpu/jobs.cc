@@ -6,12 +6,14 @@
 #include <vector>
 
 #include "csrc/batch_norm/cpu/instruction_set.h"
+#include "csrc/batch_norm/virtual_batches.h"
 
 namespace tfops::cpu {
 namespace {
 
-// A single channel has no layout: it is one plane.
+// The problem of a virtual batch, in which a single channel has no layout: it is one plane.
 Problem Simplified(Problem problem) {
+  problem = OfVirtualBatch(problem);
   if (problem.channels == 1) {
     problem.inner = problem.Count();
     problem.outer = 1;
@@ -20,17 +22,20 @@ Problem Simplified(Problem problem) {
 }
 
 void TakePartials(Job* job, bool counts, Arena* arena) {
-  const int64_t count = std::max<int64_t>(job->partition.chunks, 1) * job->partition.columns;
+  job->partials_apart = std::max<int64_t>(job->partition.chunks, 1) * job->partition.columns;
+  const int64_t count = job->partials_apart * job->whole.virtual_batches;
   job->partials = {arena->Take<double>(count), arena->Take<double>(count),
                    counts ? arena->Take<double>(count) : nullptr};
 }
 
 // Gives the first `count` coefficients their places.
 void TakeCoefficients(Job* job, int count, Arena* arena) {
-  const int64_t columns = job->partition.columns + kBlock;  // vectors are loaded whole, past the last column too
+  // Vectors are loaded whole, past the last column too.
+  job->coefficients_apart = (job->partition.columns + 2 * kBlock - 1) / kBlock * kBlock;
+  const int64_t size = job->coefficients_apart * job->whole.virtual_batches;
   for (int k = 0; k < count; ++k) {
-    job->coefficients[k] = job->problem.dtype == DataType::kFloat64 ? static_cast<void*>(arena->Take<double>(columns))
-                                                                    : static_cast<void*>(arena->Take<float>(columns));
+    job->coefficients[k] = job->problem.dtype == DataType::kFloat64 ? static_cast<void*>(arena->Take<double>(size))
+                                                                    : static_cast<void*>(arena->Take<float>(size));
   }
 }
 
@@ -58,12 +63,15 @@ bool OutgrowsCache(const Problem& problem, int tensors) {
 // How to go through the rows of so many arrays, some of which are written past the cache. For tiles, rows, and those of
 // the activation bits if there are any, have to follow one another. Four streams of a single array in place are as good
 // for memory as for the cache; of more arrays, not everywhere.
-Traversal ChooseTraversal(const Job& job, bool bits, int arrays, const std::vector<const void*>& streamed) {
+Traversal ChooseTraversal(const Problem& problem, const Job& job, bool bits, int arrays,
+                          const std::vector<const void*>& streamed) {
   if (!job.partition.channels_last || (bits && job.problem.channels % 8 != 0)) return Traversal::kRows;
   if (arrays == 1) return Traversal::kTiles;
-  if (!streamed.empty() || OutgrowsCache(job.problem, arrays)) {
+  if (!streamed.empty() || OutgrowsCache(problem, arrays)) {
     const auto begins_line = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kLineBytes == 0; };
-    const bool whole_lines = std::all_of(streamed.begin(), streamed.end(), begins_line);
+    const bool have_lines =
+        job.whole.virtual_batches == 1 || job.problem.Elements() * ElementBytes(problem.dtype) % kLineBytes == 0;
+    const bool whole_lines = have_lines && std::all_of(streamed.begin(), streamed.end(), begins_line);
     return ChosenInstructionSet().many_streams && whole_lines ? Traversal::kStreamedTiles : Traversal::kRows;
   }
   return arrays == 2 ? Traversal::kTiles : Traversal::kRows;  // three are too many to be read in so many places
@@ -105,6 +113,7 @@ void SetFetchDistances(BackwardJob* job) {
 
 ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, Arena* arena) {
   ForwardJob job;
+  job.whole = problem;
   job.problem = Simplified(problem);
   job.arrays = arrays;
   job.partition = MakePartition(job.problem, /*backward=*/false);
@@ -113,7 +122,7 @@ ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, A
   std::vector<const void*> streamed;
   if (job.stream_y) streamed.push_back(arrays.y);
   const int count = (in_place ? 1 : 2) + (problem.has_residual ? 1 : 0);
-  job.traversal = ChooseTraversal(job, arrays.activation_bits, count, streamed);
+  job.traversal = ChooseTraversal(problem, job, arrays.activation_bits, count, streamed);
   if (OutgrowsCache(problem, count)) SetFetchDistances(&job);
   if (problem.training) TakePartials(&job, /*counts=*/false, arena);
   TakeCoefficients(&job, kCoefficientsOfZ, arena);
@@ -122,6 +131,7 @@ ForwardJob MakeForwardJob(const Problem& problem, const ForwardArrays& arrays, A
 
 BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays, Arena* arena) {
   BackwardJob job;
+  job.whole = problem;
   job.problem = Simplified(problem);
   job.arrays = arrays;
   job.has_statistics_terms = problem.training;
@@ -135,7 +145,7 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
   if (job.stream_dx) streamed.push_back(arrays.dx);
   if (job.stream_dresidual) streamed.push_back(arrays.dresidual);
   if (!is_converted || problem.activation == Activation::kNone) {
-    job.traversal = ChooseTraversal(job, arrays.activation_bits, count, streamed);
+    job.traversal = ChooseTraversal(problem, job, arrays.activation_bits, count, streamed);
   }
   if (OutgrowsCache(problem, count)) SetFetchDistances(&job);
   TakePartials(&job, /*counts=*/false, arena);
@@ -145,6 +155,7 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
 
 ForwardJob MakeMomentsJob(const Problem& problem, const MomentsArrays& arrays, Arena* arena) {
   ForwardJob job;
+  job.whole = problem;
   job.problem = Simplified(problem);
   job.problem.training = true;  // so that the partition is one for statistics
   // A mask of rows is gone through row by row, any other element by element.
@@ -156,5 +167,21 @@ ForwardJob MakeMomentsJob(const Problem& problem, const MomentsArrays& arrays, A
   TakePartials(&job, /*counts=*/true, arena);
   return job;
 }
+
+namespace {
+
+template <typename AnyJob>
+AnyJob Moved(const AnyJob& job, int64_t k) {
+  AnyJob moved = job;
+  moved.arrays = OfVirtualBatch(job.problem, job.arrays, k);
+  MoveOn(k * job.partials_apart * static_cast<int64_t>(sizeof(double)), &moved.partials.first, &moved.partials.second);
+  for (void*& each : moved.coefficients) MoveOn(k * job.coefficients_apart * ParamBytes(job.problem.dtype), &each);
+  return moved;
+}
+
+}  // namespace
+
+ForwardJob OfVirtualBatch(const ForwardJob& job, int64_t k) { return Moved(job, k); }
+BackwardJob OfVirtualBatch(const BackwardJob& job, int64_t k) { return Moved(job, k); }
 
 }  // namespace tfops::cpu

@@ -32,6 +32,10 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
 // The job of the moments by themselves.
 ForwardJob MakeMomentsJob(const Problem& problem, const MomentsArrays& arrays, Arena* arena);
 
+// What a job is to do to its k-th virtual batch.
+ForwardJob OfVirtualBatch(const ForwardJob& job, int64_t k);
+BackwardJob OfVirtualBatch(const BackwardJob& job, int64_t k);
+
 }  // namespace tfops::cpu
 
 #endif  // TFOPS_BATCH_NORM_CPU_JOBS_H_

@@ -43,6 +43,13 @@ class KernelsFor final : public Kernels {
   void TakeStatisticsGradient(const BackwardJob& job, int64_t begin, int64_t end) const override {
     TakeStatisticsGradientOf<P>(job, begin, end);
   }
+
+  void MergeVirtualBatches(const ForwardJob& job, int64_t begin, int64_t end) const override {
+    AverageVirtualBatches<P>(job, begin, end);
+  }
+  void MergeVirtualBatches(const BackwardJob& job, int64_t begin, int64_t end) const override {
+    AddVirtualBatches<P>(job, begin, end);
+  }
 };
 
 }  // namespace

@@ -28,15 +28,19 @@ using Coefficients = void* [kCoefficients];
 // streamed.
 enum class Traversal { kRows, kTiles, kStreamedTiles };
 
-// What a call is to do. "Streamed" outputs go past the cache, which is too small for them and what is read. "Ahead" is
-// by how many elements inputs are fetched from memory before they are read; 0 if they are not.
+// What a call is to do, to the first of its virtual batches, of which it most often has but one; OfVirtualBatch()
+// (jobs.h) makes it another's. "Streamed" outputs go past the cache, which is too small for them and what is read.
+// "Ahead" is by how many elements inputs are fetched from memory before they are read; 0 if they are not.
 struct Job {
-  Problem problem;
+  Problem whole;    // as it was given
+  Problem problem;  // of a virtual batch
   Partition partition;
   Traversal traversal = Traversal::kRows;
   Mask mask;  // the elements that count, in the phases by themselves
   Partials partials;
   Coefficients coefficients = {};
+  int64_t partials_apart = 0;      // from one virtual batch's partials to the next one's
+  int64_t coefficients_apart = 0;  // likewise
 };
 
 struct ForwardJob : Job {
@@ -74,6 +78,10 @@ class Kernels {
   // The phases by themselves: what moments come to, and dx's coefficients as they are given.
   virtual void FinishMoments(const ForwardJob& job, int64_t begin, int64_t end) const = 0;
   virtual void TakeStatisticsGradient(const BackwardJob& job, int64_t begin, int64_t end) const = 0;
+
+  // What the finished virtual batches come to, in the vectors that they have in common.
+  virtual void MergeVirtualBatches(const ForwardJob& job, int64_t begin, int64_t end) const = 0;
+  virtual void MergeVirtualBatches(const BackwardJob& job, int64_t begin, int64_t end) const = 0;
 
  protected:
   ~Kernels() = default;

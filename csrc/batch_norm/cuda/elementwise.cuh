@@ -11,7 +11,8 @@
 
 namespace tfops::cuda {
 
-// What z takes from the channel, as arrays [C] of the param type. The variance is read where inv_std is null.
+// What z takes from the channel, as arrays [C] of the param type. The variance is read where inv_std is null. Mean and
+// inv_std are [V, C], a virtual batch's own.
 struct AffineArrays {
   const void* mean = nullptr;
   const void* inv_std = nullptr;
@@ -31,12 +32,15 @@ struct Affine {
   F offset[kLanes];
 
   template <typename Walk>
-  __device__ __forceinline__ Affine(const AffineArrays& arrays, const Tiling& tiling, const Walk& walk) {
-    const F* const given = static_cast<const F*>(arrays.inv_std ? arrays.inv_std : arrays.variance);
+  __device__ __forceinline__ Affine(const AffineArrays& arrays, const Tiling& tiling, const Walk& walk,
+                                    int64_t virtual_batch) {
+    const int64_t own = virtual_batch * tiling.channels;
+    const F* const given = static_cast<const F*>(arrays.inv_std ? arrays.inv_std : arrays.variance) + own;
+    const F* const means = static_cast<const F*>(arrays.mean) + own;
     F inv_std[kLanes];
     walk.ForLanes(tiling, [&](int lane, int64_t c) {
       inv_std[lane] = given[c];
-      mean[lane] = static_cast<const F*>(arrays.mean)[c];
+      mean[lane] = means[c];
       slope[lane] = static_cast<const F*>(arrays.scale)[c];
       offset[lane] = static_cast<const F*>(arrays.offset)[c];
     });

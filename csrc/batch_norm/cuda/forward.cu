@@ -10,36 +10,66 @@
 #include "csrc/batch_norm/cuda/prepare.h"
 #include "csrc/batch_norm/cuda/runtime.h"
 #include "csrc/batch_norm/cuda/streaming_forward.cuh"
+#include "csrc/batch_norm/virtual_batches.h"
 
 namespace tfops::cuda {
 namespace {
 
-// Merges the splits' moments, of which there are none in an empty batch, and writes the vectors [C].
-template <typename F>
-Status FinishMoments(const Problem& problem, const ForwardArrays& arrays, const Moments<double>* partials,
-                     const PartialsShape& shape, void* stream) {
-  return Launch(FinishMomentsKernel<F>, FinishGrid(shape), FinishBlock(shape), stream, problem, arrays, partials,
-                shape);
+// The workspace: what virtual batches have for the running statistics to take in, [V, C], then the splits' moments.
+size_t TakenBytes(const Problem& problem) { return CommonBytes(problem, sizeof(TakenIn)); }
+TakenIn* TakenOf(const Problem& problem, void* workspace) {
+  return problem.virtual_batches == 1 ? nullptr : static_cast<TakenIn*>(workspace);
 }
 
+// Merges the splits' moments of so many virtual batches, of which there are none in an empty batch, and writes the
+// vectors [C].
+template <typename F>
+Status FinishMoments(const Problem& problem, const ForwardArrays& arrays, const Moments<double>* partials,
+                     const PartialsShape& shape, int64_t count, TakenIn* taken, void* stream) {
+  return Launch(FinishMomentsKernel<F>, OverVirtualBatches(FinishGrid(shape), count), FinishBlock(shape), stream,
+                problem, arrays, partials, shape, taken);
+}
+
+// Writes what virtual batches have in common, once they are all done.
+template <typename F>
+Status AverageVirtualBatches(const Problem& problem, const ForwardArrays& arrays, const TakenIn* taken, void* stream) {
+  if (problem.virtual_batches == 1) return {};
+  return Launch(AverageVirtualBatchesKernel<F>, MergeGrid(problem.channels), kMergeBlock, stream, problem, arrays,
+                taken);
+}
+
+// So many virtual batches, each of which is `problem`, and which begin with that of the arrays.
 template <typename T, int kLanes>
 Status StreamingForward(const Problem& problem, const ForwardArrays& arrays, const StreamingTiling& tiling,
-                        void* workspace, void* stream) {
+                        int64_t count, TakenIn* taken, Moments<double>* partials, void* stream) {
+  const Extent grid = OverVirtualBatches(tiling.grid, count);
   AffineArrays affine{arrays.mean, nullptr, arrays.variance, arrays.scale, arrays.offset, problem.epsilon};
   if (problem.training) {
-    auto* partials = static_cast<Moments<double>*>(workspace);
     const Status moments =
-        Launch(MomentsKernel<T, kLanes>, tiling.grid, tiling.block, stream, tiling, arrays.x, Mask{}, partials);
+        Launch(MomentsKernel<T, kLanes>, grid, tiling.block, stream, tiling, arrays.x, Mask{}, partials);
     if (!moments.ok()) return moments;
-    const Status finish = FinishMoments<Arithmetic<T>>(problem, arrays, partials, ShapeOf(tiling), stream);
+    const Status finish =
+        FinishMoments<Arithmetic<T>>(problem, arrays, partials, ShapeOf(tiling), count, taken, stream);
     if (!finish.ok()) return finish;
     affine.mean = arrays.saved_mean;
     affine.inv_std = arrays.saved_inv_std;
   }
   const NormalizeArrays normalize{arrays.x, problem.has_residual ? arrays.residual : nullptr, arrays.y,
                                   NeedsActivationBits(problem) ? arrays.activation_bits : nullptr};
-  return Launch(NormalizeKernel<T, kLanes>, tiling.grid, tiling.block, stream, tiling, affine, normalize,
+  return Launch(NormalizeKernel<T, kLanes>, grid, tiling.block, stream, tiling, affine, normalize,
                 ActivationIn<Arithmetic<T>>(problem));
+}
+
+// All virtual batches, and what they come to.
+template <typename F, typename Body>
+Status ForwardInParts(const Problem& problem, const ForwardArrays& arrays, void* workspace, void* stream,
+                      const Body& body) {
+  const Problem part = OfVirtualBatch(problem);
+  TakenIn* const taken = TakenOf(problem, workspace);
+  const Status status = ForVirtualBatches(problem, [&](int64_t first, int64_t count) {
+    return body(part, OfVirtualBatch(part, arrays, first), count, taken ? taken + first * problem.channels : nullptr);
+  });
+  return status.ok() ? AverageVirtualBatches<F>(problem, arrays, taken, stream) : status;
 }
 
 }  // namespace
@@ -47,10 +77,13 @@ Status StreamingForward(const Problem& problem, const ForwardArrays& arrays, con
 Status ForwardWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus) {
   *bytes = 0;
   return ForEachDevice(gpus, [&](const Device& device) -> Status {
-    if (!problem.training || problem.Elements() == 0) return {};
+    if (!problem.training) return {};
+    *bytes = std::max(*bytes, TakenBytes(problem));
+    if (problem.Elements() == 0) return {};
     std::shared_ptr<const Prepared> prepared;
     if (const Status status = Prepare(problem, Pass::kForward, device, &prepared); !status.ok()) return status;
-    *bytes = std::max(*bytes, static_cast<size_t>(prepared->items) * sizeof(Moments<double>));
+    const size_t moments = static_cast<size_t>(prepared->items) * sizeof(Moments<double>);
+    *bytes = std::max(*bytes, TakenBytes(problem) + moments);
     return {};
   });
 }
@@ -64,7 +97,10 @@ Status Forward(const Problem& problem, const ForwardArrays& arrays, void* worksp
     if (!problem.training) return {};
     return WithDataType(problem.dtype, [&](auto type) {
       using F = Arithmetic<typename decltype(type)::Type>;
-      return FinishMoments<F>(problem, arrays, nullptr, PartialsShape{0, 0, problem.channels}, stream);
+      const auto finish = [&](const Problem& part, const ForwardArrays& its, int64_t count, TakenIn* taken) {
+        return FinishMoments<F>(part, its, nullptr, PartialsShape{0, 0, problem.channels}, count, taken, stream);
+      };
+      return ForwardInParts<F>(problem, arrays, workspace, stream, finish);
     });
   }
   const void* tensors[] = {arrays.x, arrays.y, problem.has_residual ? arrays.residual : nullptr};
@@ -74,16 +110,26 @@ Status Forward(const Problem& problem, const ForwardArrays& arrays, void* worksp
   if (const Status& status = prepared->status[aligned]; !status.ok()) return status;
   const Choice& choice = prepared->choice[aligned];
   if (choice.tier != Tier::kStreaming) {
-    const cudaError_t launched = OnChipForward(choice.plan, problem, arrays, workspace, stream);
+    TakenIn* const taken = TakenOf(problem, workspace);
+    const cudaError_t launched = OnChipForward(choice.plan, problem, arrays, workspace, taken, stream);
     const auto settled = Settle(launched, problem, Pass::kForward, aligned, device, choice, stream);
-    if (settled) return *settled;
+    if (settled && !settled->ok()) return *settled;
+    if (settled) {
+      return WithDataType(problem.dtype, [&](auto type) {
+        return AverageVirtualBatches<Arithmetic<typename decltype(type)::Type>>(problem, arrays, taken, stream);
+      });
+    }
   }
   const StreamingTiling& tiling = prepared->tiling[aligned];
   CountCall(Tier::kStreaming);
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
     return WithLanes<T>(tiling.lanes > 1, [&](auto lanes) {
-      return StreamingForward<T, decltype(lanes)::value>(problem, arrays, tiling, workspace, stream);
+      auto* partials = reinterpret_cast<Moments<double>*>(static_cast<char*>(workspace) + TakenBytes(problem));
+      const auto stream_parts = [&](const Problem& part, const ForwardArrays& its, int64_t count, TakenIn* taken) {
+        return StreamingForward<T, decltype(lanes)::value>(part, its, tiling, count, taken, partials, stream);
+      };
+      return ForwardInParts<Arithmetic<T>>(problem, arrays, workspace, stream, stream_parts);
     });
   });
 }
@@ -101,6 +147,7 @@ Status MomentsWorkspaceBytes(const Problem& problem, size_t* bytes, Gpus gpus) {
 }
 
 Status BatchMoments(const Problem& problem, const MomentsArrays& arrays, void* workspace, void* stream) {
+  if (const Status status = ValidateMoments(problem); !status.ok()) return status;
   Device device;
   if (const Status status = CurrentDevice(&device); !status.ok()) return status;
   if (problem.channels == 0) return {};

@@ -55,20 +55,22 @@ struct GradientStep {
 
   // Of a vector that is inside, if there are activation bits. kMayFold: their rows may not be the view's.
   template <bool kMayFold, typename Walk>
-  __device__ __forceinline__ void LoadBits(const GradientArrays& arrays, const Tiling& tiling, const Walk& walk) {
+  __device__ __forceinline__ void LoadBits(const GradientArrays& arrays, const Tiling& tiling, const Walk& walk,
+                                           int64_t virtual_batch) {
     if (!arrays.activation_bits) return;
     if (kMayFold && tiling.Folded()) {
-      bits = walk.LoadFoldedBits(tiling, arrays.activation_bits);
+      bits = walk.LoadFoldedBits(tiling, arrays.activation_bits, virtual_batch);
     } else {
-      bits = LoadGlobal(arrays.activation_bits + walk.BitsOffset(tiling)) >> walk.BitInByte();
+      bits = LoadGlobal(arrays.activation_bits + walk.BitsOffset(tiling, virtual_batch)) >> walk.BitInByte();
     }
   }
 
   // All of that, in the streaming tier.
   template <bool kLast, typename Walk>
-  __device__ __forceinline__ void Load(const GradientArrays& arrays, const Tiling& tiling, const Walk& walk) {
+  __device__ __forceinline__ void Load(const GradientArrays& arrays, const Tiling& tiling, const Walk& walk,
+                                       int64_t virtual_batch) {
     LoadVectors<kLast>(arrays, walk);
-    if (inside) LoadBits<false>(arrays, tiling, walk);
+    if (inside) LoadBits<false>(arrays, tiling, walk, virtual_batch);
   }
 
   // dz = dy * act'(z) and xc = x - mean.
@@ -107,14 +109,14 @@ struct GradientStep {
 template <typename T, int kBatch, int kLanes>
 __device__ __forceinline__ void AddGradients(const GradientArrays& arrays, const Tiling& tiling,
                                              const ActivationIn<Arithmetic<T>>& activation,
-                                             const Affine<Arithmetic<T>, kLanes>& affine,
+                                             const Affine<Arithmetic<T>, kLanes>& affine, int64_t virtual_batch,
                                              Walk<kLanes, Direction::kForward>* walk,
                                              GradientAccumulator<Arithmetic<T>, kLanes>* accumulator) {
   while (!walk->Done()) {
     GradientStep<T, kLanes> batch[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      batch[i].template Load<false>(arrays, tiling, *walk);
+      batch[i].template Load<false>(arrays, tiling, *walk, virtual_batch);
       walk->Advance();
     }
 #pragma unroll

@@ -51,7 +51,7 @@ struct Share {
   // Through `count` steps of the share, from `first` on.
   template <int kLanes, Direction kDirection = Direction::kForward>
   __device__ __forceinline__ Walk<kLanes, kDirection> Through(const OnChip& plan, int first, int count) const {
-    return {plan, place, slab, first_step + first, count};
+    return {plan, place, slab, first_step + first, count, blockIdx.z};
   }
 };
 
@@ -161,6 +161,7 @@ __device__ __forceinline__ void WriteFoldedBits(const OnChip& plan, const Share&
   const int row_bytes = static_cast<int>(plan.bits_row_bytes);
   const int64_t first_unit = static_cast<int64_t>(share.slab) * plan.sums.units;
   const int bits_rows = static_cast<int>(min(static_cast<int64_t>(plan.sums.units), plan.units - first_unit)) / length;
+  const int64_t rows_of_others = static_cast<int64_t>(blockIdx.z) * plan.outer;  // of the virtual batches before
   const int64_t first_row = share.first_step * plan.block.z;
   const int64_t end_row = min((share.first_step + share.steps) * plan.block.z, plan.outer);
   const int count = static_cast<int>(end_row - first_row) * bits_rows * row_bytes;
@@ -179,7 +180,7 @@ __device__ __forceinline__ void WriteFoldedBits(const OnChip& plan, const Share&
       byte |= static_cast<unsigned>(*++vector) << have;
     }
     byte &= (1u << wanted) - 1;
-    const int64_t rows_before = ((first_row + row) * plan.units + first_unit) / length + run;
+    const int64_t rows_before = ((rows_of_others + first_row + row) * plan.units + first_unit) / length + run;
     StoreGlobal(activation_bits + rows_before * row_bytes + at / 8, static_cast<uint8_t>(byte));
   }
 }

@@ -5,9 +5,10 @@
 //   cluster    the blocks of a cluster, which meet through distributed shared memory
 //   grid       all blocks of a cooperative launch; each slab's meet through device memory and a grid barrier
 //
-// Blocks: those of a group are neighbours in grid.x, and share the slab's steps equally. A thread keeps the vectors of
-// its first steps in registers, and those of the next ones in shared memory, where no other thread looks at them. What
-// there is no room for it reads again for the result: the last first, for that is what L2 still has.
+// Blocks: those of a group are neighbours in grid.x, and share the slab's steps equally; grid.z is over virtual
+// batches, of which the grid's tier takes one only, for all blocks of that are resident at once. A thread keeps the
+// vectors of its first steps in registers, and those of the next ones in shared memory, where no other thread looks at
+// them. What there is no room for it reads again for the result: the last first, for that is what L2 still has.
 //
 //     steps of a block's share:   0 1 2 ...    | ...                    | ...               n - 1
 //     where their vectors are:    registers    | shared memory          | memory, or L2

@@ -4,6 +4,7 @@
 #include "csrc/batch_norm/cuda/launch.h"
 #include "csrc/batch_norm/cuda/onchip_backward.cuh"
 #include "csrc/batch_norm/cuda/onchip_launch.h"
+#include "csrc/batch_norm/virtual_batches.h"
 
 namespace tfops::cuda {
 
@@ -15,12 +16,12 @@ const void* OnChipBackwardKernelOf(DataType dtype) {
 }
 
 cudaError_t OnChipBackward(const OnChip& plan, const Problem& problem, const BackwardArrays& arrays, void* workspace,
-                           void* stream) {
+                           SharedGradients* shared, void* stream) {
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
-    return Start(OnChipBackwardKernel<T, kVectorLanes<T>>, ShapeOf(plan), stream, plan, problem,
-                 ActivationIn<Arithmetic<T>>(problem), arrays, AffineOf(problem, arrays), GradientOf(problem, arrays),
-                 ResidualGradient(problem, arrays), workspace);
+    return Start(OnChipBackwardKernel<T, kVectorLanes<T>>, ShapeOf(plan, problem.virtual_batches), stream, plan,
+                 OfVirtualBatch(problem), ActivationIn<Arithmetic<T>>(problem), arrays, AffineOf(problem, arrays),
+                 GradientOf(problem, arrays), ResidualGradient(problem, arrays), workspace, shared);
   });
 }
 

@@ -10,11 +10,13 @@
 
 namespace tfops::cuda {
 
-// `exchanged` is for what the grid's blocks exchange. `dresidual` is null if it is not wanted, or as good as written.
+// `exchanged` is for what the grid's blocks exchange. `dresidual` is null if it is not wanted, or as good as written;
+// `shared` is null unless there are several virtual batches.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
     OnChipBackwardKernel(OnChip plan, Problem problem, ActivationIn<Arithmetic<T>> activation, BackwardArrays arrays,
-                         AffineArrays affine_arrays, GradientArrays gradient, void* dresidual, void* exchanged) {
+                         AffineArrays affine_arrays, GradientArrays gradient, void* dresidual, void* exchanged,
+                         SharedGradients* shared) {
   using F = Arithmetic<T>;
   using V = Vector<T, kLanes>;
   constexpr int kKept = OnChipVectors<kLanes>::kBackward;
@@ -38,7 +40,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
   }
 
   auto walk = share.template Through<kLanes>(plan, 0, share.steps);
-  const Affine<F, kLanes> affine(affine_arrays, plan, walk);
+  const Affine<F, kLanes> affine(affine_arrays, plan, walk, blockIdx.z);
   GradientAccumulator<F, kLanes> accumulator;
   // What is not kept is asked for one step ahead; before it is summed, L2 fetches it some steps ahead.
   const auto fetch = [&](int step, const auto& at, GradientStep<T, kLanes>* vectors) __attribute__((always_inline)) {
@@ -71,7 +73,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
         });
       }
       fetch(step + 1, walk, &next);
-      if (next.inside) next.template LoadBits<true>(gradient, plan, walk);
+      if (next.inside) next.template LoadBits<true>(gradient, plan, walk, blockIdx.z);
       walk.Advance();
     }
     if (step >= 0 && vectors.inside) {
@@ -89,13 +91,16 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
   GradientsOverBlock(plan, share.place, accumulator, OnChipSumsMemory<F>(plan),
                      [&](int c, const GradientSums& sums) { own[c] = sums; });
   F* const channels = SharedAt<F>(plan.channels_at);
+  arrays.inv_std = static_cast<const F*>(arrays.inv_std) + blockIdx.z * plan.channels;
   MeetGroup(plan, share, own, channels, exchanged, [&](int c, const GradientSums& merged) {
     const GradientCoefficients<F> result =
         CoefficientsOfGradient<F>(problem, arrays, merged.dz, merged.dz_xc, share.first_channel + c);
     return Pair<F>{result.tilt, result.shift};
   });
   ForMerged(plan, share, own, [&](int c, const GradientSums& merged) {
-    WriteGradients<F>(problem, arrays, merged.dz, merged.dz_xc, share.first_channel + c);
+    const int64_t channel = share.first_channel + c;
+    FinishGradient<F>(problem, arrays, merged.dz, merged.dz_xc, channel, blockIdx.z * problem.channels + channel,
+                      shared);
   });
 
   F tilt[kLanes], shift[kLanes];

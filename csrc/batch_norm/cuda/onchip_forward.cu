@@ -4,6 +4,7 @@
 #include "csrc/batch_norm/cuda/launch.h"
 #include "csrc/batch_norm/cuda/onchip_forward.cuh"
 #include "csrc/batch_norm/cuda/onchip_launch.h"
+#include "csrc/batch_norm/virtual_batches.h"
 
 namespace tfops::cuda {
 
@@ -15,13 +16,13 @@ const void* OnChipForwardKernelOf(DataType dtype) {
 }
 
 cudaError_t OnChipForward(const OnChip& plan, const Problem& problem, const ForwardArrays& arrays, void* workspace,
-                          void* stream) {
+                          TakenIn* taken, void* stream) {
   ForwardArrays used = arrays;
   if (!NeedsActivationBits(problem)) used.activation_bits = nullptr;
   return WithDataType(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::Type;
-    return Start(OnChipForwardKernel<T, kVectorLanes<T>>, ShapeOf(plan), stream, plan, problem,
-                 ActivationIn<Arithmetic<T>>(problem), used, workspace);
+    return Start(OnChipForwardKernel<T, kVectorLanes<T>>, ShapeOf(plan, problem.virtual_batches), stream, plan,
+                 OfVirtualBatch(problem), ActivationIn<Arithmetic<T>>(problem), used, workspace, taken);
   });
 }
 

@@ -9,11 +9,11 @@
 
 namespace tfops::cuda {
 
-// `exchanged` is for what the grid's blocks exchange.
+// `exchanged` is for what the grid's blocks exchange. `taken` is null unless there are several virtual batches.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
     OnChipForwardKernel(OnChip plan, Problem problem, ActivationIn<Arithmetic<T>> activation, ForwardArrays arrays,
-                        void* exchanged) {
+                        void* exchanged, TakenIn* taken) {
   using F = Arithmetic<T>;
   using V = Vector<T, kLanes>;
   constexpr int kKept = OnChipVectors<kLanes>::kForward;
@@ -74,7 +74,12 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
     return Pair<F>{saved.mean, channels[slab_channels + c] * saved.inv_std};
   });
   ForMerged(plan, share, own, [&](int c, const Moments<double>& merged) {
-    FinishStatistics<F>(problem, arrays, merged, share.first_channel + c);
+    const int64_t channel = share.first_channel + c;
+    FinishRunningStatistics<F>(problem, arrays, merged, channel, blockIdx.z * problem.channels + channel, taken);
+  });
+  // In a loop of its own, which leaves more registers to either.
+  ForMerged(plan, share, own, [&](int c, const Moments<double>& merged) {
+    WriteSavedStatistics<F>(problem, arrays, merged, blockIdx.z * problem.channels + share.first_channel + c);
   });
 
   Affine<F, kLanes> affine;
@@ -132,7 +137,7 @@ __global__ void __launch_bounds__(OnChipTuning::kThreads, 1)
       } else if (arrays.activation_bits) {
         const unsigned byte = GatherByte<kLanes>(bits);
         if (walk.Inside() && walk.BitInByte() == 0) {
-          StoreGlobal(arrays.activation_bits + walk.BitsOffset(plan), static_cast<uint8_t>(byte));
+          StoreGlobal(arrays.activation_bits + walk.BitsOffset(plan, blockIdx.z), static_cast<uint8_t>(byte));
         }
       }
     }

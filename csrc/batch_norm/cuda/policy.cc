@@ -35,6 +35,11 @@ Traffic TrafficOf(const Problem& problem, Pass pass) {
   return {(2 + NeedsResidual(problem)) * tensor + bits, 0, (1 + dresidual) * tensor};
 }
 
+// Of what virtual batches come to, by one more kernel.
+double MergeTime(const Problem& problem, const PolicyTuning& reckon) {
+  return problem.virtual_batches > 1 ? reckon.next_launch + 2 * reckon.phase : 0;
+}
+
 double StreamingTime(const Situation& situation, const PolicyTuning& reckon) {
   const auto& [problem, pass, aligned, device, occupancy] = situation;
   const Traffic traffic = TrafficOf(problem, pass);
@@ -44,7 +49,7 @@ double StreamingTime(const Situation& situation, const PolicyTuning& reckon) {
   }
   const bool cached = traffic.statistics <= reckon.cache_share * static_cast<double>(device.l2_bytes);
   const double again = traffic.statistics * (cached ? reckon.cache_factor : 1);
-  return reckon.launch + 2 * reckon.next_launch + 4 * reckon.phase + 2 * reckon.merge +
+  return reckon.launch + 2 * reckon.next_launch + 4 * reckon.phase + 2 * reckon.merge + MergeTime(problem, reckon) +
          (traffic.statistics + again + traffic.rest + traffic.written) / rate;
 }
 
@@ -68,7 +73,8 @@ Estimate OnChipTime(const Situation& situation, const OnChip& plan, const Policy
   const int64_t at_once = AtOnce(plan, occupancy);
   // What is read again, L2 still has if it is not too much, of all blocks that run at the same time.
   const double again = traffic.statistics * plan.ReadAgain();
-  const double of_running = std::min(1.0, static_cast<double>(at_once) / static_cast<double>(plan.Blocks()));
+  const int64_t blocks = plan.Blocks() * problem.virtual_batches;
+  const double of_running = std::min(1.0, static_cast<double>(at_once) / static_cast<double>(blocks));
   const bool cached = again * of_running <= reckon.cache_share * static_cast<double>(device.l2_bytes);
   const double twice = again * (cached ? 1 + reckon.cache_factor : 2);  // of what is read again, both times
   const double once = traffic.statistics - again + traffic.rest + traffic.written;
@@ -76,7 +82,7 @@ Estimate OnChipTime(const Situation& situation, const OnChip& plan, const Policy
   const double block_elements =
       static_cast<double>(plan.share_steps) * plan.block.x * plan.block.y * plan.block.z * plan.lanes;
   const double of_block = block_elements / static_cast<double>(problem.Elements());
-  const double waves = static_cast<double>(DivideUp(plan.Blocks(), at_once));
+  const double waves = static_cast<double>(DivideUp(blocks, at_once));
   // Neighbours in memory that a block reads: short runs waste memory's bursts.
   const double run = plan.planes       ? static_cast<double>(plan.inner) * plan.block.y
                      : plan.slabs == 1 ? static_cast<double>(plan.units) * plan.block.z
@@ -100,7 +106,8 @@ Estimate OnChipTime(const Situation& situation, const OnChip& plan, const Policy
     meeting += plan.group * reckon.merge_block;
   }
   const double extra_phase = problem.has_residual && !plan.keeps_residual && pass == Pass::kForward ? reckon.phase : 0;
-  return {reckon.launch + waves * (2 * reckon.phase + reckon.merge + meeting + extra_phase) + moving,
+  return {reckon.launch + waves * (2 * reckon.phase + reckon.merge + meeting + extra_phase) + moving +
+              MergeTime(problem, reckon),
           static_cast<int>(waves)};
 }
 
@@ -183,7 +190,7 @@ void ForAllPlans(const Situation& situation, const Settings& settings, const Bod
     }
     const int64_t share =
         std::min<int64_t>((device.multiprocessors - settings.free_multiprocessors) / plan.slabs, plan.steps);
-    if (device.cooperative && share > 1) with_group(Scope::kGrid, share);
+    if (device.cooperative && share > 1 && problem.virtual_batches == 1) with_group(Scope::kGrid, share);
   };
   if (view.planes) {
     ForPlanes(view, NeedsActivationBits(problem), with_groups);
@@ -214,6 +221,7 @@ std::string Microseconds(double nanoseconds) {
 bool Fits(const Situation& situation, const Settings& settings, const OnChip& plan) {
   const int64_t at_once = AtOnce(plan, situation.occupancy);
   if (at_once == 0 || plan.Blocks() > INT32_MAX) return false;
+  if (situation.problem.virtual_batches > kMostOfLaunch) return false;
   return plan.scope != Scope::kGrid || plan.Blocks() <= at_once - settings.free_multiprocessors;
 }
 
@@ -259,6 +267,9 @@ std::string WhyNot(const Situation& situation, const Settings& settings) {
            std::to_string(device.compute_capability % 10) + " has no clusters";
   }
   if (settings.tier == Tier::kGrid && !device.cooperative) return "this GPU has no cooperative launches";
+  if (settings.tier == Tier::kGrid && situation.problem.virtual_batches > 1) {
+    return "the blocks of all virtual batches would have to be resident at once";
+  }
   if (least_shared == INT64_MAX) return "there is no work for a second block";
   const int64_t room = situation.occupancy.room;
   if (least_shared <= room) return "this GPU does not hold so many blocks at once";
@@ -377,6 +388,9 @@ std::string Explain(const Situation& situation, const Choice& choice) {
            std::to_string(plan.SlabChannels()) + (plan.SlabChannels() == 1 ? " channel, " : " channels, ") +
            std::to_string(plan.group) + (plan.group == 1 ? " block each, " : " blocks each, ") +
            Kilobytes(plan.shared_bytes) + " a block";
+    if (const int64_t batches = situation.problem.virtual_batches; batches > 1) {
+      what += ", in each of " + std::to_string(batches) + " virtual batches";
+    }
     if (plan.ReadAgain() > 0) {
       what += ", " + std::to_string(static_cast<int>(std::lround(100 * plan.ReadAgain()))) + " % read again";
     }

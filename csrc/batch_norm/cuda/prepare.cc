@@ -17,7 +17,7 @@ namespace {
 // Problems that are remembered. Where there are more, all are forgotten, and begin anew.
 constexpr size_t kMostProblems = 4096;
 
-using Key = std::array<int64_t, 4>;
+using Key = std::array<int64_t, 5>;
 
 thread_local int rehearsals = 0;
 
@@ -44,7 +44,7 @@ Key KeyOf(const Problem& problem, Pass pass, const Device& device) {
     flags = flags * kMost + flag;
   }
   for (const bool flag : {problem.has_residual, problem.training}) flags = flags * 2 + flag;
-  return {problem.outer, problem.channels, problem.inner, flags};
+  return {problem.outer, problem.channels, problem.inner, problem.virtual_batches, flags};
 }
 
 const char* NameOf(Pass pass) { return pass == Pass::kForward ? "forward" : "backward"; }
@@ -77,6 +77,8 @@ Status SituateChecked(const Problem& problem, bool backward, bool aligned, const
 }
 
 Plan DescribePlan(const Situation& situation, const Choice& choice) {
+  const auto batches = static_cast<int>(std::min(situation.problem.virtual_batches, kMostOfLaunch));
+  const int merges = batches > 1 ? 1 : 0;
   Plan plan;
   plan.tier = NameOf(choice.tier);
   plan.reason = Explain(situation, choice);
@@ -84,18 +86,18 @@ Plan DescribePlan(const Situation& situation, const Choice& choice) {
   if (choice.tier == Tier::kStreaming) {
     const StreamingTiling tiling =
         MakeStreamingTiling(situation.problem, situation.aligned, situation.device.multiprocessors);
-    plan.launches = situation.IsSinglePass() ? 1 : 3;
+    plan.launches = situation.IsSinglePass() ? 1 : 3 + merges;
     plan.read_again = situation.IsSinglePass() ? 0 : 1;
     plan.lanes = tiling.lanes;
     plan.threads = tiling.block.x * tiling.block.y * tiling.block.z;
-    plan.blocks = tiling.grid.x * tiling.grid.y;
+    plan.blocks = tiling.grid.x * tiling.grid.y * batches;
     plan.blocks_per_slab = tiling.grid.y;
     return plan;
   }
-  plan.launches = 1;
+  plan.launches = 1 + merges;
   plan.lanes = choice.plan.lanes;
   plan.threads = choice.plan.threads;
-  plan.blocks = static_cast<int>(choice.plan.Blocks());
+  plan.blocks = static_cast<int>(choice.plan.Blocks()) * batches;
   plan.blocks_per_slab = choice.plan.group;
   plan.shared_bytes = choice.plan.shared_bytes;
   plan.read_again = choice.plan.ReadAgain();
@@ -113,7 +115,8 @@ Status MakePrepared(const Problem& problem, Pass pass, const Device& device, con
     prepared->status[aligned] = ChooseTier(situation, settings, &choice);
     StreamingTiling& tiling = prepared->tiling[aligned];
     tiling = MakeStreamingTiling(problem, aligned, device.multiprocessors);
-    prepared->items = std::max({prepared->items, choice.plan.ExchangedItems(), tiling.Splits() * tiling.units});
+    prepared->items = std::max(
+        {prepared->items, choice.plan.ExchangedItems(), tiling.Splits() * tiling.units * problem.virtual_batches});
   }
   return {};
 }
@@ -121,7 +124,8 @@ Status MakePrepared(const Problem& problem, Pass pass, const Device& device, con
 std::string Text(const Problem& problem) {
   constexpr const char* kTypes[] = {"float16", "bfloat16", "float32", "float64"};
   return std::to_string(problem.outer) + " x " + std::to_string(problem.channels) + " channels x " +
-         std::to_string(problem.inner) + " of " + kTypes[static_cast<int>(problem.dtype)];
+         std::to_string(problem.inner) + " of " + kTypes[static_cast<int>(problem.dtype)] +
+         (problem.virtual_batches > 1 ? ", " + std::to_string(problem.virtual_batches) + " virtual batches" : "");
 }
 
 }  // namespace

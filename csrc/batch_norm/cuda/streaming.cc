@@ -37,7 +37,8 @@ int ChooseWidth(int64_t vectors, int least, int most) {
 StreamingTiling MakeStreamingTiling(const Problem& problem, bool aligned, int multiprocessors) {
   constexpr int kThreads = StreamingTuning::kThreads;
   // Each unit's results pass through memory: there have to be elements enough beside them.
-  const int64_t most_units = std::min(problem.Elements() / StreamingTuning::kMinFoldedRows, int64_t{1} << 30);
+  const int64_t batches = problem.virtual_batches;
+  const int64_t most_units = std::min(problem.Elements() / batches / StreamingTuning::kMinFoldedRows, int64_t{1} << 30);
   const View view = MakeView(problem, aligned, most_units, false);
 
   // Threads that share a byte of activation bits are neighbours in a warp. Narrow vectors need more threads for a wide
@@ -55,9 +56,9 @@ StreamingTiling MakeStreamingTiling(const Problem& problem, bool aligned, int mu
   // Whole waves of resident blocks, if there is work for one.
   const int64_t resident = int64_t{multiprocessors} * StreamingTuning::kBlocks;
   int64_t blocks =
-      std::min(StreamingTuning::kWaves * resident, tiling.slabs * tiling.steps / StreamingTuning::kMinSteps);
+      std::min(StreamingTuning::kWaves * resident, batches * tiling.slabs * tiling.steps / StreamingTuning::kMinSteps);
   if (blocks > resident) blocks -= blocks % resident;
-  const int64_t splits = std::min(std::max(blocks / tiling.slabs, int64_t{1}), tiling.steps);
+  const int64_t splits = std::min(std::max(blocks / (batches * tiling.slabs), int64_t{1}), tiling.steps);
   tiling.split_steps = DivideUp(tiling.steps, splits);
   tiling.grid.x = static_cast<int>(tiling.slabs);
   tiling.grid.y = static_cast<int>(DivideUp(tiling.steps, tiling.split_steps));
@@ -72,7 +73,7 @@ StreamingTiling MakeStreamingTiling(const Problem& problem, const Mask& mask, bo
 
 int64_t SplitItems(const Problem& problem, bool aligned, int multiprocessors) {
   const StreamingTiling tiling = MakeStreamingTiling(problem, aligned, multiprocessors);
-  return tiling.Splits() * tiling.units;
+  return tiling.Splits() * tiling.units * problem.virtual_batches;
 }
 
 }  // namespace tfops::cuda

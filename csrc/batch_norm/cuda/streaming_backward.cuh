@@ -19,8 +19,10 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
   using F = Arithmetic<T>;
   GradientAccumulator<F, kLanes> accumulator;
   auto walk = WalkSplit<kLanes, Direction::kForward>(tiling);
-  const Affine<F, kLanes> affine(affine_arrays, tiling, walk);
-  AddGradients<T, StreamingBatch<kLanes>::kGradientMoments>(arrays, tiling, activation, affine, &walk, &accumulator);
+  const int64_t virtual_batch = VirtualBatch<Direction::kForward>();
+  const Affine<F, kLanes> affine(affine_arrays, tiling, walk, virtual_batch);
+  AddGradients<T, StreamingBatch<kLanes>::kGradientMoments>(arrays, tiling, activation, affine, virtual_batch, &walk,
+                                                            &accumulator);
   accumulator.CloseChain();
   GradientsOverBlock(tiling, PlaceInBlock(), accumulator, StreamingSumsMemory<F, kLanes>(),
                      [&](int unit, const GradientSums& sums) { StoreOfBlock(tiling, unit, sums, partials); });
@@ -36,18 +38,20 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
   using F = Arithmetic<T>;
   constexpr int kBatch = StreamingBatch<kLanes>::kGradientNormalize;
   auto walk = WalkSplit<kLanes, Direction::kBackward>(tiling);
-  const Affine<F, kLanes> affine(affine_arrays, tiling, walk);
+  const int64_t virtual_batch = VirtualBatch<Direction::kBackward>();
+  const Affine<F, kLanes> affine(affine_arrays, tiling, walk, virtual_batch);
   F tilt[kLanes], shift[kLanes];
+  const GradientCoefficients<F>* const own = coefficients + virtual_batch * tiling.channels;
   walk.ForLanes(tiling, [&](int lane, int64_t c) {
-    tilt[lane] = coefficients[c].tilt;
-    shift[lane] = coefficients[c].shift;
+    tilt[lane] = own[c].tilt;
+    shift[lane] = own[c].shift;
   });
   while (!walk.Done()) {
     GradientStep<T, kLanes> batch[kBatch];
     auto ahead = walk;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      batch[i].template Load<true>(arrays, tiling, ahead);
+      batch[i].template Load<true>(arrays, tiling, ahead, virtual_batch);
       ahead.Advance();
     }
 #pragma unroll

@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
   using F = Arithmetic<T>;
   constexpr int kBatch = StreamingBatch<kLanes>::kNormalize;
   auto walk = WalkSplit<kLanes, Direction::kBackward>(tiling);
-  const Affine<F, kLanes> affine(affine_arrays, tiling, walk);
+  const int64_t virtual_batch = VirtualBatch<Direction::kBackward>();
+  const Affine<F, kLanes> affine(affine_arrays, tiling, walk, virtual_batch);
   while (!walk.Done()) {
     Vector<T, kLanes> x[kBatch];
     Vector<T, kLanes> residual[kBatch];
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(StreamingTuning::kThreads, StreamingTuning::kB
       if (arrays.activation_bits) {
         const unsigned byte = GatherByte<kLanes>(bits);
         if (walk.Inside() && walk.BitInByte() == 0) {
-          StoreGlobal(arrays.activation_bits + walk.BitsOffset(tiling), static_cast<uint8_t>(byte));
+          StoreGlobal(arrays.activation_bits + walk.BitsOffset(tiling, virtual_batch), static_cast<uint8_t>(byte));
         }
       }
       walk.Advance();

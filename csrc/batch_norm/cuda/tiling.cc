@@ -6,15 +6,20 @@
 #include <cmath>
 #include <numeric>
 
+#include "csrc/batch_norm/virtual_batches.h"
+
 namespace tfops::cuda {
 
-View MakeView(const Problem& problem, bool aligned, int64_t most_units, bool fold_bits) {
+View MakeView(const Problem& whole, bool aligned, int64_t most_units, bool fold_bits) {
+  const Problem problem = OfVirtualBatch(whole);
+  if (whole.virtual_batches > 1) aligned = aligned && problem.Elements() * ElementBytes(problem.dtype) % 16 == 0;
   const int lanes = 16 / ElementBytes(problem.dtype);
   View view;
   view.channels = view.units = problem.channels;
   const ActivationBitsLayout bits = LayoutOfActivationBits(problem);
   view.bits_row_elements = bits.row_elements;
   view.bits_row_bytes = bits.row_bytes;
+  view.bits_bytes = bits.Bytes();
   const bool one_channel = problem.channels == 1;
   view.planes = one_channel || problem.inner > 1;
   view.outer = one_channel ? 1 : problem.outer;

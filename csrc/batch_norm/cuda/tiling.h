@@ -47,7 +47,7 @@
 
 namespace tfops::cuda {
 
-// A tensor as the kernels see it.
+// A tensor as the kernels see it, or with virtual batches one of these: grid.z of every launch is over them.
 struct View {
   int lanes = 1;
   bool planes = false;
@@ -59,6 +59,7 @@ struct View {
   int pixels = 1;                 // rows: neighbours in a row that are of one channel
   int64_t bits_row_elements = 0;  // of the rows of activation bits; see LayoutOfActivationBits()
   int64_t bits_row_bytes = 0;
+  int64_t bits_bytes = 0;  // all of them
 
   TFOPS_INLINE int64_t RowElements() const { return planes ? units * inner : units; }
   TFOPS_INLINE int64_t UnitsPerChannel() const { return int64_t{repeat} * pixels; }
@@ -67,7 +68,7 @@ struct View {
 
 // Vectors of 16 bytes if they can be had, for a problem with at least one element. `aligned`: every array is, to 16
 // bytes. Rows are not put together to more than `most_units`, of at most 2^30; nor where there are activation bits,
-// unless `fold_bits`, for then their rows are not the view's.
+// unless `fold_bits`, for then their rows are not the view's. Each virtual batch has to begin at 16 bytes, too.
 View MakeView(const Problem& problem, bool aligned, int64_t most_units, bool fold_bits);
 
 bool AllAligned(const void* const* arrays, int count);

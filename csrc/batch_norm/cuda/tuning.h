@@ -7,6 +7,9 @@
 
 namespace tfops::cuda {
 
+// Virtual batches that a launch can be over: what CUDA lets grid.z be.
+inline constexpr int64_t kMostOfLaunch = 65535;
+
 struct Tuning {
   // The elements in a chain of a thread's sums: the longer, the more rounding error, and the less often to close one.
   static constexpr int kChain = 64;

@@ -43,8 +43,9 @@ struct Place {
 template <int kLanes, Direction kDirection>
 class Walk {
  public:
-  // `count` steps of the slab, which begin with `first`.
-  __device__ __forceinline__ Walk(const Tiling& tiling, const Place& place, int64_t slab, int64_t first, int64_t count)
+  // `count` steps of the slab, which begin with `first`, in that virtual batch.
+  __device__ __forceinline__ Walk(const Tiling& tiling, const Place& place, int64_t slab, int64_t first, int64_t count,
+                                  int64_t virtual_batch)
       : x_(place.x),
         z_(place.z),
         left_(static_cast<int>(count)),
@@ -64,7 +65,7 @@ class Walk {
     end_across_ = column < width ? static_cast<int>((width - column - 1) / stride_across_ + 1) : 0;
     end_down_ = real ? static_cast<int>((tiling.outer - place.z - 1) / tiling.block.z + 1) : 0;
 
-    const int64_t n = static_cast<int64_t>(down_) * tiling.block.z + place.z;
+    const int64_t n = virtual_batch * tiling.outer + static_cast<int64_t>(down_) * tiling.block.z + place.z;
     offset_ = n * tiling.RowElements() + (tiling.planes ? unit_ * tiling.inner : 0) + column + across_ * stride_across_;
   }
 
@@ -100,25 +101,27 @@ class Walk {
     }
   }
 
-  // Where the byte is that has the activation bit of the vector's first element, and which of its bits that is.
-  __device__ __forceinline__ int64_t BitsOffset(const Tiling& tiling) const {
+  // Where the byte is that has the activation bit of the vector's first element, and which of its bits that is. The
+  // virtual batch is that of the walk, which would cost it a register.
+  __device__ __forceinline__ int64_t BitsOffset(const Tiling& tiling, int64_t virtual_batch) const {
     if constexpr (kLanes == 8) return offset_ / 8;  // rows are of whole bytes then, and have no padding
     const int64_t n = static_cast<int64_t>(down_) * tiling.block.z + z_;
     const int64_t row = tiling.planes ? n * tiling.units + unit_ : n;
     const int64_t column = tiling.planes ? across_ * stride_across_ + x_ * kLanes : unit_;
-    return row * tiling.bits_row_bytes + column / 8;
+    return virtual_batch * tiling.bits_bytes + row * tiling.bits_row_bytes + column / 8;
   }
   __device__ __forceinline__ int BitInByte() const { return kLanes == 8 ? 0 : x_ * kLanes % 8; }
 
   // The vector's activation bits where their rows are not the view's: neighbours may be of different rows.
-  __device__ __forceinline__ unsigned LoadFoldedBits(const Tiling& tiling, const uint8_t* activation_bits) const {
+  __device__ __forceinline__ unsigned LoadFoldedBits(const Tiling& tiling, const uint8_t* activation_bits,
+                                                     int64_t virtual_batch) const {
     const unsigned length = static_cast<unsigned>(tiling.bits_row_elements);
     const unsigned unit = static_cast<unsigned>(unit_);
     const int64_t n = static_cast<int64_t>(down_) * tiling.block.z + z_;
     unsigned row = unit / length;
     unsigned at = unit - row * length;
-    const uint8_t* const rows =
-        activation_bits + n * (static_cast<unsigned>(tiling.units) / length) * tiling.bits_row_bytes;
+    const uint8_t* const rows = activation_bits + virtual_batch * tiling.bits_bytes +
+                                n * (static_cast<unsigned>(tiling.units) / length) * tiling.bits_row_bytes;
     unsigned bits = 0;
 #pragma unroll 1
     for (unsigned have = 0; have < kLanes;) {

@@ -21,9 +21,10 @@ class Forward(NamedTuple):
         y: The result, of the shape and dtype of x.
         mean: What the running mean becomes, [C]. None in inference, and so are the next three.
         variance: What the running variance becomes, [C].
-        saved_mean: The mean of the batch, [C], which `backward` takes.
-        saved_inv_std: 1 / sqrt(variance + epsilon) with the population variance of the batch, [C], which `backward`
-            takes.
+        saved_mean: The mean of the batch, [C], which `backward` takes. With `virtual_batch_size` that of each virtual
+            batch, [V, C].
+        saved_inv_std: 1 / sqrt(variance + epsilon) with the population variance of the batch, which `backward` takes;
+            of the shape of saved_mean.
         mask: One bit for each element of x, in bytes, which `backward` takes. None unless the gradient needs it, which
             is in training with a residual and relu, relu6 or leaky_relu.
     """
@@ -57,18 +58,34 @@ class Backward(NamedTuple):
 
 
 def _problem(
-    requirement: str, shape: Sequence[int], dtype: str, residual: bool, activation: str | None, **settings: Any
+    requirement: str,
+    shape: Sequence[int],
+    dtype: str,
+    residual: bool,
+    activation: str | None,
+    virtual_batch_size: int | None = None,
+    **settings: Any,
 ) -> _kernels.Problem:
     """A problem; TypeError, which begins with `requirement`, if there is none with that dtype."""
     if dtype not in PARAM_TYPES:
         raise TypeError(f"{requirement} {', '.join(PARAM_TYPES)}, but it is {dtype}")
+    if virtual_batch_size is not None and virtual_batch_size < 1:
+        raise ValueError(f"virtual_batch_size must be > 0 or None, but it is {virtual_batch_size!r}")
     return _kernels.Problem(
         shape=list(shape),
         dtype=getattr(_kernels.DataType, dtype),
         has_residual=residual,
         activation=activation or "",
+        virtual_batch_size=virtual_batch_size or 0,
         **settings,
     )
+
+
+def _statistics_shape(problem: _kernels.Problem, virtual_batch_size: int | None) -> tuple[int, ...]:
+    """That of saved_mean and saved_inv_std."""
+    if virtual_batch_size is None or not problem.training:
+        return (problem.channels,)
+    return problem.virtual_batches, problem.channels
 
 
 def xla_attributes(problem: _kernels.Problem) -> dict[str, Any]:
@@ -88,6 +105,7 @@ def xla_attributes(problem: _kernels.Problem) -> dict[str, Any]:
         "epsilon": np.float64,
         "exponential_avg_factor": np.float64,
         "unbiased": np.bool_,
+        "virtual_batches": np.int64,
     }
     return {name: kind(getattr(problem, name)) for name, kind in types.items()}
 
@@ -132,6 +150,7 @@ def forward(
     training: bool = True,
     activation: str | None = None,
     unbiased: bool = True,
+    virtual_batch_size: int | None = None,
     threads: int = 1,
 ) -> Forward:
     """Batch normalization, residual addition and activation.
@@ -162,6 +181,10 @@ def forward(
             threshold=1)", of which any may be left out.
         unbiased: Whether the returned variance divides the sum of squares by n - 1, not by n, the number of elements in
             a channel.
+        virtual_batch_size: In training, of how many consecutive entries of dimension 0 a virtual batch consists, which
+            is normalized with statistics of its own (ghost batch normalization,
+            [Hoffer, Hubara and Soudry, 2017](https://arxiv.org/abs/1705.08741)); what the running statistics take in is
+            the average of them all. The size of dimension 0 is a multiple of it. None means that there is one batch.
         threads: The number of threads, on the CPU. The result does not depend on it.
 
     Returns:
@@ -197,6 +220,7 @@ def forward(
         epsilon=epsilon,
         exponential_avg_factor=exponential_avg_factor,
         unbiased=unbiased,
+        virtual_batch_size=virtual_batch_size,
     )
     shape, channels, param = tuple(x.shape), (problem.channels,), PARAM_TYPES[dtype]
     arrays = _kernels.ForwardArrays()
@@ -215,8 +239,9 @@ def forward(
     mask = None
     if problem.needs_activation_bits:
         mask = new("activation_bits", (problem.activation_bits_bytes,), "uint8")
-    names = ("mean_out", "variance_out", "saved_mean", "saved_inv_std")
-    statistics = [new(name, channels, param) if training else None for name in names]
+    saved = _statistics_shape(problem, virtual_batch_size)
+    shapes = {"mean_out": channels, "variance_out": channels, "saved_mean": saved, "saved_inv_std": saved}
+    statistics = [new(name, shapes[name], param) if training else None for name in shapes]
     _run("forward", library, x, problem, arrays, threads)
     return Forward._make([y, *statistics, mask])
 
@@ -239,6 +264,7 @@ def backward(
     training: bool = True,
     activation: str | None = None,
     unbiased: bool = True,
+    virtual_batch_size: int | None = None,
     threads: int = 1,
 ) -> Backward:
     """The gradient of `forward`, whose arguments of the same names have the same meaning.
@@ -255,7 +281,7 @@ def backward(
         dx = scale * inv_std * (dz - sum(dz) / n - xc * inv_std^2 * sum(dz * xc) / n)
              + f * (dmean / n + dvariance * xc * 2 / m)
 
-    In inference:
+    where, with V virtual batches, n and the sums in dx are of one, and f is divided by V. In inference:
 
         dx = scale * inv_std * dz
         dmean = -scale * inv_std * sum(dz)
@@ -266,8 +292,8 @@ def backward(
         x: As `forward` was given it.
         scale: As `forward` was given it.
         offset: As `forward` was given it.
-        mean: In training `saved_mean`, in inference the mean; [C].
-        spread: In training `saved_inv_std`, in inference the variance; [C].
+        mean: In training `saved_mean`, in inference the mean; [C], or [V, C] with virtual batches.
+        spread: In training `saved_inv_std`, in inference the variance; likewise.
         dmean: In training the gradient of the returned mean, [C], or None for zeros.
         dvariance: In training the gradient of the returned variance, [C], or None for zeros.
         residual: The array if the gradient needs it, which is with all activations but relu, relu6 and leaky_relu (with
@@ -279,6 +305,7 @@ def backward(
         training: Whether mean and variance are those of the batch.
         activation: As for `forward`.
         unbiased: Whether the returned variance is the unbiased one.
+        virtual_batch_size: As for `forward`.
         threads: The number of threads, on the CPU. The result does not depend on it.
 
     Returns:
@@ -315,14 +342,17 @@ def backward(
         epsilon=epsilon,
         exponential_avg_factor=exponential_avg_factor,
         unbiased=unbiased,
+        virtual_batch_size=virtual_batch_size,
     )
     shape, channels, param = tuple(x.shape), (problem.channels,), PARAM_TYPES[dtype]
     arrays = _kernels.BackwardArrays()
     arrays.x = check(library, "x", x, shape, dtype, x)
     arrays.dy = check(library, "dy", dy, shape, dtype, x)
-    for name, array in (("scale", scale), ("offset", offset), ("mean", mean)):
+    for name, array in (("scale", scale), ("offset", offset)):
         setattr(arrays, name, check(library, name, array, channels, param, x))
-    setattr(arrays, "inv_std" if training else "variance", check(library, "spread", spread, channels, param, x))
+    saved = _statistics_shape(problem, virtual_batch_size)
+    arrays.mean = check(library, "mean", mean, saved, param, x)
+    setattr(arrays, "inv_std" if training else "variance", check(library, "spread", spread, saved, param, x))
     for name, array in (("dmean", dmean), ("dvariance", dvariance)):
         if array is not None:
             setattr(arrays, name, check(library, name, array, channels, param, x))
@@ -384,6 +414,7 @@ def cuda_plan(
     training: bool = True,
     activation: str | None = None,
     aligned: bool = True,
+    virtual_batch_size: int | None = None,
     **device: int,
 ) -> Plan:
     """Which of the CUDA kernels a problem takes, and why. Needs no GPU.
@@ -400,6 +431,7 @@ def cuda_plan(
         training: As for `forward`.
         activation: As for `forward`.
         aligned: Whether all arrays are aligned to 16 bytes.
+        virtual_batch_size: As for `forward`.
         **device: Properties of the GPU that differ from those of the current one, or of an H200 if there is none:
             compute_capability (90 for 9.0), multiprocessors, shared_bytes_per_block, l2_bytes, largest_cluster (1
             where there are no clusters) and cooperative (whether all blocks of a grid can synchronize).
@@ -430,6 +462,7 @@ def cuda_plan(
         epsilon=1e-3,
         exponential_avg_factor=1.0,
         unbiased=True,
+        virtual_batch_size=virtual_batch_size,
     )
     properties = _kernels.CudaDevice()
     for name, value in device.items():

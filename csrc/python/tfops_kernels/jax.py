@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from tfops_kernels import _kernels
-from tfops_kernels._api import _problem, xla_attributes
+from tfops_kernels._api import _problem, _statistics_shape, xla_attributes
 from tfops_kernels._arrays import PARAM_TYPES
 
 _LIBRARY = Path(__file__).with_name("libtfops_jax.so")
@@ -69,6 +69,7 @@ class _Settings:
     training: bool
     activation: str | None
     unbiased: bool
+    virtual_batch_size: int | None
 
     def problem(self, x: Any, residual: bool) -> _kernels.Problem:
         return _problem("x must be of dtype", x.shape, x.dtype.name, residual, **dataclasses.asdict(self))
@@ -108,7 +109,9 @@ def _forward(
     results = [data]
     if settings.training:
         mask_bytes = problem.activation_bits_bytes if problem.needs_activation_bits else 0
-        results += [vector] * 4 + [jax.ShapeDtypeStruct((mask_bytes,), np.uint8)]
+        saved_shape = _statistics_shape(problem, settings.virtual_batch_size)
+        saved_vector = jax.ShapeDtypeStruct(saved_shape, scale.dtype)
+        results += [vector, vector, saved_vector, saved_vector, jax.ShapeDtypeStruct((mask_bytes,), np.uint8)]
     operands = _present(x, scale, offset, mean, variance, residual)
     y, *others = _call(settings, False, residual is not None, x, results, operands)
     if settings.training:
@@ -170,6 +173,7 @@ def batch_norm(
     training: bool = True,
     activation: str | None = None,
     unbiased: bool = True,
+    virtual_batch_size: int | None = None,
 ) -> BatchNorm:
     """Batch normalization, residual addition and activation, in JAX, with their gradient.
 
@@ -194,6 +198,7 @@ def batch_norm(
         activation: As for `tfops_kernels.forward`.
         unbiased: Whether the returned variance divides the sum of squares by n - 1, not by n, the number of elements in
             a channel.
+        virtual_batch_size: As for `tfops_kernels.forward`.
 
     Returns:
         The result and the statistics.
@@ -217,10 +222,14 @@ def batch_norm(
     for name, value in (("training", training), ("unbiased", unbiased)):
         if not isinstance(value, (bool, np.bool_)):
             raise TypeError(f"{name} must be a bool, but it is {value!r}")
+    if virtual_batch_size is not None and not isinstance(virtual_batch_size, (int, np.integer)):
+        raise TypeError(f"virtual_batch_size must be an integer or None, but it is {virtual_batch_size!r}")
     if activation is not None and not isinstance(activation, str):
         raise TypeError(f"activation must be a str or None, but it is {activation!r}")
     x = jax.numpy.asarray(x)
-    settings = _Settings(axis, float(epsilon), float(exponential_avg_factor), training, activation, unbiased)
+    settings = _Settings(
+        axis, float(epsilon), float(exponential_avg_factor), training, activation, unbiased, virtual_batch_size
+    )
     channels = (settings.problem(x, residual is not None).channels,)
     param = PARAM_TYPES[x.dtype.name]
     arrays = [x, _check("scale", scale, channels, param), _check("offset", offset, channels, param)]
