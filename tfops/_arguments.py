@@ -35,6 +35,7 @@ class Arguments(NamedTuple):
     activation: str | None
     is_training: bool | tf.Tensor
     unbiased: bool
+    virtual_batch_size: int | None
 
 
 def float_attribute(name: str, value: float, dtype: tf.DType) -> dict[str, Any]:
@@ -126,6 +127,16 @@ def activation_argument(activation: Any) -> str | None:
     raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, but it is {activation!r}")
 
 
+def check_virtual_batch_size(value: Any) -> int:
+    try:
+        size = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"virtual_batch_size must be an integer or None, but it is {value!r}") from error
+    if size < 1:
+        raise ValueError(f"virtual_batch_size must be > 0 or None, but it is {value!r}")
+    return size
+
+
 def _unless_empty(statistic: tf.Tensor | None) -> tf.Tensor | None:
     """A statistic that is not needed: an empty one is none at all, as for TensorFlow's function.
 
@@ -162,6 +173,7 @@ def convert(
     activation: Any,
     residual: Any,
     unbiased: Any,
+    virtual_batch_size: Any,
 ) -> Arguments:
     """All tensors as tensors. Raises TypeError or ValueError, naming the argument and its value."""
     if not isinstance(x, tf.Tensor):
@@ -206,4 +218,5 @@ def convert(
         activation if activation is None else activation_argument(activation),
         training,
         unbiased if isinstance(unbiased, bool) else _bool("unbiased", unbiased),
+        virtual_batch_size if virtual_batch_size is None else check_virtual_batch_size(virtual_batch_size),
     )

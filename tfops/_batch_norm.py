@@ -28,6 +28,7 @@ def fused_batch_norm(
     activation: str | None = None,
     residual: Any = None,
     unbiased: bool = True,
+    virtual_batch_size: int | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Batch normalization, residual addition and activation in one op.
 
@@ -66,6 +67,11 @@ def fused_batch_norm(
         residual: A tensor of the shape and dtype of x, added before the activation.
         unbiased: Whether the returned variance is the unbiased estimate, which divides by n - 1 where v divides by n,
             the number of elements in a channel. (For n = 1, both divide by 1.)
+        virtual_batch_size: In training, of how many consecutive entries of dimension 0 a virtual batch consists. Each
+            is normalized with its own m and v (ghost batch normalization,
+            [Hoffer, Hubara and Soudry, 2017](https://arxiv.org/abs/1705.08741)), and n is the number of its elements;
+            in the returned statistics, m and v are the averages of them all. The size of dimension 0, which may not
+            have the channels, is a multiple of it. None means that there is one batch.
 
     Returns:
         y: The result, of the shape and dtype of x.
@@ -115,11 +121,12 @@ def fused_batch_norm(
         activation,
         residual,
         unbiased,
+        virtual_batch_size,
     )
     if _gpus.need_fallback():
         return _fallback.fused_batch_norm(arguments, name)
     x, scale, offset, mean, variance, residual = arguments[:6]
-    dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased = arguments[6:]
+    dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased, virtual_batch_size = arguments[6:]
     common = {
         "residual": [] if residual is None else [residual],
         "axis": axis,
@@ -136,6 +143,7 @@ def fused_batch_norm(
             running=[] if mean is None else [mean, variance],
             **float_attribute("exponential_avg_factor", exponential_avg_factor, dtype),
             unbiased=unbiased,
+            virtual_batch_size=virtual_batch_size or 0,
             **common,
         )
         return y, new_mean, new_variance

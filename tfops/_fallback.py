@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfops import _activations
+from tfops import _activations, _virtual_batches
 from tfops import _second_derivatives as second
 from tfops._arguments import Arguments, param_type, value_of
 from tfops.reference import _check, _compute
@@ -36,6 +36,8 @@ def fused_batch_norm(arguments: Arguments, name: str | None = None) -> _Outputs:
                 raise
             raise tf.errors.InvalidArgumentError(None, None, str(error)) from error
         arguments = _checked_when_run(arguments)
+        if arguments.virtual_batch_size is not None:
+            return _virtual_batches.fused_batch_norm(arguments, fused_batch_norm)
         # TensorFlow's fused op takes tensors of rank 4. Neither TensorFlow nor Keras uses it for matrices.
         is_fused = dtype is not tf.float64 and epsilon >= _LEAST_EPSILON and x.shape.rank != 2
         folded = _folded(arguments) if is_fused or x.shape.rank is None else arguments
@@ -226,6 +228,7 @@ def tfops_batch_norm_inference(x: tf.Tensor, *vectors: tf.Tensor, residual: list
         activation=attributes["activation"] or None,
         is_training=False,
         unbiased=True,
+        virtual_batch_size=None,
     )
     return fused_batch_norm(arguments)[0]
 

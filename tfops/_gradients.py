@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfops import _gpus
+from tfops import _gpus, _virtual_batches
 from tfops import _second_derivatives as second
 from tfops._activations import is_piecewise_linear
 from tfops._arguments import param_type, value_of
@@ -21,7 +21,7 @@ from tfops._library import ops
 
 _Gradient = Callable[..., list[Any]]
 _SHARED = ("axis", "epsilon", "epsilon_bits", "activation")
-_TRAINING = ("exponential_avg_factor", "exponential_avg_factor_bits", "unbiased")
+_TRAINING = ("exponential_avg_factor", "exponential_avg_factor_bits", "unbiased", "virtual_batch_size")
 
 
 def _register(op_type: str) -> Callable[[_Gradient], _Gradient]:
@@ -140,7 +140,8 @@ def _training_grad_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
     has_dresidual = _has_dresidual(op, attributes)
     param = param_type(inputs[0].dtype)
     wide_residual = _wide(residual, param)
-    gradients = second.training(
+    gradients = _virtual_batches.second_derivatives(
+        attributes["virtual_batch_size"],
         _normalization(attributes, *_wide(inputs, param), None, None, wide_residual[0] if residual else None),
         mask if has_dresidual and not residual else None,
         drunning,

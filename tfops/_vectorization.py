@@ -15,8 +15,9 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.ops.parallel_for import pfor  # there is no public way to register a converter
 
-from tfops import _gpus, _mask
+from tfops import _gpus
 from tfops._activations import is_piecewise_linear
+from tfops._folding import Folding
 from tfops._library import ops
 
 _OPS = {
@@ -32,74 +33,7 @@ _OPS = {
 _DATA = {"x", "dy", "residual", "y", "dx", "dresidual"}
 _ROWS = {"keep"}
 _MASK = {"mask"}
-
-
-class _Folding:
-    """Stacked tensors, [iterations, ...], as those of one call, and back.
-
-    Data become [outer, iterations * C, inner / last, last], where `last` is x's last dimension, or 1 if that has the
-    channels: so flags for rows of x's last dimension, `keep`, have a place.
-    """
-
-    def __init__(self, x: tf.Tensor, axis: int, has_mask: bool):
-        self._has_mask = has_mask
-        rank = x.shape.rank - 1
-        axis %= rank
-        self._axis_is_last = axis == rank - 1
-        shape = tf.shape(x)
-        self._shape = shape
-        self._iterations, self._channels = shape[0], shape[1 + axis]
-        self._outer = tf.reduce_prod(shape[1 : 1 + axis])
-        self._inner = tf.reduce_prod(shape[2 + axis :])
-        self._last = tf.constant(1) if self._axis_is_last else shape[-1]
-
-    def _exchange(self, x: tf.Tensor, first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
-        """[first, second, C, inner], of whatever shape, as [second, first, C, inner]."""
-        return tf.transpose(tf.reshape(x, tf.stack([first, second, self._channels, self._inner])), [1, 0, 2, 3])
-
-    def fold_data(self, x: tf.Tensor) -> tf.Tensor:
-        folded = self._exchange(x, self._iterations, self._outer)
-        rows = self._inner // tf.maximum(self._last, 1)
-        return tf.reshape(folded, tf.stack([self._outer, self._iterations * self._channels, rows, self._last]))
-
-    def unfold_data(self, x: tf.Tensor) -> tf.Tensor:
-        return tf.reshape(self._exchange(x, self._outer, self._iterations), self._shape)
-
-    def fold_vector(self, v: tf.Tensor) -> tf.Tensor:
-        return tf.reshape(v, [-1])
-
-    def unfold_vector(self, v: tf.Tensor) -> tf.Tensor:
-        return tf.reshape(v, tf.stack([self._iterations, self._channels]))
-
-    def fold_rows(self, keep: tf.Tensor) -> tf.Tensor:
-        rows = self._inner // tf.maximum(self._last, 1)
-        channels = 1 if self._axis_is_last else self._channels
-        folded = tf.transpose(tf.reshape(keep, tf.stack([self._iterations, self._outer, channels, rows])), [1, 0, 2, 3])
-        folded = tf.broadcast_to(folded, tf.stack([self._outer, self._iterations, self._channels, rows]))
-        return tf.reshape(folded, tf.stack([self._outer, self._iterations * self._channels, rows]))
-
-    def _rows_of_bits(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """How many bits a row of an iteration's mask has, and one of the call's."""
-        return (
-            _mask.row_length(self._outer, self._channels, self._inner),
-            _mask.row_length(self._outer, self._iterations * self._channels, self._inner),
-        )
-
-    def fold_mask(self, mask: tf.Tensor) -> tf.Tensor:
-        mask = tf.reshape(mask, [-1])
-        if not self._has_mask:  # it is empty
-            return mask
-        row, folded_row = self._rows_of_bits()
-        return _mask.pack(self._exchange(_mask.unpack(mask, row), self._iterations, self._outer), folded_row)
-
-    def unfold_mask(self, mask: tf.Tensor) -> tf.Tensor:
-        if not self._has_mask:
-            return tf.zeros(tf.stack([self._iterations, 0]), tf.uint8)
-        row, folded_row = self._rows_of_bits()
-        bits = self._exchange(_mask.unpack(mask, folded_row), self._outer, self._iterations)
-        # Bytes are counted by hand: there may be no iteration to divide them by.
-        rows = self._outer * self._channels * self._inner // row
-        return tf.reshape(_mask.pack(bits, row), tf.stack([self._iterations, rows * ((row + 7) // 8)]))
+_STATISTICS = {"saved_mean", "saved_inv_std"}  # with virtual batches one for each
 
 
 def _names(arguments: Any, op: tf.Operation) -> list[str]:
@@ -136,17 +70,19 @@ def _convert(pfor_input: Any) -> list[Any]:
         return [pfor.wrap(y, not _is_missing(name, op)) for name, y in zip(results, outputs, strict=True)]
 
     pfor_input.stack_inputs()
-    folding = _Folding(pfor_input.stacked_input(place), axis, is_piecewise_linear(_activation_with_residual(op)))
+    size = op.get_attr("virtual_batch_size") if "virtual_batch_size" in op.node_def.attr else 0
+    has_mask = is_piecewise_linear(_activation_with_residual(op))
+    folding = Folding(pfor_input.stacked_input(place), axis, has_mask, size)
     inputs = [_of_kind(folding, "fold", name)(each.t) for name, each in zip(names, pfor_input.inputs, strict=True)]
-    outputs = _call(op, inputs, axis=1)
+    outputs = _call(op, inputs, axis=folding.axis)
     return [
         pfor.wrap(y, False) if _is_missing(name, op) else pfor.wrap(_of_kind(folding, "unfold", name)(y), True)
         for name, y in zip(results, outputs, strict=True)
     ]
 
 
-def _of_kind(folding: _Folding, what: str, name: str) -> Any:
-    kinds = {"data": _DATA, "rows": _ROWS, "mask": _MASK}
+def _of_kind(folding: Folding, what: str, name: str) -> Any:
+    kinds = {"data": _DATA, "rows": _ROWS, "mask": _MASK, "statistics": _STATISTICS}
     kind = next((kind for kind, names in kinds.items() if name in names), "vector")
     return getattr(folding, f"{what}_{kind}")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfops import _activations
+from tfops import _activations, _virtual_batches
 from tfops._arguments import Arguments, convert
 
 
@@ -26,6 +26,7 @@ def fused_batch_norm(
     activation: str | None = None,
     residual: Any = None,
     unbiased: bool = True,
+    virtual_batch_size: int | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """What `tfops.fused_batch_norm` computes, with the same arguments and results, op by op.
 
@@ -46,6 +47,7 @@ def fused_batch_norm(
         activation: As for `tfops.fused_batch_norm`.
         residual: Of x's shape and dtype, or None.
         unbiased: Whether the returned variance is the unbiased estimate.
+        virtual_batch_size: As for `tfops.fused_batch_norm`.
 
     Returns:
         y: Of the shape and dtype of x.
@@ -81,6 +83,7 @@ def fused_batch_norm(
             activation,
             residual,
             unbiased,
+            virtual_batch_size,
         )
         if (rank := arguments.x.shape.rank) is None:
             raise ValueError(f"x must have a known rank >= 2, but its rank is {rank}")
@@ -89,8 +92,10 @@ def fused_batch_norm(
 
 
 def _compute(arguments: Arguments) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    if arguments.virtual_batch_size is not None:
+        return _virtual_batches.fused_batch_norm(arguments, _compute)
     x, scale, offset, mean, variance, residual = arguments[:6]
-    dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased = arguments[6:]
+    dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased, _ = arguments[6:]
     param = scale.dtype
     channel_axis = axis % x.shape.rank
     others = [i for i in range(x.shape.rank) if i != channel_axis]
@@ -139,6 +144,8 @@ def _check(arguments: Arguments) -> None:
             raise ValueError(f"{name} must have shape [{channels}], but it has {vector.shape}")
     if arguments.residual is not None and not arguments.residual.shape.is_compatible_with(x.shape):
         raise ValueError(f"residual must have the shape of x, {x.shape}, but it has {arguments.residual.shape}")
+    if arguments.virtual_batch_size is not None and arguments.is_training is not False:
+        _virtual_batches.check(x, axis, arguments.virtual_batch_size)
     if not 0 <= arguments.epsilon < float("inf"):
         raise ValueError(f"epsilon must be finite and >= 0, but it is {arguments.epsilon}")
     if not 0 <= arguments.exponential_avg_factor <= 1:

@@ -103,6 +103,13 @@ class Inputs {
     for (const Named& vector : vectors) TF_RETURN_IF_ERROR(Take(vector.name, vector_shape_, vector.data));
     return absl::OkStatus();
   }
+  // What is saved of statistics for the gradient.
+  absl::Status Statistics(const Problem& problem, const Attributes& attributes,
+                          std::initializer_list<Named> statistics) {
+    const TensorShape shape = StatisticsShape(problem, attributes);
+    for (const Named& each : statistics) TF_RETURN_IF_ERROR(Take(each.name, shape, each.data));
+    return absl::OkStatus();
+  }
   // Empty unless the problem needs them.
   absl::Status ActivationBits(const Problem& problem, const uint8_t** bits) {
     const void* data = nullptr;
@@ -235,8 +242,9 @@ class TrainingOp final : public BatchNormOp {
 
     Outputs outputs(context);
     TF_RETURN_IF_ERROR(AllocateY(context, inputs, problem, &outputs, &arrays.y));
-    TF_RETURN_IF_ERROR(outputs.Allocate(
-        inputs.vector_shape(), {&arrays.mean_out, &arrays.variance_out, &arrays.saved_mean, &arrays.saved_inv_std}));
+    TF_RETURN_IF_ERROR(outputs.Allocate(inputs.vector_shape(), {&arrays.mean_out, &arrays.variance_out}));
+    TF_RETURN_IF_ERROR(
+        outputs.Allocate(StatisticsShape(problem, attributes()), {&arrays.saved_mean, &arrays.saved_inv_std}));
     void* bits = nullptr;
     TF_RETURN_IF_ERROR(outputs.Allocate(ActivationBitsShape(problem), {&bits}));
     if (NeedsActivationBits(problem)) arrays.activation_bits = static_cast<uint8_t*>(bits);
@@ -270,11 +278,15 @@ class InferenceOp final : public BatchNormOp {
 };
 
 // What all gradient ops take first: dy, x, and the vectors that z depends on.
-absl::Status TakeGradientInputs(const Problem& problem, Inputs* inputs, BackwardArrays* arrays) {
+absl::Status TakeGradientInputs(const Problem& problem, const Attributes& attributes, Inputs* inputs,
+                                BackwardArrays* arrays) {
   TF_RETURN_IF_ERROR(inputs->Data("dy", &arrays->dy));
   TF_RETURN_IF_ERROR(inputs->Data("x", &arrays->x));
   TF_RETURN_IF_ERROR(inputs->Vectors({{"scale", &arrays->scale}, {"offset", &arrays->offset}}));
-  if (problem.training) return inputs->Vectors({{"saved_mean", &arrays->mean}, {"saved_inv_std", &arrays->inv_std}});
+  if (problem.training) {
+    return inputs->Statistics(problem, attributes,
+                              {{"saved_mean", &arrays->mean}, {"saved_inv_std", &arrays->inv_std}});
+  }
   return inputs->Vectors({{"mean", &arrays->mean}, {"variance", &arrays->variance}});
 }
 
@@ -302,7 +314,7 @@ class TrainingGradOp final : public BatchNormOp {
     TF_RETURN_IF_ERROR(FoldShape(x.shape(), attributes(), &problem));
     BackwardArrays arrays;
     Inputs inputs(context, x, problem);
-    TF_RETURN_IF_ERROR(TakeGradientInputs(problem, &inputs, &arrays));
+    TF_RETURN_IF_ERROR(TakeGradientInputs(problem, attributes(), &inputs, &arrays));
     TF_RETURN_IF_ERROR(inputs.ActivationBits(problem, &arrays.activation_bits));
     TF_RETURN_IF_ERROR(
         inputs.OptionalVectors("drunning", {{"dmean", &arrays.dmean}, {"dvariance", &arrays.dvariance}}));
@@ -328,7 +340,7 @@ class InferenceGradOp final : public BatchNormOp {
     TF_RETURN_IF_ERROR(FoldShape(x.shape(), attributes(), &problem));
     typename Call::Arrays arrays;
     Inputs inputs(context, x, problem);
-    TF_RETURN_IF_ERROR(TakeGradientInputs(problem, &inputs, &arrays));
+    TF_RETURN_IF_ERROR(TakeGradientInputs(problem, attributes(), &inputs, &arrays));
     if constexpr (std::is_same_v<Call, GradientNormalizeCall>) {
       StatisticsGradient& statistics = arrays.statistics;
       TF_RETURN_IF_ERROR(inputs.Vectors({{"tilt", &statistics.tilt}, {"shift", &statistics.shift}}));

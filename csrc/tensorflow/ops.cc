@@ -55,6 +55,23 @@ class Shapes {
     return MergeVector(name, shape);
   }
 
+  // What is saved of a channel's statistics: a vector, or one for each virtual batch.
+  absl::Status Statistics(const char* name) {
+    if (attributes_.virtual_batch_size == 0) return Vector(name);
+    ShapeHandle shape, matrix;
+    DimensionHandle batches, channels;
+    TF_RETURN_IF_ERROR(Input(name, &shape));
+    if (!context_->WithRank(shape, 2, &matrix).ok() ||
+        !context_->Merge(VirtualBatches(), context_->Dim(matrix, 0), &batches).ok() ||
+        !context_->Merge(channels_, context_->Dim(matrix, 1), &channels).ok()) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          name, " must have shape [", context_->DebugString(VirtualBatches()), ",", context_->DebugString(channels_),
+          "], one row for each virtual batch, but it has ", context_->DebugString(shape)));
+    }
+    channels_ = channels;
+    return absl::OkStatus();
+  }
+
   // A list of none or two vectors; `names` are theirs, as the caller of the function knows them. Of one that may be
   // empty nothing can be said before its size is known.
   absl::Status OptionalVectors(const char* list, std::initializer_list<const char*> names, bool may_be_empty = false) {
@@ -91,6 +108,11 @@ class Shapes {
 
   ShapeHandle VectorShape() { return context_->Vector(channels_); }
 
+  ShapeHandle StatisticsShape() {
+    if (attributes_.virtual_batch_size == 0) return VectorShape();
+    return context_->Matrix(VirtualBatches(), channels_);
+  }
+
   ShapeHandle ActivationBitsShape() {
     if (!NeedsActivationBits(attributes_.problem)) return context_->Vector(0);
     const ShapeHandle shape = DataShape();
@@ -98,7 +120,11 @@ class Shapes {
     Problem problem = attributes_.problem;
     std::vector<int64_t> dims;
     for (int i = 0; i < context_->Rank(shape); ++i) dims.push_back(context_->Value(context_->Dim(shape, i)));
-    const Status status = Fold(dims.data(), static_cast<int>(dims.size()), attributes_.axis, &problem);
+    const int rank = static_cast<int>(dims.size());
+    Status status = Fold(dims.data(), rank, attributes_.axis, &problem);
+    if (status.ok()) {
+      status = SetVirtualBatches(dims.data(), rank, attributes_.axis, attributes_.virtual_batch_size, &problem);
+    }
     return context_->Vector(status.ok() ? context_->MakeDim(LayoutOfActivationBits(problem).Bytes())
                                         : context_->UnknownDim());
   }
@@ -128,7 +154,24 @@ class Shapes {
                        attributes_.axis, ", as scale and offset do, but it has ", context_->DebugString(x_)));
     }
     channels_ = merged;
-    return absl::OkStatus();
+    return CheckVirtualBatches();
+  }
+
+  // Whether the batch, if it is known, can be one of virtual batches.
+  absl::Status CheckVirtualBatches() {
+    const DimensionHandle batch = context_->Dim(x_, 0);
+    const int64_t size = attributes_.virtual_batch_size;
+    const int64_t known[] = {context_->ValueKnown(batch) ? context_->Value(batch) : size};
+    Problem ignored;
+    return ToAbsl(SetVirtualBatches(known, context_->Rank(x_), attributes_.axis, size, &ignored));
+  }
+
+  DimensionHandle VirtualBatches() {
+    if (!context_->RankKnown(x_)) return context_->UnknownDim();
+    DimensionHandle batches;
+    const absl::Status status =
+        context_->Divide(context_->Dim(x_, 0), attributes_.virtual_batch_size, /*evenly_divisible=*/true, &batches);
+    return status.ok() ? batches : context_->UnknownDim();
   }
 
   absl::Status Input(const char* name, ShapeHandle* shape) {
@@ -176,7 +219,8 @@ absl::Status TrainingShapes(InferenceContext* context) {
       shapes.OptionalVectors("running", {"mean", "variance"}, MayLackRunning(shapes.attributes().problem)));
   TF_RETURN_IF_ERROR(shapes.OptionalData("residual"));
   context->set_output(0, shapes.DataShape());
-  for (int i = 1; i <= 4; ++i) context->set_output(i, shapes.VectorShape());
+  for (int i = 1; i <= 2; ++i) context->set_output(i, shapes.VectorShape());
+  for (int i = 3; i <= 4; ++i) context->set_output(i, shapes.StatisticsShape());
   context->set_output(5, shapes.ActivationBitsShape());
   return absl::OkStatus();
 }
@@ -185,9 +229,8 @@ absl::Status TrainingGradShapes(InferenceContext* context) {
   Shapes shapes(context, /*training=*/true);
   TF_RETURN_IF_ERROR(shapes.Init());
   TF_RETURN_IF_ERROR(shapes.Data("dy"));
-  for (const char* name : {"scale", "offset", "saved_mean", "saved_inv_std"}) {
-    TF_RETURN_IF_ERROR(shapes.Vector(name));
-  }
+  for (const char* name : {"scale", "offset"}) TF_RETURN_IF_ERROR(shapes.Vector(name));
+  for (const char* name : {"saved_mean", "saved_inv_std"}) TF_RETURN_IF_ERROR(shapes.Statistics(name));
   TF_RETURN_IF_ERROR(shapes.OptionalVectors("drunning", {"dmean", "dvariance"}));
   TF_RETURN_IF_ERROR(shapes.OptionalData("residual"));
   context->set_output(0, shapes.DataShape());
@@ -263,7 +306,8 @@ absl::Status GradientNormalizeShapes(InferenceContext* context) {
       .Attr("num_residuals: int >= 0 = 0")
 
 // running: nothing, or the running mean and variance. saved_mean, saved_inv_std and mask, the activation bits of
-// batch_norm.h, are for the gradient alone.
+// batch_norm.h, are for the gradient alone. virtual_batch_size: the entries of dimension 0 that a virtual batch has, or
+// 0 if there are none; with them, saved_mean and saved_inv_std are [virtual batches, C].
 REGISTER_OP("Tfops>BatchNormTraining")
     .Input("x: T")
     .Input("scale: U")
@@ -280,6 +324,7 @@ REGISTER_OP("Tfops>BatchNormTraining")
     .Attr("exponential_avg_factor: float = 1.0")
     .Attr("exponential_avg_factor_bits: int = 0")
     .Attr("unbiased: bool = true")
+    .Attr("virtual_batch_size: int = 0")
     .SetShapeFn(TrainingShapes);
 
 // drunning: nothing, or the gradients of the outputs mean and variance. residual: if the gradient needs it, as with
@@ -304,6 +349,7 @@ REGISTER_OP("Tfops>BatchNormTrainingGrad")
     .Attr("exponential_avg_factor_bits: int = 0")
     .Attr("unbiased: bool = true")
     .Attr("has_residual: bool = false")
+    .Attr("virtual_batch_size: int = 0")
     .SetShapeFn(TrainingGradShapes);
 
 REGISTER_OP("Tfops>BatchNormInference")

@@ -33,6 +33,7 @@ inline absl::Status ToAbsl(const Status& status) {
 struct Attributes {
   Problem problem;  // but for its sizes
   int64_t axis = -1;
+  int64_t virtual_batch_size = 0;
 };
 
 // Checks of the kernels. Shape functions made them too, but only where shapes were known.
@@ -47,7 +48,14 @@ inline absl::Status CheckShape(const char* name, const tensorflow::TensorShape& 
 inline absl::Status FoldShape(const tensorflow::TensorShape& x, const Attributes& attributes, Problem* problem) {
   *problem = attributes.problem;
   const auto dims = x.dim_sizes();
-  return ToAbsl(Fold(dims.data(), x.dims(), attributes.axis, problem));
+  TF_RETURN_IF_ERROR(ToAbsl(Fold(dims.data(), x.dims(), attributes.axis, problem)));
+  return ToAbsl(SetVirtualBatches(dims.data(), x.dims(), attributes.axis, attributes.virtual_batch_size, problem));
+}
+
+// Of saved_mean and saved_inv_std.
+inline tensorflow::TensorShape StatisticsShape(const Problem& problem, const Attributes& attributes) {
+  if (attributes.virtual_batch_size == 0) return tensorflow::TensorShape({problem.channels});
+  return tensorflow::TensorShape({problem.virtual_batches, problem.channels});
 }
 
 inline absl::Status CheckRunning(const Problem& problem, bool has_running) {
@@ -130,6 +138,11 @@ absl::Status ReadAttributes(Context* context, bool training, Attributes* attribu
     if (num_running != 0 && num_running != 2) {
       return absl::InvalidArgumentError(
           absl::StrCat("num_running must be 0, or 2 for mean and variance, but it is ", num_running));
+    }
+    TF_RETURN_IF_ERROR(context->GetAttr("virtual_batch_size", &attributes->virtual_batch_size));
+    if (attributes->virtual_batch_size < 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("virtual_batch_size must be > 0, or 0 for none, but it is ", attributes->virtual_batch_size));
     }
   }
   TF_RETURN_IF_ERROR(ToAbsl(Validate(problem)));

@@ -46,19 +46,22 @@ std::string Encode(const Problem& problem) {
   return absl::StrFormat(
       "{outer = %d : i64, channels = %d : i64, inner = %d : i64, dtype = %d : i32, activation = %d : i32, "
       "negative_slope = %s, max_value = %s, threshold = %s, alpha = %s, has_residual = %s, training = %s, "
-      "epsilon = %s, exponential_avg_factor = %s, unbiased = %s}",
+      "epsilon = %s, exponential_avg_factor = %s, unbiased = %s, virtual_batches = %d : i64}",
       problem.outer, problem.channels, problem.inner, static_cast<int>(problem.dtype),
       static_cast<int>(problem.activation), number(problem.negative_slope), number(problem.max_value),
       number(problem.threshold), number(problem.alpha), flag(problem.has_residual), flag(problem.training),
-      number(problem.epsilon), number(problem.exponential_avg_factor), flag(problem.unbiased));
+      number(problem.epsilon), number(problem.exponential_avg_factor), flag(problem.unbiased),
+      problem.virtual_batches);
 }
 
-TensorShape ShapeOf(Extent extent, const TensorShape& x, const Problem& problem) {
+TensorShape ShapeOf(Extent extent, const TensorShape& x, const Problem& problem, const Attributes& attributes) {
   switch (extent) {
     case Extent::kData:
       return x;
     case Extent::kVector:
       return TensorShape({problem.channels});
+    case Extent::kStatistics:
+      return StatisticsShape(problem, attributes);
     case Extent::kActivationBits:
       return TensorShape({LayoutOfActivationBits(problem).Bytes()});
     case Extent::kRows: {
@@ -123,7 +126,8 @@ class XlaOp final : public tensorflow::XlaOpKernel {
     std::vector<xla::Shape> operand_shapes;
     for (size_t i = 0; i < inputs.size(); ++i) {
       const bool is_lacking = inputs[i].may_be_empty && shapes[i].num_elements() == 0;
-      if (!is_lacking) TF_RETURN_IF_ERROR(CheckShape(inputs[i].name, shapes[i], ShapeOf(inputs[i].extent, x, problem)));
+      if (!is_lacking)
+        TF_RETURN_IF_ERROR(CheckShape(inputs[i].name, shapes[i], ShapeOf(inputs[i].extent, x, problem, attributes_)));
       operands.push_back(context->Input(static_cast<int>(i)));
       operand_shapes.push_back(DenseShape(context->input_xla_type(static_cast<int>(i)), shapes[i]));
     }
@@ -135,8 +139,8 @@ class XlaOp final : public tensorflow::XlaOpKernel {
     const auto outputs = Op::Outputs(problem);
     std::vector<xla::Shape> output_shapes;
     for (size_t i = 0; i < outputs.size(); ++i) {
-      output_shapes.push_back(
-          DenseShape(context->output_xla_type(static_cast<int>(i)), ShapeOf(outputs[i].extent, x, problem)));
+      output_shapes.push_back(DenseShape(context->output_xla_type(static_cast<int>(i)),
+                                         ShapeOf(outputs[i].extent, x, problem, attributes_)));
     }
     size_t workspace_bytes = 0;
     TF_RETURN_IF_ERROR(ToAbsl(Device::template WorkspaceBytes<Op>(problem, &workspace_bytes, cuda::Gpus::kAny)));

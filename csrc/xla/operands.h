@@ -13,7 +13,8 @@
 
 namespace tfops {
 
-enum class Extent { kNothing, kData, kVector, kActivationBits, kRows };  // kRows: x without its last dimension
+// kStatistics: a vector, or one for each virtual batch; kRows: x without its last dimension.
+enum class Extent { kNothing, kData, kVector, kStatistics, kActivationBits, kRows };
 
 template <typename Arrays>
 struct Operand {
@@ -74,8 +75,8 @@ struct Training : ForwardCall {
     return {{"y", Extent::kData, Set<&Arrays::y>},
             {"mean", Extent::kVector, Set<&Arrays::mean_out>},
             {"variance", Extent::kVector, Set<&Arrays::variance_out>},
-            {"saved_mean", Extent::kVector, Set<&Arrays::saved_mean>},
-            {"saved_inv_std", Extent::kVector, Set<&Arrays::saved_inv_std>},
+            {"saved_mean", Extent::kStatistics, Set<&Arrays::saved_mean>},
+            {"saved_inv_std", Extent::kStatistics, Set<&Arrays::saved_inv_std>},
             {"mask", ActivationBitsOf(problem), Set<&Arrays::activation_bits>}};
   }
 };
@@ -88,8 +89,8 @@ struct TrainingGrad : BackwardCall {
                                {"x", Extent::kData, Set<&Arrays::x>},
                                {"scale", Extent::kVector, Set<&Arrays::scale>},
                                {"offset", Extent::kVector, Set<&Arrays::offset>},
-                               {"saved_mean", Extent::kVector, Set<&Arrays::mean>},
-                               {"saved_inv_std", Extent::kVector, Set<&Arrays::inv_std>},
+                               {"saved_mean", Extent::kStatistics, Set<&Arrays::mean>},
+                               {"saved_inv_std", Extent::kStatistics, Set<&Arrays::inv_std>},
                                {"mask", ActivationBitsOf(problem), Set<&Arrays::activation_bits>}};
     if (count >= inputs.size() + 2) {
       inputs.push_back({"dmean", Extent::kVector, Set<&Arrays::dmean>});

@@ -9,9 +9,10 @@ import keras
 import tensorflow as tf
 
 from tfops import _xla
-from tfops._arguments import activation_argument, param_type
+from tfops._arguments import activation_argument, check_virtual_batch_size, param_type
 from tfops._batch_norm import fused_batch_norm
 from tfops._phases import Statistics, batch_statistics, normalize, replicas
+from tfops._virtual_batches import VirtualBatches
 from tfops.keras._recomputing import is_recomputed
 from tfops.keras._tags import Guarded, tag_applied, tag_pending
 
@@ -76,17 +77,24 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
             "elu(alpha=0.5)", or "relu(max_value=20, negative_slope=0.1, threshold=1)", of which any may be left out.
         skip_nonfinite: Whether a training step in which a moving statistic would become NaN or infinite leaves all of
             the layer's as they are. y and the gradients of that step are what they are.
+        virtual_batch_size: In training, of how many consecutive entries of the batch a virtual batch consists, which is
+            normalized with its own mean and variance (ghost batch normalization,
+            [Hoffer, Hubara and Soudry, 2017](https://arxiv.org/abs/1705.08741)). The moving statistics take in the
+            average of all virtual batches' statistics; with a mask, of those in which any element counts, and if there
+            is none they stay as they are. Batch sizes are multiples of it. None means that there is one batch.
         **kwargs: What every layer of Keras takes: name, dtype, trainable and so on.
 
     Attributes:
         activation: As given, or in a plainer form: "relu(max_value=6)" becomes "relu6".
         skip_nonfinite: As given. It may be set, before a training step is compiled.
+        virtual_batch_size: As given.
         folded: What calls do beside that, unless they tell: an activation, or None. `tfops.keras.convert` sets it in
             Sequential models, whose calls have no arguments.
 
     Raises:
-        TypeError: `skip_nonfinite` is not a bool.
-        ValueError: `activation` is none of the above, or Keras refuses an argument.
+        TypeError: `skip_nonfinite` is not a bool, or `virtual_batch_size` not an integer.
+        ValueError: `activation` is none of the above, `virtual_batch_size` is not positive or does not go together with
+            `synchronized` or `renorm`, or Keras refuses an argument.
 
     Examples:
         >>> import keras
@@ -139,11 +147,19 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
         *,
         activation: str | None = None,
         skip_nonfinite: bool = False,
+        virtual_batch_size: int | None = None,
         **kwargs: Any,
     ):
         activation = activation_argument(activation)
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be a bool, but it is {skip_nonfinite!r}")
+        if virtual_batch_size is not None:
+            virtual_batch_size = check_virtual_batch_size(virtual_batch_size)
+            for name, value in (("synchronized", synchronized), ("renorm", renorm)):
+                if value:  # statistics that are corrected, or of more than a batch, are not a virtual batch's own
+                    raise ValueError(
+                        f"virtual_batch_size must be None where {name} is {value!r}, but it is {virtual_batch_size}"
+                    )
         try:
             axis = int(axis)
         except (TypeError, ValueError) as error:
@@ -170,6 +186,7 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
         )
         self.activation: str | None = activation
         self.skip_nonfinite: bool = skip_nonfinite
+        self.virtual_batch_size: int | None = virtual_batch_size
         self.folded: str | None = None
         self._last_run: tuple[bool | None, bool] = None, False  # training, and whether there was a mask
         self.supports_jit = _xla.supports_jit()
@@ -249,11 +266,13 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
             "residual": None if residual is None else tf.cast(residual, x.dtype),
         }
         renorm = getattr(self, "renorm", False)  # not in older Keras, such as Python 3.10's newest
-        if training and (mask is not None or renorm or (self.synchronized and replicas() > 1)):
+        if training and mask is not None and self.virtual_batch_size is not None:
+            y = self._normalize_virtual_batches(x, mask, scale, offset, recomputed, settings)
+        elif training and (mask is not None or renorm or (self.synchronized and replicas() > 1)):
             statistics = batch_statistics(
                 x,
                 self.axis,
-                keep=None if mask is None else tf.broadcast_to(tf.cast(mask, tf.bool), tf.shape(x)[:-1]),
+                keep=None if mask is None else _kept(mask, x),
                 ballast=0.0 if mask is None else keras.config.epsilon(),  # Keras' masked means have it
                 synchronized=self.synchronized,
             )
@@ -273,11 +292,44 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
                 is_training=training,
                 exponential_avg_factor=1.0 - self.momentum if training else 1.0,
                 unbiased=False,
+                virtual_batch_size=self.virtual_batch_size,
                 **settings,
             )
             if training and not recomputed:
                 self._assign({"moving_mean": mean, "moving_variance": variance})
         return tf.cast(y, self.compute_dtype)
+
+    def _normalize_virtual_batches(
+        self,
+        x: tf.Tensor,
+        mask: Any,
+        scale: tf.Tensor,
+        offset: tf.Tensor,
+        recomputed: bool,
+        settings: dict[str, Any],
+    ) -> tf.Tensor:
+        """y in training with a mask, of whose elements each virtual batch has statistics of its own."""
+        batches = VirtualBatches(x, self.axis, self.virtual_batch_size or 0)
+        folded = batches.fold(x)
+        # Keras' masked means have the ballast.
+        keep, ballast = batches.fold_keep(_kept(mask, x)), keras.config.epsilon()
+        statistics = batch_statistics(folded, batches.axis, keep=keep, ballast=ballast)
+        if not recomputed:
+            counts = tf.cast(statistics.count > 0, statistics.mean.dtype)
+            taken = batches.sum(counts)
+
+            def average(vector: tf.Tensor) -> tf.Tensor:
+                return tf.math.divide_no_nan(batches.sum(counts * vector), taken)
+
+            mean, variance = average(statistics.mean), average(statistics.variance)
+            self._update(Statistics(taken, mean, variance, 0.0, None, synchronized=False), renorm=False)
+        residual = settings["residual"]
+        settings = {
+            **settings,
+            "axis": batches.axis,
+            "residual": None if residual is None else batches.fold(residual),
+        }
+        return batches.unfold(normalize(folded, batches.tile(scale), batches.tile(offset), statistics, **settings))
 
     def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
         """`layer_call`, recomputed for the gradient where the layer's `keras.RematScope` has it so.
@@ -355,7 +407,12 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor; without those that are new, a config for Keras' layer too."""
-        own = {"activation": self.activation, "folded": self.folded, "skip_nonfinite": self.skip_nonfinite or None}
+        own = {
+            "activation": self.activation,
+            "folded": self.folded,
+            "skip_nonfinite": self.skip_nonfinite or None,
+            "virtual_batch_size": self.virtual_batch_size,
+        }
         return {**super().get_config(), **{name: value for name, value in own.items() if value is not None}}
 
     @classmethod
@@ -366,6 +423,11 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
         layer: BatchNormalization = super().from_config(config)
         layer.folded = folded
         return layer
+
+
+def _kept(mask: Any, x: tf.Tensor) -> tf.Tensor:
+    """The mask as bools of x's shape without its last dimension."""
+    return tf.broadcast_to(tf.cast(mask, tf.bool), tf.shape(x)[:-1])
 
 
 def _has_addition(folded: str | None) -> bool:
