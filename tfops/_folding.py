@@ -1,4 +1,4 @@
-"""Problems that are brought into the channels of one: what differs from one to another comes stacked along a dimension."""
+"""Problems as the channels of one: what differs from one to another comes stacked along a dimension."""
 
 from __future__ import annotations
 
@@ -73,9 +73,7 @@ class Folding:
         """How many bits a row of an iteration's mask has, and one of the call's."""
         return (
             _mask.row_length(self._outer // self._virtual_batches, self._channels, self._inner),
-            _mask.row_length(
-                self._outer // self._virtual_batches, self._iterations * self._channels, self._inner
-            ),
+            _mask.row_length(self._outer // self._virtual_batches, self._iterations * self._channels, self._inner),
         )
 
     def fold_mask(self, mask: tf.Tensor) -> tf.Tensor:

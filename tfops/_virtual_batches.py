@@ -1,4 +1,4 @@
-"""Virtual batches in TensorFlow's own operations: they become part of the channels, which are independent of one another.
+"""Virtual batches in TensorFlow's own operations: they become part of the channels, which know nothing of one another.
 
 Virtual batch k's channel c is channel k * C + c. So serve all formulas and phases that know nothing of virtual batches:
 the second derivatives, the fallback, the reference, and statistics with a mask.
@@ -96,7 +96,7 @@ class VirtualBatches:
 
 
 def fused_batch_norm(arguments: Arguments, compute: Callable[[Arguments], _Outputs]) -> _Outputs:
-    """What `tfops.fused_batch_norm` returns for arguments with virtual batches, by a function that knows none of them."""
+    """What `tfops.fused_batch_norm` returns with virtual batches, by a function that knows none of them."""
     training = arguments.is_training
 
     def infer() -> _Outputs:
