@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import tensorflow as tf
@@ -236,6 +236,55 @@ def find(activation: str) -> PiecewiseLinear | Smooth:
         "elu": _elu,
     }
     return factories[name](**parameters)
+
+
+INVERTIBLE: tuple[str | None, ...] = (None, "leaky_relu", "elu")
+
+
+def is_invertible(activation: str | None) -> bool:
+    """Whether z can be computed from the result: the parameters have to be positive for that."""
+    name, parameters = parse(activation) if activation else (None, {})
+    return name in INVERTIBLE and all(value > 0 for value in parameters.values())
+
+
+class Inverse:
+    """What an invertible activation was given, from what it returned, as csrc/batch_norm/in_place.h has it.
+
+    Args:
+      activation: "", or one that `is_invertible`.
+      dtype: what y has been rounded to: an elu of -alpha counts as the next number.
+    """
+
+    def __init__(self, activation: str, dtype: tf.DType):
+        name, parameters = parse(activation) if activation else ("", {})
+        self._is_elu = name == "elu"
+        self._alpha = parameters.get("alpha", 1.0)
+        self._off_slope = cast(PiecewiseLinear, find(activation)).off_slope if name == "leaky_relu" else 1.0
+        self._least = 2.0 ** -{tf.float16: 11, tf.bfloat16: 8, tf.float32: 24, tf.float64: 53}[dtype.base_dtype] - 1
+
+    def _below(self, y: tf.Tensor) -> tf.Tensor:
+        return tf.clip_by_value(y / self._alpha, self._least, 0)
+
+    def of(self, y: tf.Tensor) -> tf.Tensor:
+        if self._is_elu:
+            return tf.where(y > 0, y, tf.math.log1p(self._below(y)))
+        return tf.where(y < 0, y / self._off_slope, y)
+
+    def slope(self, y: tf.Tensor) -> tf.Tensor:
+        """The activation's slope at that."""
+        if self._is_elu:
+            return tf.where(y > 0, tf.ones_like(y), self._alpha + y)
+        return tf.where(y > 0, tf.ones_like(y), tf.fill(tf.shape(y), tf.constant(self._off_slope, y.dtype)))
+
+    def slope_of_slope(self, y: tf.Tensor) -> tf.Tensor:
+        """The derivative of `slope`, by y."""
+        return tf.cast((y <= 0) & self._is_elu, y.dtype)
+
+    def inverse_slope(self, y: tf.Tensor) -> tf.Tensor:
+        """1 / slope, which is finite."""
+        if self._is_elu:
+            return tf.where(y > 0, tf.ones_like(y), 1 / (self._alpha * (1 + self._below(y))))
+        return 1 / self.slope(y)
 
 
 def is_piecewise_linear(name: str | None) -> bool:

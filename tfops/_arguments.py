@@ -36,6 +36,7 @@ class Arguments(NamedTuple):
     is_training: bool | tf.Tensor
     unbiased: bool
     virtual_batch_size: int | None
+    in_place: bool = False
 
 
 def float_attribute(name: str, value: float, dtype: tf.DType) -> dict[str, Any]:
@@ -137,6 +138,28 @@ def check_virtual_batch_size(value: Any) -> int:
     return size
 
 
+def check_in_place(activation: str | None, **others: Any) -> None:
+    """Raises ValueError where the activation, or one of the others that says something, does not go with in_place."""
+    if not _activations.is_invertible(activation):
+        names = ", ".join(map(repr, _activations.INVERTIBLE))
+        raise ValueError(
+            f"activation must be one of {names} where in_place is True, with positive parameters, but it is "
+            f"{activation!r}"
+        )
+    for name, value in others.items():
+        if value is not None and value is not False:
+            wanted = False if isinstance(value, bool) else None
+            shown = value if isinstance(value, (bool, int)) else f"of shape {np.shape(value)}"
+            raise ValueError(f"{name} must be {wanted} where in_place is True, but it is {shown}")
+
+
+def _in_place(value: Any, activation: str | None, **others: Any) -> bool:
+    in_place = _bool("in_place", value)
+    if in_place:
+        check_in_place(activation, **others)
+    return in_place
+
+
 def _unless_empty(statistic: tf.Tensor | None) -> tf.Tensor | None:
     """A statistic that is not needed: an empty one is none at all, as for TensorFlow's function.
 
@@ -174,6 +197,7 @@ def convert(
     residual: Any,
     unbiased: Any,
     virtual_batch_size: Any,
+    in_place: Any = False,
 ) -> Arguments:
     """All tensors as tensors. Raises TypeError or ValueError, naming the argument and its value."""
     if not isinstance(x, tf.Tensor):
@@ -219,4 +243,7 @@ def convert(
         training,
         unbiased if isinstance(unbiased, bool) else _bool("unbiased", unbiased),
         virtual_batch_size if virtual_batch_size is None else check_virtual_batch_size(virtual_batch_size),
+        in_place
+        if in_place is False
+        else _in_place(in_place, activation, residual=residual, virtual_batch_size=virtual_batch_size),
     )

@@ -29,6 +29,7 @@ def fused_batch_norm(
     residual: Any = None,
     unbiased: bool = True,
     virtual_batch_size: int | None = None,
+    in_place: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Batch normalization, residual addition and activation in one op.
 
@@ -72,6 +73,14 @@ def fused_batch_norm(
             [Hoffer, Hubara and Soudry, 2017](https://arxiv.org/abs/1705.08741)), and n is the number of its elements;
             in the returned statistics, m and v are the averages of them all. The size of dimension 0, which may not
             have the channels, is a multiple of it. None means that there is one batch.
+        in_place: Whether training keeps y alone for the gradient, which computes x from it again, as in
+            [Rota Bulo et al., 2018](https://arxiv.org/abs/1712.02616). In a `tf.function`, y then takes the memory of
+            x where nothing else reads that; an eager tape keeps x in any case. It goes with the activations None,
+            "leaky_relu" and "elu", and without a residual. x comes back with rounding errors
+            ([bounds](https://tfops.readthedocs.io/numerics/#x-from-y)), and not at all where scale is too near 0:
+            |scale| must be more than 4 u (|offset| + d), with u the half of an ulp of 1, and d the least normal number,
+            in the dtype of x. In inference, and in the place of the kernels on a GPU that these cannot serve, it is
+            without effect.
 
     Returns:
         y: The result, of the shape and dtype of x.
@@ -83,7 +92,9 @@ def fused_batch_norm(
     Raises:
         TypeError: An argument has a wrong type or dtype. The message names the argument and its value.
         ValueError: An argument has a wrong value, or shapes do not match while a graph is built. Likewise.
-        tf.errors.InvalidArgumentError: Shapes or values do not match when the op runs, as in every eager call.
+        tf.errors.InvalidArgumentError: Shapes or values do not match when the op runs, as in every eager call. Or, with
+            `in_place`, scale is too near 0 in some channel. On a GPU the gradients of x and scale are NaN in that
+            channel instead: to raise an error there would be to wait for the GPU.
 
     Examples:
         Training: the mean and the (unbiased) variance of the batch come back with the result.
@@ -122,11 +133,13 @@ def fused_batch_norm(
         residual,
         unbiased,
         virtual_batch_size,
+        in_place,
     )
     if _gpus.need_fallback():
         return _fallback.fused_batch_norm(arguments, name)
     x, scale, offset, mean, variance, residual = arguments[:6]
-    dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased, virtual_batch_size = arguments[6:]
+    dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased, *others = arguments[6:]
+    virtual_batch_size, in_place = others
     common = {
         "residual": [] if residual is None else [residual],
         "axis": axis,
@@ -144,6 +157,7 @@ def fused_batch_norm(
             **float_attribute("exponential_avg_factor", exponential_avg_factor, dtype),
             unbiased=unbiased,
             virtual_batch_size=virtual_batch_size or 0,
+            in_place=in_place,
             **common,
         )
         return y, new_mean, new_variance

@@ -15,13 +15,13 @@ import tensorflow as tf
 
 from tfops import _gpus, _virtual_batches
 from tfops import _second_derivatives as second
-from tfops._activations import is_piecewise_linear
+from tfops._activations import Inverse, is_piecewise_linear
 from tfops._arguments import param_type, value_of
 from tfops._library import ops
 
 _Gradient = Callable[..., list[Any]]
 _SHARED = ("axis", "epsilon", "epsilon_bits", "activation")
-_TRAINING = ("exponential_avg_factor", "exponential_avg_factor_bits", "unbiased", "virtual_batch_size")
+_TRAINING = ("exponential_avg_factor", "exponential_avg_factor_bits", "unbiased", "virtual_batch_size", "in_place")
 
 
 def _register(op_type: str) -> Callable[[_Gradient], _Gradient]:
@@ -47,13 +47,43 @@ def _split(lists: list[Any]) -> tuple[list[Any], list[Any]]:
     return lists[:vectors], lists[vectors:]
 
 
+def _is_zero(gradient: Any) -> bool:
+    """Whether this is known without a look at a tensor's memory, as of what graphs put in the place of no gradient."""
+    if gradient is None or getattr(gradient, "op", None) is None:
+        return gradient is None
+    value = tf.get_static_value(gradient)
+    return gradient.op.type == "ZerosLike" or (value is not None and not value.any())
+
+
+def _with_inv_std(
+    attributes: dict[str, Any], y: Any, inv_std: Any, dmean: Any, dvariance: Any, dinv_std: Any
+) -> list[tf.Tensor]:
+    """The gradients of mean and variance, for a factor of 1, with that of saved_inv_std in them: one of the variance.
+
+    Only the gradient of an in-place gradient brings one: otherwise it is in the gradient of x.
+    """
+    factor = value_of(attributes, "exponential_avg_factor")
+    n = tf.maximum(second.Layout(y, attributes["axis"], inv_std.dtype).count, 1)
+    bessel = tf.maximum(n - 1, 1) / n if attributes["unbiased"] else 1.0
+    return [factor * dmean, factor * dvariance - 0.5 * bessel * inv_std**3 * dinv_std]
+
+
 @_register("Tfops>BatchNormTraining")
-def _training_grad(op: tf.Operation, dy: Any, dmean: Any, dvariance: Any, *_: Any) -> list[Any]:
+def _training_grad(
+    op: tf.Operation, dy: Any, dmean: Any, dvariance: Any, _: Any = None, dinv_std: Any = None, *__: Any
+) -> list[Any]:
     x, scale, offset, *rest = op.inputs
     running, residual = _split(rest)
-    _, _, _, saved_mean, saved_inv_std, mask = op.outputs
+    y, _, _, saved_mean, saved_inv_std, mask = op.outputs
     attributes = _attributes(op, _SHARED + _TRAINING)
+    kept = 1.0 - value_of(attributes, "exponential_avg_factor")
     needs_residual = residual and attributes["activation"] and not is_piecewise_linear(attributes["activation"])
+    drunning = [dmean, dvariance]
+    if attributes["in_place"]:
+        x = y  # and so x itself is not kept
+        if not _is_zero(dinv_std):
+            drunning = _with_inv_std(attributes, y, saved_inv_std, *drunning, dinv_std)
+            attributes |= {"exponential_avg_factor": 1.0, "exponential_avg_factor_bits": 0}
     with _gpus.beside_forward():
         dx, dscale, doffset, dresidual = ops.tfops_batch_norm_training_grad(
             dy,
@@ -63,7 +93,7 @@ def _training_grad(op: tf.Operation, dy: Any, dmean: Any, dvariance: Any, *_: An
             saved_mean,
             saved_inv_std,
             mask,
-            drunning=[dmean, dvariance],
+            drunning=drunning,
             residual=residual if needs_residual else [],
             has_residual=bool(residual),
             **attributes,
@@ -72,7 +102,6 @@ def _training_grad(op: tf.Operation, dy: Any, dmean: Any, dvariance: Any, *_: An
     if running:
         # A tape tells which inputs it has no use for: most often these.
         unused = getattr(op, "skip_input_indices", None) or ()
-        kept = 1.0 - value_of(attributes, "exponential_avg_factor")
         for i, gradient in ((3, dmean), (4, dvariance)):
             if i in unused:
                 gradients.append(None)
@@ -137,6 +166,8 @@ def _training_grad_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
     *inputs, _, _, mask = op.inputs[:7]
     drunning, residual = _split(op.inputs[7:])
     attributes = _attributes(op, _SHARED + _TRAINING)
+    if attributes["in_place"]:
+        return _in_place_grad_grad(attributes, inputs, op.inputs[5], drunning, upstream)
     has_dresidual = _has_dresidual(op, attributes)
     param = param_type(inputs[0].dtype)
     wide_residual = _wide(residual, param)
@@ -152,6 +183,24 @@ def _training_grad_grad(op: tf.Operation, *upstream: Any) -> list[Any]:
     gradients = _like(gradients, [*inputs, *drunning, *residual])
     # saved_mean and saved_inv_std are functions of x here: their share is in x's gradient.
     return [*gradients[:4], None, None, None, *gradients[4:]]
+
+
+def _in_place_grad_grad(
+    attributes: dict[str, Any], inputs: list[tf.Tensor], inv_std: tf.Tensor, drunning: list[tf.Tensor], upstream: Any
+) -> list[Any]:
+    """saved_inv_std is an input like others here: what it has of x reaches x through the forward op."""
+    param = param_type(inputs[0].dtype)
+    gradients = second.training_in_place(
+        Inverse(attributes["activation"], inputs[1].dtype),
+        attributes["axis"],
+        [*_wide(inputs, param), inv_std],
+        drunning,
+        _wide(upstream[:3], param),
+        value_of(attributes, "exponential_avg_factor"),
+        attributes["unbiased"],
+    )
+    gradients = _like(gradients, [*inputs, inv_std, *drunning])
+    return [*gradients[:4], None, gradients[4], None, *gradients[5:]]
 
 
 @_register("Tfops>BatchNormInferenceGrad")

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfops import _mask
-from tfops._activations import PiecewiseLinear, Smooth, find
+from tfops._activations import Inverse, PiecewiseLinear, Smooth, find
 
 
 class Layout:
     """Sums over all dimensions but `axis`, and vectors of [C] shaped to be combined with x."""
 
-    def __init__(self, x: tf.Tensor, axis: int):
+    def __init__(self, x: tf.Tensor, axis: int, dtype: tf.DType | None = None):
         rank = tf.rank(x) if x.shape.rank is None else x.shape.rank
         channel = tf.cast(tf.math.floormod(axis, rank), tf.int32)
         others = tf.range(rank - 1)
@@ -38,7 +38,7 @@ class Layout:
         self._inner = tf.reduce_prod(self._shape[channel + 1 :])
         is_channel = tf.equal(tf.range(rank), channel)
         self._vector_shape = tf.where(is_channel, self._channels, tf.ones_like(self._shape))
-        self.count = tf.cast(tf.size(x, out_type=tf.int64) // tf.maximum(self._channels, 1), x.dtype)
+        self.count = tf.cast(tf.size(x, out_type=tf.int64) // tf.maximum(self._channels, 1), dtype or x.dtype)
 
     def sum(self, x: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(x, self._others)
@@ -185,6 +185,52 @@ def training(
         factor = exponential_avg_factor
         gradients += [factor * of_shift / n, 2 * factor * of_tilt / divisor]
     return gradients if inputs.residual is None else [*gradients, adjoints.z]
+
+
+def training_in_place(
+    inverse: Inverse,
+    axis: int,
+    inputs: list[tf.Tensor],
+    drunning: list[tf.Tensor],
+    upstream: list[tf.Tensor],
+    exponential_avg_factor: float,
+    unbiased: bool,
+) -> list[tf.Tensor]:
+    """The gradients of dy, y, scale, offset, saved_inv_std and drunning, where xc = (z - offset) / slope, z = z(y).
+
+    Here these are inputs like any other: what y and saved_inv_std have of x and the rest is the forward op's to tell.
+
+    Args:
+      inputs: dy, y, scale, offset and saved_inv_std.
+      upstream: the gradients of dx, dscale and doffset.
+    """
+    dy, y, scale, offset, inv_std = inputs
+    of_dx, of_dscale, of_doffset = upstream
+    layout = Layout(y, axis)
+    vector, n = layout.vector, tf.maximum(layout.count, 1)
+    divisor = tf.maximum(n - 1, 1) if unbiased else n
+    slope, act_slope = scale * inv_std, inverse.slope(y)
+    xc = (inverse.of(y) - vector(offset)) / vector(slope)
+    dz = dy * act_slope
+    sum_dz, sum_dz_xc = layout.sum(dz), layout.sum(dz * xc)
+    # shift = -slope * sum(dz) / n + ..., tilt = -slope * inv_std^2 * sum(dz * xc) / n + ...
+    of_shift, of_tilt = layout.sum(of_dx), layout.sum(of_dx * xc)
+    through_tilt = inv_std**2 * of_tilt / n
+    tilt = -slope * inv_std**2 * sum_dz_xc / n
+    if drunning:
+        tilt += 2 * exponential_avg_factor * drunning[1] / divisor
+
+    of_sum_xc = of_dscale * inv_std - slope * through_tilt
+    of_dz = of_dx * vector(slope) + vector(of_doffset - slope * of_shift / n) + xc * vector(of_sum_xc)
+    of_z = (of_dx * vector(tilt) + dz * vector(of_sum_xc)) / vector(slope)
+    of_y = of_z * inverse.inverse_slope(y) + of_dz * dy * inverse.slope_of_slope(y)
+    of_slope = layout.sum(of_dx * dz) - of_shift * sum_dz / n - through_tilt * sum_dz_xc - layout.sum(of_z * xc)
+    of_inv_std = of_slope * scale + (of_dscale - 2 * slope * inv_std * of_tilt / n) * sum_dz_xc
+    gradients = [of_dz * act_slope, of_y, of_slope * inv_std, -layout.sum(of_z), of_inv_std]
+    if drunning:
+        factor = exponential_avg_factor
+        gradients += [factor * of_shift / n, 2 * factor * of_tilt / divisor]
+    return gradients
 
 
 def inference(inputs: Normalization, upstream: list[Any], of_xc: tf.Tensor | None = None) -> list[tf.Tensor]:

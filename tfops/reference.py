@@ -27,6 +27,7 @@ def fused_batch_norm(
     residual: Any = None,
     unbiased: bool = True,
     virtual_batch_size: int | None = None,
+    in_place: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """What `tfops.fused_batch_norm` computes, with the same arguments and results, op by op.
 
@@ -48,6 +49,7 @@ def fused_batch_norm(
         residual: Of x's shape and dtype, or None.
         unbiased: Whether the returned variance is the unbiased estimate.
         virtual_batch_size: As for `tfops.fused_batch_norm`.
+        in_place: Without effect: what is kept here is what TensorFlow's operations keep.
 
     Returns:
         y: Of the shape and dtype of x.
@@ -84,6 +86,7 @@ def fused_batch_norm(
             residual,
             unbiased,
             virtual_batch_size,
+            in_place,
         )
         if (rank := arguments.x.shape.rank) is None:
             raise ValueError(f"x must have a known rank >= 2, but its rank is {rank}")
@@ -95,7 +98,7 @@ def _compute(arguments: Arguments) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     if arguments.virtual_batch_size is not None:
         return _virtual_batches.fused_batch_norm(arguments, _compute)
     x, scale, offset, mean, variance, residual = arguments[:6]
-    dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased, _ = arguments[6:]
+    dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased = arguments[6:13]
     param = scale.dtype
     channel_axis = axis % x.shape.rank
     others = [i for i in range(x.shape.rank) if i != channel_axis]

@@ -5,6 +5,9 @@
 //   piecewise linear: Of(z), IsOn(z), whether the slope is 1 at z; where it is not, it is the parameter `slope`, or 0;
 //   smooth:           Of(z), and SlopeOf(z), its derivative.
 //
+// Those that have an inverse also have InverseOf(y, least), its z, of which y has the sign; and if they are smooth,
+// SlopeFromResult(y), the derivative at that z. The parameters of those that have any are positive then.
+//
 // Those that have parameters (kHasParameters) take these too, as an ActivationIn of the arithmetic's type.
 //
 // F is float or double, or a GCC vector of them: `a < b ? c : d` then selects lane by lane. Comparisons are written so
@@ -41,6 +44,16 @@ struct ExponentialLessOne {
 template <>
 struct ExponentialLessOne<float> {
   static TFOPS_INLINE float Of(float z) { return expm1f(z); }
+};
+
+// log(1 + y), for -1 < y <= 0.
+template <typename F>
+struct LogarithmOfOneLess {
+  static TFOPS_INLINE F Of(F y) { return log1p(y); }
+};
+template <>
+struct LogarithmOfOneLess<float> {
+  static TFOPS_INLINE float Of(float y) { return log1pf(y); }
 };
 
 // 1 / x, of floats on a GPU to 1 ulp: without the branch, and the call, that division has there for small results.
@@ -131,6 +144,7 @@ struct ActivationIn {
   F slope = 0;      // of what is made of straight pieces, below the threshold; elu's alpha
   F threshold = 0;  // where these bend
   F high = NAN;     // what they do not exceed; NaN, which nothing is above, if there is no such bound
+  F inverse = 1;    // 1 / slope, for inverses
 
   ActivationIn() = default;
   explicit ActivationIn(const Problem& problem) : kind(problem.activation) {
@@ -138,6 +152,7 @@ struct ActivationIn {
     if (kind == Activation::kRelu6) high = 6;
     if (kind == Activation::kLeakyRelu) slope = static_cast<float>(problem.negative_slope);
     if (kind == Activation::kElu) slope = static_cast<F>(problem.alpha);
+    if (slope > 0) inverse = static_cast<F>(1 / static_cast<double>(slope));
     if (kind == Activation::kBoundedRelu) {
       slope = static_cast<F>(problem.negative_slope);
       threshold = static_cast<F>(problem.threshold);
@@ -160,6 +175,7 @@ namespace activations {
 struct PiecewiseLinear {
   static constexpr bool kIsPiecewiseLinear = true;
   static constexpr bool kHasParameters = false;
+  static constexpr bool kIsInvertible = false;
   template <typename F>
   static TFOPS_INLINE auto IsOn(F z) {
     return z > F{};
@@ -169,9 +185,11 @@ struct PiecewiseLinear {
 struct Smooth {
   static constexpr bool kIsPiecewiseLinear = false;
   static constexpr bool kHasParameters = false;
+  static constexpr bool kIsInvertible = false;
 };
 
 struct None : Smooth {
+  static constexpr bool kIsInvertible = true;
   template <typename F>
   static TFOPS_INLINE F Of(F z) {
     return z;
@@ -179,6 +197,10 @@ struct None : Smooth {
   template <typename F>
   static TFOPS_INLINE F SlopeOf(F) {
     return Number<F>(1);
+  }
+  template <typename F, typename Parameters>
+  static TFOPS_INLINE F InverseOf(F y, const Parameters&, F) {
+    return y;
   }
 };
 
@@ -202,6 +224,7 @@ struct Relu6 : PiecewiseLinear {
 
 struct LeakyRelu : PiecewiseLinear {
   static constexpr bool kHasParameters = true;
+  static constexpr bool kIsInvertible = true;
   template <typename F, typename Parameters>
   static TFOPS_INLINE F Of(F z, const Parameters& parameters) {
     return z < F{} ? z * parameters.slope : z;
@@ -223,6 +246,10 @@ struct BoundedRelu : Smooth {
   static TFOPS_INLINE F SlopeOf(F z, const Parameters& parameters) {
     const F above = z >= F{} + parameters.high ? F{} : F{} + 1;
     return z <= F{} + parameters.threshold ? F{} + parameters.slope : above;
+  }
+  template <typename F, typename Parameters>
+  static TFOPS_INLINE F InverseOf(F y, const Parameters& parameters, F) {
+    return y < F{} ? y * parameters.inverse : y;
   }
 };
 
@@ -309,6 +336,7 @@ struct GeluTanh : Smooth {
 // z, or (exp(z) - 1) * alpha below 0.
 struct Elu : Smooth {
   static constexpr bool kHasParameters = true;
+  static constexpr bool kIsInvertible = true;
   template <typename F, typename Parameters>
   static TFOPS_INLINE F Of(F z, const Parameters& parameters) {
     return z > F{} ? z : ExponentialLessOne<F>::Of(Bound<F>::Above(z, F{})) * parameters.slope;
@@ -316,6 +344,16 @@ struct Elu : Smooth {
   template <typename F, typename Parameters>
   static TFOPS_INLINE F SlopeOf(F z, const Parameters& parameters) {
     return z > F{} ? Number<F>(1) : Exponential<F>::Of(Bound<F>::Above(z, F{})) * parameters.slope;
+  }
+  // Results that have rounded to -alpha have no logarithm: y / alpha counts as `least` then, a number above -1.
+  template <typename F, typename Parameters>
+  static TFOPS_INLINE F InverseOf(F y, const Parameters& parameters, F least) {
+    const F below = Bound<F>::Below(Bound<F>::Above(y, F{}) * parameters.inverse, least);
+    return y > F{} ? y : LogarithmOfOneLess<F>::Of(below);
+  }
+  template <typename F, typename Parameters>
+  static TFOPS_INLINE F SlopeFromResult(F y, const Parameters& parameters) {
+    return y > F{} ? Number<F>(1) : y + parameters.slope;
   }
 };
 

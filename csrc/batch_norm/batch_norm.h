@@ -116,6 +116,7 @@ struct Problem {
   // variance_out take in their average, and dscale and doffset are sums over all. 0 if, and only if, there is none in
   // an `outer` of 0.
   int64_t virtual_batches = 1;
+  bool in_place = false;  // training: the gradient reads y in the place of x; see BackwardArrays
 
   // Elements of a channel in a virtual batch.
   TFOPS_INLINE int64_t Count() const { return (virtual_batches > 1 ? outer / virtual_batches : outer) * inner; }
@@ -199,9 +200,13 @@ struct ForwardArrays {
 //   inference  dx = scale * inv_std * dz
 //              dmean_in = -scale * inv_std * sum(dz)
 //              dvariance_in = -scale * inv_std^3 * sum(dz * xc) / 2
+//
+// in_place: x is the forward pass's y here, which then may have taken x's own array. xc is computed from it, as in
+// in_place.h. A channel whose scale is too near 0 for that is refused: on the CPU Forward() returns InvalidArgument; a
+// GPU cannot tell, and so, on either, the channel's dx and dscale are NaN.
 struct BackwardArrays {
   const void* dy = nullptr;                  // [N]
-  const void* x = nullptr;                   // [N]
+  const void* x = nullptr;                   // [N]; in_place: y
   const void* scale = nullptr;               // [C]
   const void* offset = nullptr;              // [C]
   const void* mean = nullptr;                // [C]; training: saved_mean, [V, C]

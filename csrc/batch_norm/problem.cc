@@ -12,6 +12,7 @@
 
 #include "csrc/batch_norm/activation.h"
 #include "csrc/batch_norm/batch_norm.h"
+#include "csrc/batch_norm/in_place.h"
 
 namespace tfops {
 namespace {
@@ -93,6 +94,29 @@ Status ValidateActivation(const Problem& problem) {
   return {};
 }
 
+Status ValidateInPlace(const Problem& problem) {
+  if (!problem.training) return InvalidArgument("in_place must be false in inference, but it is true");
+  if (problem.has_residual) return InvalidArgument("in_place must be false where there is a residual, but it is true");
+  if (problem.virtual_batches > 1) {
+    return InvalidArgument("in_place must be false where there are virtual batches, but it is true");
+  }
+  if (!IsInvertible(problem.activation)) {
+    std::string names;
+    for (const Activation known : kActivations) {
+      if (IsInvertible(known)) names += std::string(names.empty() ? "'" : ", '") + NameOf(known) + "'";
+    }
+    return InvalidArgument("activation must be one of " + names + " where in_place is true, but it is '" +
+                           NameOf(problem.activation) + "'");
+  }
+  for (const Parameter& parameter : ParametersOf(problem.activation)) {
+    const double value = problem.*parameter.field;
+    if (value > 0) continue;
+    return InvalidArgument(std::string(parameter.name) + " of activation must be > 0 where in_place is true, but it is " +
+                           Shown(value));
+  }
+  return {};
+}
+
 }  // namespace
 
 Status Fold(const int64_t* dims, int rank, int64_t axis, Problem* problem) {
@@ -133,7 +157,8 @@ Status Validate(const Problem& problem) {
                            std::to_string(batches) + ", outer is " + std::to_string(problem.outer) +
                            " and training is " + (problem.training ? "true" : "false"));
   }
-  return ValidateActivation(problem);
+  if (const Status status = ValidateActivation(problem); !status.ok()) return status;
+  return problem.in_place ? ValidateInPlace(problem) : Status();
 }
 
 Status ValidateMoments(const Problem& problem) {

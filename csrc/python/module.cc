@@ -163,7 +163,7 @@ void CudaGradientPhase(const Problem& problem, const BackwardArrays& arrays, con
 
 Problem MakeProblem(const std::vector<int64_t>& shape, int64_t axis, DataType dtype, const std::string& activation,
                     bool has_residual, bool training, double epsilon, double exponential_avg_factor, bool unbiased,
-                    int64_t virtual_batch_size) {
+                    int64_t virtual_batch_size, bool in_place) {
   Problem problem;
   ThrowUnlessOk(Fold(shape.data(), static_cast<int>(shape.size()), axis, &problem));
   ThrowUnlessOk(ParseActivation(activation, &problem));
@@ -176,6 +176,7 @@ Problem MakeProblem(const std::vector<int64_t>& shape, int64_t axis, DataType dt
   if (training) {
     ThrowUnlessOk(SetVirtualBatches(shape.data(), static_cast<int>(shape.size()), axis, virtual_batch_size, &problem));
   }
+  problem.in_place = in_place;
   ThrowUnlessOk(Validate(problem));
   return problem;
 }
@@ -225,7 +226,8 @@ PYBIND11_MODULE(_kernels, m) {
   py::class_<Problem>(m, "Problem", local)
       .def(py::init(&MakeProblem), py::kw_only(), py::arg("shape"), py::arg("axis"), py::arg("dtype"),
            py::arg("activation"), py::arg("has_residual"), py::arg("training"), py::arg("epsilon"),
-           py::arg("exponential_avg_factor"), py::arg("unbiased"), py::arg("virtual_batch_size") = 0)
+           py::arg("exponential_avg_factor"), py::arg("unbiased"), py::arg("virtual_batch_size") = 0,
+           py::arg("in_place") = false)
       .def_readonly("dtype", &Problem::dtype)
       .def_readonly("outer", &Problem::outer)
       .def_readonly("channels", &Problem::channels)
@@ -241,6 +243,7 @@ PYBIND11_MODULE(_kernels, m) {
       .def_readonly("exponential_avg_factor", &Problem::exponential_avg_factor)
       .def_readonly("unbiased", &Problem::unbiased)
       .def_readonly("virtual_batches", &Problem::virtual_batches)
+      .def_readonly("in_place", &Problem::in_place)
       .def_property_readonly("elements", &Problem::Elements)
       .def_property_readonly(
           "activation_bits_bytes",

@@ -325,6 +325,7 @@ REGISTER_OP("Tfops>BatchNormTraining")
     .Attr("exponential_avg_factor_bits: int = 0")
     .Attr("unbiased: bool = true")
     .Attr("virtual_batch_size: int = 0")
+    .Attr("in_place: bool = false")
     .SetShapeFn(TrainingShapes);
 
 // drunning: nothing, or the gradients of the outputs mean and variance. residual: if the gradient needs it, as with
@@ -350,6 +351,7 @@ REGISTER_OP("Tfops>BatchNormTrainingGrad")
     .Attr("unbiased: bool = true")
     .Attr("has_residual: bool = false")
     .Attr("virtual_batch_size: int = 0")
+    .Attr("in_place: bool = false")
     .SetShapeFn(TrainingGradShapes);
 
 REGISTER_OP("Tfops>BatchNormInference")

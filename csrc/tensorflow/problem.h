@@ -133,6 +133,7 @@ absl::Status ReadAttributes(Context* context, bool training, Attributes* attribu
   if (training) {
     TF_RETURN_IF_ERROR(ReadDouble(context, "exponential_avg_factor", &problem.exponential_avg_factor));
     TF_RETURN_IF_ERROR(context->GetAttr("unbiased", &problem.unbiased));
+    TF_RETURN_IF_ERROR(context->GetAttr("in_place", &problem.in_place));
     int64_t num_running = 0;
     TF_RETURN_IF_ERROR(context->GetAttr("num_running", &num_running));
     if (num_running != 0 && num_running != 2) {

@@ -29,7 +29,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(tfops::Problem, StructMember<int64_t>("out
                                       StructMember<double>("threshold"), StructMember<double>("alpha"),
                                       StructMember<bool>("has_residual"), StructMember<bool>("training"),
                                       StructMember<double>("epsilon"), StructMember<double>("exponential_avg_factor"),
-                                      StructMember<bool>("unbiased"), StructMember<int64_t>("virtual_batches"));
+                                      StructMember<bool>("unbiased"), StructMember<int64_t>("virtual_batches"),
+                                      StructMember<bool>("in_place"));
 
 namespace tfops {
 

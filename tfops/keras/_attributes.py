@@ -69,7 +69,7 @@ def carry_plain(layer: Any, new: Any, like: Any = None) -> None:
     left = vars(new if like is None else like)
     ours = _OWN | SETTINGS | _TRAINING
     if isinstance(layer, keras.layers.BatchNormalization):
-        ours |= _FUSED if hasattr(new, "skip_nonfinite") else {*_FUSED, "skip_nonfinite"}
+        ours |= _FUSED if hasattr(new, "skip_nonfinite") else {*_FUSED, "skip_nonfinite", "in_place"}
     for name, value in list(vars(layer).items()):
         if name.startswith("_") or name in ours or hasattr(type(new), name) or not _is_plain(value):
             continue

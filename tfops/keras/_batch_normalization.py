@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfops import _xla
-from tfops._arguments import activation_argument, check_virtual_batch_size, param_type
+from tfops._arguments import activation_argument, check_in_place, check_virtual_batch_size, param_type
 from tfops._batch_norm import fused_batch_norm
 from tfops._phases import Statistics, batch_statistics, normalize, replicas
 from tfops._virtual_batches import VirtualBatches
@@ -82,19 +82,23 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
             [Hoffer, Hubara and Soudry, 2017](https://arxiv.org/abs/1705.08741)). The moving statistics take in the
             average of all virtual batches' statistics; with a mask, of those in which any element counts, and if there
             is none they stay as they are. Batch sizes are multiples of it. None means that there is one batch.
+        in_place: Whether training keeps y alone for the gradient, in the memory of x, and computes x from it again; see
+            `tfops.fused_batch_norm`. It goes with the activations None, "leaky_relu" and "elu", and not with `renorm`,
+            `synchronized`, `virtual_batch_size`, a mask or a residual.
         **kwargs: What every layer of Keras takes: name, dtype, trainable and so on.
 
     Attributes:
         activation: As given, or in a plainer form: "relu(max_value=6)" becomes "relu6".
-        skip_nonfinite: As given. It may be set, before a training step is compiled.
+        skip_nonfinite: As given. It may be set, before a training step is compiled. So may the last.
         virtual_batch_size: As given.
+        in_place: As given.
         folded: What calls do beside that, unless they tell: an activation, or None. `tfops.keras.convert` sets it in
             Sequential models, whose calls have no arguments.
 
     Raises:
-        TypeError: `skip_nonfinite` is not a bool, or `virtual_batch_size` not an integer.
+        TypeError: `skip_nonfinite` or `in_place` is not a bool, or `virtual_batch_size` not an integer.
         ValueError: `activation` is none of the above, `virtual_batch_size` is not positive or does not go together with
-            `synchronized` or `renorm`, or Keras refuses an argument.
+            `synchronized` or `renorm`, `in_place` does not go with another argument, or Keras refuses an argument.
 
     Examples:
         >>> import keras
@@ -148,6 +152,7 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
         activation: str | None = None,
         skip_nonfinite: bool = False,
         virtual_batch_size: int | None = None,
+        in_place: bool = False,
         **kwargs: Any,
     ):
         activation = activation_argument(activation)
@@ -160,6 +165,11 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
                     raise ValueError(
                         f"virtual_batch_size must be None where {name} is {value!r}, but it is {virtual_batch_size}"
                     )
+        if not isinstance(in_place, bool):
+            raise TypeError(f"in_place must be a bool, but it is {in_place!r}")
+        if in_place:
+            others = {"renorm": renorm, "synchronized": synchronized, "virtual_batch_size": virtual_batch_size}
+            check_in_place(activation, **others)
         try:
             axis = int(axis)
         except (TypeError, ValueError) as error:
@@ -187,6 +197,7 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
         self.activation: str | None = activation
         self.skip_nonfinite: bool = skip_nonfinite
         self.virtual_batch_size: int | None = virtual_batch_size
+        self.in_place: bool = in_place
         self.folded: str | None = None
         self._last_run: tuple[bool | None, bool] = None, False  # training, and whether there was a mask
         self.supports_jit = _xla.supports_jit()
@@ -233,9 +244,10 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
             The result y, a tensor of the inputs' shape and of the compute dtype.
 
         Raises:
-            ValueError: The mask has a wrong rank, or is lost where the layer is recomputed for the gradient, or shapes
-                do not match while a graph is built.
-            tf.errors.InvalidArgumentError: Shapes do not match when the layer runs.
+            ValueError: The mask has a wrong rank, or is lost where the layer is recomputed for the gradient, or there
+                is one, or a residual, with `in_place`, or shapes do not match while a graph is built.
+            tf.errors.InvalidArgumentError: Shapes do not match when the layer runs, or with `in_place` gamma is too
+                near 0 in some channel.
         """
         mask = inputs_mask if mask is None else mask
         folded = folded or self.folded
@@ -266,6 +278,9 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
             "residual": None if residual is None else tf.cast(residual, x.dtype),
         }
         renorm = getattr(self, "renorm", False)  # not in older Keras, such as Python 3.10's newest
+        if self.in_place and training:
+            others = {"renorm": renorm, "synchronized": self.synchronized, "mask": mask, "residual": residual}
+            check_in_place(settings["activation"], **others)
         if training and mask is not None and self.virtual_batch_size is not None:
             y = self._normalize_virtual_batches(x, mask, scale, offset, recomputed, settings)
         elif training and (mask is not None or renorm or (self.synchronized and replicas() > 1)):
@@ -293,6 +308,7 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
                 exponential_avg_factor=1.0 - self.momentum if training else 1.0,
                 unbiased=False,
                 virtual_batch_size=self.virtual_batch_size,
+                in_place=self.in_place and training,
                 **settings,
             )
             if training and not recomputed:
@@ -412,6 +428,7 @@ class BatchNormalization(Guarded, keras.layers.BatchNormalization):
             "folded": self.folded,
             "skip_nonfinite": self.skip_nonfinite or None,
             "virtual_batch_size": self.virtual_batch_size,
+            "in_place": self.in_place or None,
         }
         return {**super().get_config(), **{name: value for name, value in own.items() if value is not None}}
 

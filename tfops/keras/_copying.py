@@ -107,7 +107,7 @@ class Copier:
         if is_list(layer):
             return self._make_list(layer)
         if id(layer) in self._of_norm:
-            own = () if self._to is BatchNormalization else ("activation", "skip_nonfinite")
+            own = () if self._to is BatchNormalization else ("activation", "skip_nonfinite", "in_place")
             return self._remake(layer, self._to, (*own, "folded") if self._unfolds else own)
         if id(layer) in self._taken:
             return stand_in(self._remake(layer))
@@ -415,7 +415,8 @@ def _constructing(source: type[keras.Layer], target: type[keras.Layer]) -> Itera
         activation = kwargs.pop("activation", None)
         if activation is not None:
             raise ValueError(f"a batch norm inside it has the fused activation {activation!r}")
-        kwargs.pop("skip_nonfinite", None)
+        for name in ("skip_nonfinite", "in_place"):
+            kwargs.pop(name, None)
         return target(*args, **kwargs)
 
     with _lock:

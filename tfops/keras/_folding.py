@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import keras
 from keras.src.models.functional import Functional
 
+from tfops._activations import is_invertible
 from tfops.keras._activations import activation_of, kind_of
 from tfops.keras._attributes import held
 from tfops.keras._batch_normalization import BatchNormalization
@@ -17,6 +18,7 @@ from tfops.keras._tags import still_to_come
 CLASSES = keras.layers.BatchNormalization, BatchNormalization
 # Keras' losses look for the sigmoid that has made probabilities, so as to compute from what it was given.
 _LOGITS = "losses ask what the sigmoid was of"
+_IN_PLACE = "it is in place, and has no inverse with what follows"
 _NUMBERS = {0: "no", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 
@@ -151,6 +153,11 @@ def _obstacle(norm: keras.Layer) -> str:
     return "it has an activation of its own" if getattr(norm, "activation", None) is not None else ""
 
 
+def _needs_x(norm: keras.Layer, kind: str) -> bool:
+    """Whether the batch norm keeps its result alone, and could not take in what follows."""
+    return getattr(norm, "in_place", False) and (kind == "add" or not is_invertible(kind))
+
+
 class _List:
     """A Sequential: each layer reads the one before."""
 
@@ -175,6 +182,8 @@ class _List:
             return fold.without(*_no_activation(after))
         if after.compute_dtype != fold.norm.compute_dtype:
             return fold.without("the activation has another dtype", after.name)
+        if _needs_x(fold.norm, activation):
+            return fold.without(_IN_PLACE, after.name)
         if activation == "sigmoid" and call + 1 == len(self._layers):
             return fold.without(_LOGITS, after.name)
         return fold.with_(after, activation)
@@ -224,12 +233,16 @@ class _Graph:
         before = node.outputs[0]
         after, fold = self._reader(before, fold)
         if after is not None and kind_of(after.operation) == "Add":
+            if _needs_x(fold.norm, "add"):
+                return fold.without(_IN_PLACE, after.operation.name)
             fold = self._add(fold, after)
             if fold.kinds:
                 self._shared.taken.add(id(after))
                 before = after.outputs[0]
                 after, _ = self._reader(before, fold)
         activation = None if after is None else activation_of(after.operation)
+        if activation is not None and _needs_x(fold.norm, activation):
+            return fold.without(_IN_PLACE, after.operation.name)
         if activation is not None and after.outputs[0].dtype != before.dtype:
             return fold if fold.kinds else fold.without("the activation has another dtype", after.operation.name)
         if activation == "sigmoid" and id(after.outputs[0]) in self._shared.kept:

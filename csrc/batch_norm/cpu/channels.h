@@ -7,6 +7,7 @@
 
 #include "csrc/batch_norm/cpu/kernels.h"
 #include "csrc/batch_norm/cpu/moments.h"
+#include "csrc/batch_norm/in_place.h"
 #include "csrc/batch_norm/moments.h"
 
 namespace tfops::cpu::TFOPS_CPU_LEVEL {
@@ -208,10 +209,17 @@ template <typename P>
 void PrepareGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
   const Problem problem = job.problem;
   const BackwardArrays arrays = job.arrays;
-  CopyCoefficients<P>(job, kMean, arrays.mean, begin, end);
-  SetCoefficients<P>(job, kSlope, begin, end, [=](int64_t c) {
-    return Slope<P>(static_cast<const P*>(arrays.scale)[c], InverseStd<P>(problem, arrays, c));
-  });
+  const P* scale = static_cast<const P*>(arrays.scale);
+  const auto slope = [=](int64_t c) { return Slope<P>(scale[c], InverseStd<P>(problem, arrays, c)); };
+  if (problem.in_place) {
+    const Rounding rounding = RoundingOf(problem.dtype);
+    SetCoefficients<P>(job, kMean, begin, end, [=](int64_t c) {
+      return InverseSlope<P>(rounding, slope(c), scale[c], static_cast<const P*>(arrays.offset)[c]);
+    });
+  } else {
+    CopyCoefficients<P>(job, kMean, arrays.mean, begin, end);
+  }
+  SetCoefficients<P>(job, kSlope, begin, end, slope);
   CopyCoefficients<P>(job, kOffset, arrays.offset, begin, end);
 }
 

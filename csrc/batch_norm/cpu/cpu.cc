@@ -1,6 +1,7 @@
 // The CPU entry points: checks, and the order of the phases.
 
 #include <algorithm>
+#include <cstdio>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "csrc/batch_norm/cpu/jobs.h"
 #include "csrc/batch_norm/cpu/kernels.h"
 #include "csrc/batch_norm/cpu/phases.h"
+#include "csrc/batch_norm/in_place.h"
 
 namespace tfops::cpu {
 namespace {
@@ -95,6 +97,22 @@ void Run(const Job& job, const std::vector<Step<Job>>& steps, const Threads& thr
   RunPhases(threads, job.whole.Elements() / kElements, std::move(phases));
 }
 
+// InvalidArgument if there is a channel whose x the gradient could not compute from y.
+template <typename P>
+Status CheckInvertible(const Problem& problem, const ForwardArrays& arrays) {
+  const P* scale = static_cast<const P*>(arrays.scale);
+  const P* offset = static_cast<const P*>(arrays.offset);
+  for (int64_t c = 0; c < problem.channels; ++c) {
+    if (!IsScaleTooSmall(RoundingOf(problem.dtype), scale[c], offset[c])) continue;
+    char message[192];
+    std::snprintf(message, sizeof(message),
+                  "scale is too near 0 for in_place, which computes x from y: in channel %lld it is %g, and offset is %g",
+                  static_cast<long long>(c), static_cast<double>(scale[c]), static_cast<double>(offset[c]));
+    return {StatusCode::kInvalidArgument, message};
+  }
+  return {};
+}
+
 // The bytes that make_job(arena) takes of a workspace.
 template <typename MakeJob>
 size_t WorkspaceBytes(const MakeJob& make_job) {
@@ -134,6 +152,11 @@ size_t MomentsWorkspaceBytes(const Problem& problem) {
 }
 
 Status Forward(const Problem& problem, const ForwardArrays& arrays, void* workspace, const Threads& threads) {
+  if (problem.in_place) {
+    const Status status = problem.dtype == DataType::kFloat64 ? CheckInvertible<double>(problem, arrays)
+                                                              : CheckInvertible<float>(problem, arrays);
+    if (!status.ok()) return status;
+  }
   std::vector<Step<ForwardJob>> steps = {&Kernels::FinishStatistics, &Kernels::Normalize};
   if (problem.training) steps.insert(steps.begin(), &Kernels::Moments);
   return CheckAndRun(

@@ -7,6 +7,7 @@
 #include "csrc/batch_norm/cpu/coefficients.h"
 #include "csrc/batch_norm/cpu/known.h"
 #include "csrc/batch_norm/cpu/vector_activation.h"
+#include "csrc/batch_norm/in_place.h"
 
 namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
@@ -57,6 +58,7 @@ struct GradientInputs {
   template <bool kPartial, typename C>
   TFOPS_INLINE Gradient<P> ReadWith(uint32_t word, const C& c, int64_t column, int64_t i, int64_t n) const {
     const Vec<P> dy_i = LoadLanes<kPartial>(dy + i, n);
+    if constexpr (K::kIsInPlace) return FromResult(dy_i, LoadLanes<kPartial>(x + i, n), c, column);
     const Vec<P> xc = LoadLanes<kPartial>(x + i, n) - c.Get(kMean, column);
     if constexpr (K::kIsKnown && K::kActivation == Activation::kNone) return {dy_i, xc, Vec<P>{}};
     if (HasBits()) {
@@ -68,6 +70,16 @@ struct GradientInputs {
     if (!K::kIsKnown && residual) z += LoadLanes<kPartial>(residual + i, n);
     if constexpr (K::kIsKnown) return {ActivationGradient<K::kActivation>(dy_i, z, activation), xc, Vec<P>{}};
     return {dy_i, xc, z};
+  }
+
+  // x is y here, and the coefficient kMean is the inverse of kSlope.
+  template <typename C>
+  TFOPS_INLINE Gradient<P> FromResult(Vec<P> dy, Vec<P> y, const C& c, int64_t column) const {
+    constexpr Activation kActivation = K::kActivation;
+    const Vec<P> dz = ActivationGradientFromResult<kActivation>(dy, y, activation);
+    const Vec<P> least = Splat(LeastInvertible<P>(RoundingOf(kDataTypeOf<T>)));
+    const Vec<P> z = activations::Of<kActivation>::InverseOf(y, activation, least);
+    return {dz, (z - c.Get(kOffset, column)) * c.Get(kMean, column), Vec<P>{}};
   }
 
   template <bool kPartial, typename C>
@@ -91,6 +103,12 @@ template <bool kAddition, typename Body>
 TFOPS_INLINE void WithKnownGradient(const BackwardJob& job, bool cached, Body body) {
   const Activation activation = job.problem.activation;
   const bool bits = job.arrays.activation_bits;
+  if (job.problem.in_place) {
+    return WithActivation(activation, [&](auto constant) {
+      constexpr Activation kActivation = decltype(constant)::value;
+      if constexpr (kIsInvertible<kActivation>) body(InPlace<kActivation>());
+    });
+  }
   if (job.arrays.residual) return body(Unknown());
   WithCached(cached, [&](auto is_cached) {
     constexpr bool kCached = decltype(is_cached)::value;

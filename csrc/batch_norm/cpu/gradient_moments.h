@@ -36,10 +36,10 @@ TFOPS_INLINE void AddGradientChain(const BackwardJob& job, int64_t item, int64_t
 }
 
 // Adds less than a step's rows. It is out of line, for all chunks may have some, and little of it.
-template <typename T>
+template <typename T, typename K>
 __attribute__((noinline)) void AddLastGradientRows(const BackwardJob& job, int64_t item, int64_t row, int64_t count,
                                                    int64_t begin, int64_t end) {
-  AddGradientChain<1, T, Unknown>(job, item, row, count, 0, begin, end);
+  AddGradientChain<1, T, K>(job, item, row, count, 0, begin, end);
 }
 
 template <typename T, typename K>
@@ -51,7 +51,8 @@ TFOPS_INLINE void SumGradientColumns(const BackwardJob& job, int64_t item) {
   const auto steps_of = [](int64_t) { return kChainRows / kRowsAtOnce; };
   const auto add = [&](auto rows_at_once, int64_t row, int64_t steps, int64_t apart, int64_t begin, int64_t end) {
     if constexpr (decltype(rows_at_once)::value == 1) {
-      AddLastGradientRows<T>(job, item, row, steps, begin, end);
+      using Rest = std::conditional_t<K::kIsInPlace, K, Unknown>;
+      AddLastGradientRows<T, Rest>(job, item, row, steps, begin, end);
     } else {
       AddGradientChain<kRowsAtOnce, T, K>(job, item, row, steps, apart, begin, end);
     }

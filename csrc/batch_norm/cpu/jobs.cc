@@ -144,7 +144,7 @@ BackwardJob MakeBackwardJob(const Problem& problem, const BackwardArrays& arrays
   std::vector<const void*> streamed;
   if (job.stream_dx) streamed.push_back(arrays.dx);
   if (job.stream_dresidual) streamed.push_back(arrays.dresidual);
-  if (!is_converted || problem.activation == Activation::kNone) {
+  if ((!is_converted || problem.activation == Activation::kNone) && !problem.in_place) {
     job.traversal = ChooseTraversal(problem, job, arrays.activation_bits, count, streamed);
   }
   if (OutgrowsCache(problem, count)) SetFetchDistances(&job);

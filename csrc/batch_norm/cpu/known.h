@@ -16,16 +16,20 @@ namespace tfops::cpu::TFOPS_CPU_LEVEL {
 namespace {
 
 // kAddition: there is a residual, or dresidual. kBits: there are activation bits. kCached: nothing is streamed, or
-// fetched ahead.
-template <Activation kActivationValue, bool kAddition, bool kBits, bool kCached, bool kKnown = true>
+// fetched ahead. kInPlace: the gradient reads y.
+template <Activation kActivationValue, bool kAddition, bool kBits, bool kCached, bool kKnown = true,
+          bool kInPlace = false>
 struct Known {
   static constexpr bool kIsKnown = kKnown;
   static constexpr Activation kActivation = kActivationValue;
   static constexpr bool kHasAddition = kAddition;
   static constexpr bool kHasBits = kBits;
   static constexpr bool kIsCached = kCached;
+  static constexpr bool kIsInPlace = kInPlace;
 };
 using Unknown = Known<Activation::kNone, false, false, false, false>;
+template <Activation kActivation>
+using InPlace = Known<kActivation, false, false, /*kCached=*/false, /*kKnown=*/true, /*kInPlace=*/true>;
 
 // x86 without AVX2, and machines that the kernels do not know, have no loops of their own for what is cached: they ask.
 #if TFOPS_VECTOR_BYTES >= 32 || defined(__aarch64__)

@@ -47,6 +47,12 @@ struct BFloat16 {
 template <DataType kType>
 using ElementOf = std::tuple_element_t<static_cast<size_t>(kType), std::tuple<Half, BFloat16, float, double>>;
 
+template <typename T>
+inline constexpr DataType kDataTypeOf = std::is_same_v<T, Half>       ? DataType::kFloat16
+                                        : std::is_same_v<T, BFloat16> ? DataType::kBFloat16
+                                        : std::is_same_v<T, float>    ? DataType::kFloat32
+                                                                      : DataType::kFloat64;
+
 // The type that data of type T are computed in, and that their parameters have.
 template <typename T>
 struct ParamOf {

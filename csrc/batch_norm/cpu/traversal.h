@@ -183,10 +183,10 @@ void TraverseItem(const Job& job, int64_t item) {
   const bool streamed = tiles && job.traversal == Traversal::kStreamedTiles;
   Pass::WithKnown(job, tiles && !streamed, [&](auto known) {
     using K = decltype(known);
-    if constexpr (!K::kIsCached) {
+    if constexpr (!K::kIsCached && !K::kIsInPlace) {
       if (streamed) return TraverseTiledItem<Pass, true, K>(job, item);
     }
-    if constexpr (!K::kIsKnown || K::kIsCached || !kHasCachedLoops) {
+    if constexpr (!K::kIsInPlace && (!K::kIsKnown || K::kIsCached || !kHasCachedLoops)) {
       if (tiles) return TraverseTiledItem<Pass, false, K>(job, item);
     }
     TraverseRunsOfItem<Pass, K>(job, item);

@@ -93,6 +93,23 @@ struct ExponentialLessOne<cpu::TFOPS_CPU_LEVEL::FloatVec> {
   }
 };
 
+// 1 + y = m 2^k with 1/2 <= m < 1 makes log(m) + k ln 2. Above -1/2, where 1 + y would be rounded, y is m - 1 itself.
+template <>
+struct LogarithmOfOneLess<cpu::TFOPS_CPU_LEVEL::FloatVec> {
+  using V = cpu::TFOPS_CPU_LEVEL::FloatVec;
+  using Int = cpu::TFOPS_CPU_LEVEL::IntVec<float>;
+
+  static TFOPS_INLINE V Of(V y) {
+    const V e = y + 1.0f;
+    const Int k = (cpu::TFOPS_CPU_LEVEL::BitCast<Int>(e) >> 23) - 126;
+    const V less_one = e * ExponentialOfFloats::PowerOfTwo(-k) - 1.0f;
+    const auto near = y >= V{} - 0.5f;
+    const V log = LogarithmOfOnePlus<V>::Of(near ? y : less_one);
+    const V power = __builtin_convertvector(k, V) * 0.69314718055994531f;
+    return near ? log : log + power;
+  }
+};
+
 // Of doubles, lane by lane.
 template <>
 struct Exponential<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
@@ -120,6 +137,12 @@ struct LogarithmOfOnePlus<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
     for (int i = 0; i < cpu::TFOPS_CPU_LEVEL::kLanes<double>; ++i) x[i] = __builtin_log1p(x[i]);
     return x;
   }
+};
+template <>
+struct LogarithmOfOneLess<cpu::TFOPS_CPU_LEVEL::Vec<double>> {
+  using V = cpu::TFOPS_CPU_LEVEL::Vec<double>;
+
+  static TFOPS_INLINE V Of(V y) { return LogarithmOfOnePlus<V>::Of(y); }
 };
 template <>
 struct NormalTail<cpu::TFOPS_CPU_LEVEL::Vec<double>> {

@@ -8,6 +8,7 @@
 #include "csrc/batch_norm/batch_norm.h"
 #include "csrc/batch_norm/cuda/tiling.h"
 #include "csrc/batch_norm/cuda/types.cuh"
+#include "csrc/batch_norm/in_place.h"
 
 namespace tfops::cuda {
 
@@ -20,11 +21,13 @@ struct AffineArrays {
   const void* scale = nullptr;
   const void* offset = nullptr;
   double epsilon = 0;
+  bool in_place = false;  // of a gradient: x is computed from y
+  Rounding rounding{};    // of the data, iff in_place
 };
 
 // What z takes from the channel, in registers: for each lane's channel, or for the one that all lanes share. An inverse
 // root of a given variance is taken in F, not in double as elsewhere: every thread takes one for each of its lanes, at
-// the start of a kernel.
+// the start of a kernel. A gradient that is in place has no use for the mean: there is 1 / slope in its place.
 template <typename F, int kLanes>
 struct Affine {
   F mean[kLanes];
@@ -51,7 +54,11 @@ struct Affine {
       }
     }
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) slope[lane] *= inv_std[lane];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const F scale = slope[lane];
+      slope[lane] *= inv_std[lane];
+      if (arrays.in_place) mean[lane] = InverseSlope(arrays.rounding, slope[lane], scale, offset[lane]);
+    }
   }
   __device__ __forceinline__ Affine() {}
 
@@ -146,6 +153,29 @@ __device__ __forceinline__ void ActivationGradientVector(const ActivationIn<F>& 
     return;
   }
   GradientOfPieces(activation.slope, [&](int lane) { return activation.IsOnPieces(z[lane]); }, gradient);
+}
+
+// Likewise, where act(z) is known instead of z, which takes its place. `least`: see InverseOf.
+template <typename F, int kLanes>
+__device__ __forceinline__ void GradientFromResultVector(const ActivationIn<F>& activation, F least, F (&y)[kLanes],
+                                                         F (&gradient)[kLanes]) {
+  if (activation.kind == Activation::kLeakyRelu) {
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) {
+      gradient[lane] = ActivationGradientFromResult<Activation::kLeakyRelu>(gradient[lane], y[lane], activation);
+      y[lane] = activations::LeakyRelu::InverseOf(y[lane], activation, least);
+    }
+  } else if (activation.kind == Activation::kElu) {
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) {
+      gradient[lane] = ActivationGradientFromResult<Activation::kElu>(gradient[lane], y[lane], activation);
+    }
+    ForSmooth(activation.kind, y, [&](auto smooth, F each) {
+      using Chosen = activations::Of<decltype(smooth)::value>;
+      if constexpr (Chosen::kIsInvertible) return Chosen::InverseOf(each, activation, least);
+      return each;
+    });
+  }
 }
 
 // Likewise, where the activation bits are known instead of z.

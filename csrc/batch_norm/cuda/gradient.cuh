@@ -15,16 +15,20 @@ struct GradientArrays {
   const void* x = nullptr;
   const void* residual = nullptr;            // or null
   const uint8_t* activation_bits = nullptr;  // or null
+  bool in_place = false;                     // x is y
+  double least_invertible = 0;               // iff in_place
 };
 
 inline GradientArrays GradientOf(const Problem& problem, const BackwardArrays& arrays) {
   return {arrays.dy, arrays.x, NeedsResidual(problem) ? arrays.residual : nullptr,
-          NeedsActivationBits(problem) ? arrays.activation_bits : nullptr};
+          NeedsActivationBits(problem) ? arrays.activation_bits : nullptr,
+          problem.in_place, LeastInvertible<double>(RoundingOf(problem.dtype))};
 }
 
 inline AffineArrays AffineOf(const Problem& problem, const BackwardArrays& arrays) {
   const void* const inv_std = problem.training ? arrays.inv_std : nullptr;
-  return {arrays.mean, inv_std, arrays.variance, arrays.scale, arrays.offset, problem.epsilon};
+  return {arrays.mean,   inv_std,         arrays.variance,  arrays.scale,
+          arrays.offset, problem.epsilon, problem.in_place, RoundingOf(problem.dtype)};
 }
 
 // Where dresidual has to be written. Null if it need not be: it is not wanted, or it is dy in dy's own array.
@@ -78,6 +82,12 @@ struct GradientStep {
                                           const Affine<F, kLanes>& affine, F (&dz)[kLanes], F (&xc)[kLanes]) const {
     dy.Unpack(dz);
     x.Unpack(xc);
+    if (arrays.in_place) {
+      GradientFromResultVector(activation, static_cast<F>(arrays.least_invertible), xc, dz);
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) xc[lane] = (xc[lane] - affine.offset[lane]) * affine.mean[lane];
+      return;
+    }
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) xc[lane] -= affine.mean[lane];
     if (activation.kind == Activation::kNone) return;

@@ -90,24 +90,13 @@ def _statistics_shape(problem: _kernels.Problem, virtual_batch_size: int | None)
 
 def xla_attributes(problem: _kernels.Problem) -> dict[str, Any]:
     """The attributes of XLA's custom calls, of the types that csrc/xla/handlers.h reads."""
-    types = {
-        "outer": np.int64,
-        "channels": np.int64,
-        "inner": np.int64,
-        "dtype": np.int32,
-        "activation": np.int32,
-        "negative_slope": np.float64,
-        "max_value": np.float64,
-        "threshold": np.float64,
-        "alpha": np.float64,
-        "has_residual": np.bool_,
-        "training": np.bool_,
-        "epsilon": np.float64,
-        "exponential_avg_factor": np.float64,
-        "unbiased": np.bool_,
-        "virtual_batches": np.int64,
+    names: dict[Any, Sequence[str]] = {
+        np.int64: ("outer", "channels", "inner", "virtual_batches"),
+        np.int32: ("dtype", "activation"),
+        np.float64: ("negative_slope", "max_value", "threshold", "alpha", "epsilon", "exponential_avg_factor"),
+        np.bool_: ("has_residual", "training", "unbiased", "in_place"),
     }
-    return {name: kind(getattr(problem, name)) for name, kind in types.items()}
+    return {name: kind(getattr(problem, name)) for kind, of_kind in names.items() for name in of_kind}
 
 
 def _device(x: Array) -> Any:
@@ -151,6 +140,7 @@ def forward(
     activation: str | None = None,
     unbiased: bool = True,
     virtual_batch_size: int | None = None,
+    in_place: bool = False,
     threads: int = 1,
 ) -> Forward:
     """Batch normalization, residual addition and activation.
@@ -185,6 +175,8 @@ def forward(
             is normalized with statistics of its own (ghost batch normalization,
             [Hoffer, Hubara and Soudry, 2017](https://arxiv.org/abs/1705.08741)); what the running statistics take in is
             the average of them all. The size of dimension 0 is a multiple of it. None means that there is one batch.
+        in_place: Whether `backward` is to be given y in the place of x. Training alone, without a residual, with None,
+            "leaky_relu" or "elu"; on the CPU scale must not be too near 0 (see `tfops.fused_batch_norm`).
         threads: The number of threads, on the CPU. The result does not depend on it.
 
     Returns:
@@ -221,6 +213,7 @@ def forward(
         exponential_avg_factor=exponential_avg_factor,
         unbiased=unbiased,
         virtual_batch_size=virtual_batch_size,
+        in_place=in_place,
     )
     shape, channels, param = tuple(x.shape), (problem.channels,), PARAM_TYPES[dtype]
     arrays = _kernels.ForwardArrays()
@@ -265,6 +258,7 @@ def backward(
     activation: str | None = None,
     unbiased: bool = True,
     virtual_batch_size: int | None = None,
+    in_place: bool = False,
     threads: int = 1,
 ) -> Backward:
     """The gradient of `forward`, whose arguments of the same names have the same meaning.
@@ -289,7 +283,7 @@ def backward(
 
     Args:
         dy: The gradient of y, of the shape and dtype of x.
-        x: As `forward` was given it.
+        x: As `forward` was given it; with `in_place` its result y.
         scale: As `forward` was given it.
         offset: As `forward` was given it.
         mean: In training `saved_mean`, in inference the mean; [C], or [V, C] with virtual batches.
@@ -306,6 +300,7 @@ def backward(
         activation: As for `forward`.
         unbiased: Whether the returned variance is the unbiased one.
         virtual_batch_size: As for `forward`.
+        in_place: Whether x is the y that `forward` returned.
         threads: The number of threads, on the CPU. The result does not depend on it.
 
     Returns:
@@ -343,6 +338,7 @@ def backward(
         exponential_avg_factor=exponential_avg_factor,
         unbiased=unbiased,
         virtual_batch_size=virtual_batch_size,
+        in_place=in_place,
     )
     shape, channels, param = tuple(x.shape), (problem.channels,), PARAM_TYPES[dtype]
     arrays = _kernels.BackwardArrays()

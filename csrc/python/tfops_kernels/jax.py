@@ -70,6 +70,7 @@ class _Settings:
     activation: str | None
     unbiased: bool
     virtual_batch_size: int | None
+    in_place: bool = False
 
     def problem(self, x: Any, residual: bool) -> _kernels.Problem:
         return _problem("x must be of dtype", x.shape, x.dtype.name, residual, **dataclasses.asdict(self))
@@ -118,7 +119,7 @@ def _forward(
         mean_out, variance_out, *saved = others
     else:
         mean_out, variance_out, saved = mean, variance, [mean, variance]
-    keeps = (x, scale, offset, *saved, residual if problem.needs_residual else None)
+    keeps = (y if settings.in_place else x, scale, offset, *saved, residual if problem.needs_residual else None)
     return BatchNorm(y, mean_out, variance_out), (keeps, mean is not None, residual is not None)
 
 
@@ -174,6 +175,7 @@ def batch_norm(
     activation: str | None = None,
     unbiased: bool = True,
     virtual_batch_size: int | None = None,
+    in_place: bool = False,
 ) -> BatchNorm:
     """Batch normalization, residual addition and activation, in JAX, with their gradient.
 
@@ -199,6 +201,8 @@ def batch_norm(
         unbiased: Whether the returned variance divides the sum of squares by n - 1, not by n, the number of elements in
             a channel.
         virtual_batch_size: As for `tfops_kernels.forward`.
+        in_place: Whether y is kept for the gradient in the place of x, as by `tfops.fused_batch_norm`. Without effect in
+            inference; in training for None, "leaky_relu" and "elu", without a residual.
 
     Returns:
         The result and the statistics.
@@ -219,7 +223,7 @@ def batch_norm(
     """
     if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
         raise TypeError(f"axis must be an integer, but it is {axis!r}")
-    for name, value in (("training", training), ("unbiased", unbiased)):
+    for name, value in (("training", training), ("unbiased", unbiased), ("in_place", in_place)):
         if not isinstance(value, (bool, np.bool_)):
             raise TypeError(f"{name} must be a bool, but it is {value!r}")
     if virtual_batch_size is not None and not isinstance(virtual_batch_size, (int, np.integer)):
@@ -227,9 +231,9 @@ def batch_norm(
     if activation is not None and not isinstance(activation, str):
         raise TypeError(f"activation must be a str or None, but it is {activation!r}")
     x = jax.numpy.asarray(x)
-    settings = _Settings(
-        axis, float(epsilon), float(exponential_avg_factor), training, activation, unbiased, virtual_batch_size
-    )
+    numbers = float(epsilon), float(exponential_avg_factor)
+    keeps_y = bool(in_place and training)
+    settings = _Settings(axis, *numbers, training, activation, unbiased, virtual_batch_size, keeps_y)
     channels = (settings.problem(x, residual is not None).channels,)
     param = PARAM_TYPES[x.dtype.name]
     arrays = [x, _check("scale", scale, channels, param), _check("offset", offset, channels, param)]
