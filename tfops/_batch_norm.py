@@ -77,7 +77,7 @@ def fused_batch_norm(
             [Rota Bulo et al., 2018](https://arxiv.org/abs/1712.02616). In a `tf.function`, y then takes the memory of
             x where nothing else reads that; an eager tape keeps x in any case. It goes with the activations None,
             "leaky_relu" and "elu", and without a residual. x comes back with rounding errors
-            ([bounds](https://tfops.readthedocs.io/numerics/#x-from-y)), and not at all where scale is too near 0:
+            ([bounds](https://tfops.github.io/tfops/numerics/#x-from-y)), and not at all where scale is too near 0:
             |scale| must be more than 4 u (|offset| + d), with u the half of an ulp of 1, and d the least normal number,
             in the dtype of x. In inference, and in the place of the kernels on a GPU that these cannot serve, it is
             without effect.

@@ -95,23 +95,23 @@ Status ValidateActivation(const Problem& problem) {
 }
 
 Status ValidateInPlace(const Problem& problem) {
-  if (!problem.training) return InvalidArgument("in_place must be false in inference, but it is true");
-  if (problem.has_residual) return InvalidArgument("in_place must be false where there is a residual, but it is true");
+  if (!problem.training) return InvalidArgument("in_place must be False in inference, but it is True");
+  if (problem.has_residual) return InvalidArgument("in_place must be False where there is a residual, but it is True");
   if (problem.virtual_batches > 1) {
-    return InvalidArgument("in_place must be false where there are virtual batches, but it is true");
+    return InvalidArgument("in_place must be False where there are virtual batches, but it is True");
   }
   if (!IsInvertible(problem.activation)) {
     std::string names;
     for (const Activation known : kActivations) {
       if (IsInvertible(known)) names += std::string(names.empty() ? "'" : ", '") + NameOf(known) + "'";
     }
-    return InvalidArgument("activation must be one of " + names + " where in_place is true, but it is '" +
+    return InvalidArgument("activation must be one of " + names + " where in_place is True, but it is '" +
                            NameOf(problem.activation) + "'");
   }
   for (const Parameter& parameter : ParametersOf(problem.activation)) {
     const double value = problem.*parameter.field;
     if (value > 0) continue;
-    return InvalidArgument(std::string(parameter.name) + " of activation must be > 0 where in_place is true, but it is " +
+    return InvalidArgument(std::string(parameter.name) + " of activation must be > 0 where in_place is True, but it is " +
                            Shown(value));
   }
   return {};

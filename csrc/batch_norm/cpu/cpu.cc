@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -104,11 +105,14 @@ Status CheckInvertible(const Problem& problem, const ForwardArrays& arrays) {
   const P* offset = static_cast<const P*>(arrays.offset);
   for (int64_t c = 0; c < problem.channels; ++c) {
     if (!IsScaleTooSmall(RoundingOf(problem.dtype), scale[c], offset[c])) continue;
-    char message[192];
-    std::snprintf(message, sizeof(message),
-                  "scale is too near 0 for in_place, which computes x from y: in channel %lld it is %g, and offset is %g",
-                  static_cast<long long>(c), static_cast<double>(scale[c]), static_cast<double>(offset[c]));
-    return {StatusCode::kInvalidArgument, message};
+    const auto shown = [](P value) {
+      char text[32];
+      std::snprintf(text, sizeof(text), "%g", static_cast<double>(value));
+      return std::string(text);
+    };
+    return {StatusCode::kInvalidArgument, "scale is too near 0 for in_place, which computes x from y: in channel " +
+                                              std::to_string(c) + " it is " + shown(scale[c]) + ", and offset is " +
+                                              shown(offset[c])};
   }
   return {};
 }

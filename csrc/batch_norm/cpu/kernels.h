@@ -17,7 +17,7 @@ struct Partials {
 };
 
 // The coefficients of y = act((x - mean) * slope + offset + residual) and of dx = dz * slope + (x - mean) * tilt +
-// shift. The first kCoefficientsOfZ are those of y. A gradient that is in place has no use for kMean: it holds 1 / slope.
+// shift. The first kCoefficientsOfZ are those of y. In place, the gradient has 1 / slope for kMean.
 enum Coefficient { kMean, kSlope, kOffset, kTilt, kShift, kCoefficients };
 constexpr int kCoefficientsOfZ = kTilt;
 

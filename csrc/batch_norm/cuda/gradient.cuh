@@ -20,9 +20,12 @@ struct GradientArrays {
 };
 
 inline GradientArrays GradientOf(const Problem& problem, const BackwardArrays& arrays) {
-  return {arrays.dy, arrays.x, NeedsResidual(problem) ? arrays.residual : nullptr,
+  return {arrays.dy,
+          arrays.x,
+          NeedsResidual(problem) ? arrays.residual : nullptr,
           NeedsActivationBits(problem) ? arrays.activation_bits : nullptr,
-          problem.in_place, LeastInvertible<double>(RoundingOf(problem.dtype))};
+          problem.in_place,
+          LeastInvertible<double>(RoundingOf(problem.dtype))};
 }
 
 inline AffineArrays AffineOf(const Problem& problem, const BackwardArrays& arrays) {
