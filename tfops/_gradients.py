@@ -82,7 +82,7 @@ def _training_grad(
     if attributes["in_place"]:
         x = y  # and so x itself is not kept
         if not _is_zero(dinv_std):
-            drunning = _with_inv_std(attributes, y, saved_inv_std, *drunning, dinv_std)
+            drunning = _with_inv_std(attributes, y, saved_inv_std, dmean, dvariance, dinv_std)
             attributes |= {"exponential_avg_factor": 1.0, "exponential_avg_factor_bits": 0}
     with _gpus.beside_forward():
         dx, dscale, doffset, dresidual = ops.tfops_batch_norm_training_grad(

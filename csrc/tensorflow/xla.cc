@@ -77,9 +77,9 @@ TensorShape ShapeOf(Extent extent, const TensorShape& x, const Problem& problem,
 
 using Aliasing = std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>>;
 
-// What puts y in x's buffer: training in place, and inference without a gradient, which tfops/_gradients.py tells. To
-// XLA that is an order, not an offer: where x is needed later, or is the program's own input, it would copy x first.
-// For the same reason dx does not take dy's buffer, which XLA would copy in networks with shortcuts.
+// What puts y in x's buffer: inference without a gradient, which tfops/_gradients.py tells. To XLA that is an order,
+// not an offer: where x is needed later, or is the program's own input, it would copy x first. For the same reason dx
+// does not take dy's buffer, which XLA would copy in networks with shortcuts.
 Aliasing AliasingOf(const xla::XlaOp& x, bool has_gradient) {
   using Friend = xla::internal::XlaBuilderFriend;
   const auto* producer = Friend::GetInstruction(x);
@@ -145,11 +145,11 @@ class XlaOp final : public tensorflow::XlaOpKernel {
     size_t workspace_bytes = 0;
     TF_RETURN_IF_ERROR(ToAbsl(Device::template WorkspaceBytes<Op>(problem, &workspace_bytes, cuda::Gpus::kAny)));
     output_shapes.push_back(DenseShape(xla::U8, TensorShape({static_cast<int64_t>(workspace_bytes)})));
-    const bool may_replace_x = std::is_same_v<Op, Inference> || (std::is_same_v<Op, Training> && problem.in_place);
     const xla::XlaOp call = xla::CustomCallWithLayout(
         context->builder(), type_string(), operands, xla::ShapeUtil::MakeTupleShape(output_shapes), operand_shapes,
-        Encode(problem), /*has_side_effect=*/false, may_replace_x ? AliasingOf(operands[0], has_gradient_) : Aliasing(),
-        /*literal=*/nullptr, xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+        Encode(problem), /*has_side_effect=*/false,
+        std::is_same_v<Op, Inference> ? AliasingOf(operands[0], has_gradient_) : Aliasing(), /*literal=*/nullptr,
+        xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
     for (size_t i = 0; i < outputs.size(); ++i) {
       context->SetOutput(static_cast<int>(i), xla::GetTupleElement(call, static_cast<int64_t>(i)));
     }

@@ -1,8 +1,10 @@
 // From shapes to problems.
 
+#include <cmath>
 #include <vector>
 
 #include "csrc/batch_norm/batch_norm.h"
+#include "csrc/batch_norm/in_place.h"
 #include "csrc/tests/problems.h"
 #include "csrc/tests/testing.h"
 
@@ -64,6 +66,59 @@ TEST(ShapesHaveTheirLimits) {
   Problem problem;
   for (const int64_t axis : {-3, 2}) EXPECT_TRUE(!Fold(dims, 2, axis, &problem).ok());
   EXPECT_TRUE(!Fold(dims, 1, 0, &problem).ok());
+}
+
+TEST(ProblemsInPlaceAreOfTrainingWithAnInverse) {
+  for (const Activation activation : kActivations) {
+    const bool is_invertible =
+        activation == Activation::kNone || activation == Activation::kLeakyRelu || activation == Activation::kElu;
+    EXPECT_EQ(IsInvertible(activation), is_invertible);
+    for (const bool training : {false, true}) {
+      for (const bool has_residual : {false, true}) {
+        Problem problem;
+        problem.activation = activation;
+        problem.training = training;
+        problem.has_residual = has_residual;
+        testing::about = Shown(problem);
+        EXPECT_TRUE(Validate(problem).ok());
+        problem.in_place = true;
+        EXPECT_EQ(Validate(problem).ok(), training && !has_residual && is_invertible);
+      }
+    }
+  }
+}
+
+// Inverses of what the activations make of numbers, and slopes at those, by the results.
+TEST(InversesAreThoseOfTheActivations) {
+  for (double z = -30; z < 30; z += 0.37) {
+    testing::about = std::to_string(z);
+    EXPECT_EQ(activations::None::InverseOf(z), z);
+    const double leaky = activations::LeakyRelu::InverseOf(activations::LeakyRelu::Of(z));
+    EXPECT_LE(std::abs(leaky - z), 1e-15 * std::abs(z));
+    const double y = activations::Elu::Of(z);
+    if (z < -20) continue;  // where exp(z) is no part of y
+    EXPECT_LE(std::abs(activations::Elu::InverseOf(y) - z), 1e-15 * (std::abs(z) + std::exp(-z)));
+    EXPECT_LE(std::abs(activations::Elu::SlopeFromResult(y) - activations::Elu::SlopeOf(z)), 1e-15);
+  }
+}
+
+TEST(ScalesAreRefusedAtTheBound) {
+  for (const DataType dtype : {DataType::kFloat16, DataType::kBFloat16, DataType::kFloat32, DataType::kFloat64}) {
+    const Rounding rounding = RoundingOf(dtype);
+    for (const double offset : {0.0, 0.25, -3.0, 1e4}) {
+      const double bound = 4 * rounding.unit * (std::abs(offset) + rounding.least_normal);
+      testing::about = testing::Shown(dtype) + ", offset " + std::to_string(offset);
+      for (const double sign : {-1.0, 1.0}) {
+        EXPECT_TRUE(IsScaleTooSmall<double>(rounding, sign * bound, offset));
+        EXPECT_TRUE(
+            !IsScaleTooSmall<double>(rounding, sign * bound * 1.01 + (bound < 1e-300 ? sign * 1e-300 : 0), offset));
+      }
+      EXPECT_TRUE(IsScaleTooSmall<double>(rounding, 0, offset) && IsScaleTooSmall<float>(rounding, 0, 0));
+      EXPECT_TRUE(std::isnan(InverseSlope<double>(rounding, 1, 0, offset)));
+      EXPECT_EQ(InverseSlope<double>(rounding, 4, 1e5, offset), 0.25);
+    }
+    EXPECT_TRUE(!IsScaleTooSmall<float>(rounding, NAN, 1) && !IsScaleTooSmall<float>(rounding, 1, NAN));
+  }
 }
 
 }  // namespace

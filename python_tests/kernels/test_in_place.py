@@ -51,7 +51,9 @@ def test_scale_near_zero_is_refused(shape, axis, dtype, activation):
     case = Case(shape, axis, dtype, activation=activation)
     arrays = in_place_cases.refused(case)
     settings = {"axis": axis, "activation": activation, "in_place": True}
-    with pytest.raises(ValueError, match=r"^scale is too near 0 for in_place, .* in channel 1 it is 0, and offset is 1$"):
+    with pytest.raises(
+        ValueError, match=r"^scale is too near 0 for in_place, .* in channel 1 it is 0, and offset is 1$"
+    ):
         tfops_kernels.forward(arrays["x"], arrays["scale"], arrays["offset"], **settings)
     in_place_cases.check_refusal(case, _identity, tfops_kernels)
     arrays["scale"][[1, 3, 4]] = 1

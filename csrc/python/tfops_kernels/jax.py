@@ -201,8 +201,8 @@ def batch_norm(
         unbiased: Whether the returned variance divides the sum of squares by n - 1, not by n, the number of elements in
             a channel.
         virtual_batch_size: As for `tfops_kernels.forward`.
-        in_place: Whether y is kept for the gradient in the place of x, as by `tfops.fused_batch_norm`. Without effect in
-            inference; in training for None, "leaky_relu" and "elu", without a residual.
+        in_place: Whether y is kept for the gradient in the place of x, as by `tfops.fused_batch_norm`. Without effect
+            in inference; in training for None, "leaky_relu" and "elu", without a residual.
 
     Returns:
         The result and the statistics.

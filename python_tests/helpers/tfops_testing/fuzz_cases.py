@@ -41,6 +41,7 @@ OUTPUTS = {
     "GradientNormalize": ("dx", "dresidual"),
 }
 COUNTS = {"running": "num_running", "drunning": "num_running", "residual": "num_residuals", "keep": "num_keeps"}
+INVERTIBLE = ("", "leaky_relu", "elu")
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 33, 64, 65, 129, 200)
 HUGE = 2**40
 
@@ -78,6 +79,10 @@ class Call:
     @property
     def param(self) -> str:
         return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def in_place(self) -> bool:
+        return self.attributes.get("in_place", False)
 
     @property
     def needs_mask(self) -> bool:
@@ -170,6 +175,11 @@ def draw(seed: int, number: int) -> Call:
         attributes[f"{name}_bits"] = int(np.float64(attributes[name]).view(np.int64)) if dtype == np.float64 else 0
     call = Call(op, {}, attributes)
     has_residual = d.chance(0.5)
+    if call.training:
+        attributes["in_place"] = d.chance(0.25)
+        if attributes["in_place"] and d.chance(0.9):
+            has_residual = False
+            attributes["activation"] = d.among(INVERTIBLE)
     if op in ("TrainingGrad", "InferenceGrad"):
         attributes["has_residual"] = has_residual
     must_run = attributes.get("exponential_avg_factor", 1) != 1 and op == "Training"
@@ -264,6 +274,7 @@ def _break(d: _Draw, call: Call) -> None:
             "exponential_avg_factor": (-0.1, 1.5, float("nan"), float("inf"), 1 + 2.0**-20),
             "U": ("float32", "float64"),
             "has_residual": (False, True),
+            "in_place": (False, True),
         }
         attribute = d.among([a for a in bad if a in call.attributes])
         call.attributes[attribute] = d.among(bad[attribute])
@@ -308,6 +319,11 @@ def find_faults(call: Call) -> list[str]:
     if call.activation not in ("", *kernel_cases.ACTIVATIONS[1:]):
         faults.append(r"\bactivation\b")
 
+    if call.in_place and call.has_residual:
+        faults.append(r"\bin_place must be")
+    if call.in_place and call.activation not in INVERTIBLE:
+        faults.append(r"\bactivation must be one of")
+
     if call.dtype not in kernel_cases.DTYPES:
         faults.append(_TENSORFLOW_TYPES)
     lists = {name: v if isinstance(v, list) else [v] for name, v in inputs.items()}
@@ -347,4 +363,15 @@ def find_faults(call: Call) -> list[str]:
     for name, what in INPUTS[call.op].items():
         if any(v.shape != shapes[what.rstrip("*")] for v in lists[name]):
             faults.append(rf"\b({_ELEMENTS.get(name, name)}) must have")
+    if call.op == "Training" and call.in_place and not faults and too_small(call).any():
+        faults.append("scale is too near 0 for in_place")
     return faults
+
+
+def too_small(call: Call) -> Array:
+    """Whether each channel's scale is refused where y alone is kept."""
+    unit = kernel_cases.ROUNDING[call.dtype]
+    least = {"float16": 2.0**-14, "float64": 2.0**-1022}.get(call.dtype, 2.0**-126)
+    scale, offset = call.inputs["scale"], np.abs(call.inputs["offset"])
+    with np.errstate(all="ignore"):
+        return np.abs(scale) <= scale.dtype.type(4 * unit) * (offset + scale.dtype.type(least))

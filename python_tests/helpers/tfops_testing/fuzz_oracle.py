@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import kernel_cases, oracle
-from .fuzz_cases import Array, Call, attribute_value, mask_row
+from .fuzz_cases import Array, Call, attribute_value, mask_row, too_small
 
 
 class Expected(NamedTuple):
@@ -123,16 +123,37 @@ class Oracle:
     def near_kinks(self) -> Array:
         """Elements of a gradient op where the activation's slope is a matter of rounding."""
         self._gradient_inputs()
-        if self.call.needs_mask:
+        if self.call.needs_mask or self.call.in_place:
             return np.zeros(self.x.shape, bool)
         return _near_a_kink(self.call, self.z, self.z_error)
 
     def _gradient_inputs(self) -> None:
         training = self.call.op == "TrainingGrad"
         self.given(*(("saved_mean", "saved_inv_std") if training else ("mean", "variance")))
-        self.normalize()
+        if self.call.in_place:
+            self.invert()
+        else:
+            self.normalize()
+
+    def invert(self) -> None:
+        """z and x - mean from y, where that is given in the place of x."""
+        y, least = self.x, kernel_cases.ROUNDING[self.call.dtype] - 1
+        self.scale, self.offset = self.vector("scale"), self.vector("offset")
+        self.slope = self.scale * self.inv_std
+        off = self.wide(np.float32(0.2)) if self.call.activation == "leaky_relu" else self.wide(1)
+        self.z, self.act_slope = np.where(y < 0, y / off, y), np.where(y > 0, 1, off)
+        if self.call.activation == "elu":
+            self.z = np.where(y > 0, y, np.log1p(np.clip(y, least, 0)))
+            self.act_slope = 1 + np.minimum(y, 0)
+        self.xc = (self.z - self.v(self.offset)) / self.v(self.slope)
+        self.magnitude = (np.abs(self.z) + np.abs(self.v(self.offset))) / np.abs(self.v(self.slope))
+        self.z_error = 16 * self.eps * np.abs(self.z) + self.tiny
+        self.wild |= too_small(self.call)  # where gradients are NaN
+        self.watch(y, self.magnitude)
 
     def _slope(self) -> Array:
+        if self.call.in_place:
+            return self.act_slope
         if not (self.call.needs_mask and self.x.size):
             return oracle.slope_of(self.call.activation or None, self.z)
         rows, row = mask_row(self.x.shape, self.axis)
@@ -213,6 +234,8 @@ class Oracle:
         self.dz = dy * self._slope()
         # Smooth activations: the slope, of 1.76 at most, at a z that is off by its error, and is itself rounded.
         self.dz_size = np.abs(dy) * (2 if self.call.activation in kernel_cases.SMOOTH else 1.1)
+        if self.call.in_place:
+            self.dz_size = np.abs(dy) * np.maximum(2, np.abs(self.act_slope))
         self.dz_error = self.dz_size * self.eps * 4
         if self.call.activation in kernel_cases.SMOOTH:
             self.dz_error = self.dz_size * (self.z_error + 64 * self.eps * (1 + np.abs(self.z)))
