@@ -67,6 +67,16 @@ TFOPS_INLINE Rounding RoundingOf(DataType dtype) {
   return {0x1p-53, 0x1p-1022};
 }
 
+// Likewise of y: an activation that makes numbers smaller brings them nearer to the least normal one.
+inline Rounding RoundingOf(const Problem& problem) {
+  Rounding rounding = RoundingOf(problem.dtype);
+  const double slope = problem.activation == Activation::kLeakyRelu ? problem.negative_slope
+                       : problem.activation == Activation::kElu     ? problem.alpha
+                                                                    : 1;
+  if (slope > 0 && slope < 1) rounding.least_normal /= slope;
+  return rounding;
+}
+
 // Whether x cannot be computed from y: scale is too near 0 beside offset. Not so if one of them is NaN, for all that
 // comes of it is.
 template <typename P>

@@ -179,6 +179,17 @@ def test_mask(shape, axis, how):
     np.testing.assert_allclose(gradient, tape.gradient(loss, tensor), rtol=1e-3, atol=1e-3)
 
 
+def test_conversion():
+    """Keras' layer has no virtual batches; a copy of tfops' own has."""
+    model = _network(2)
+    stock = tfops.keras.convert(model, to="keras")
+    x = np.random.default_rng(0).standard_normal((3, 4, 4, 3)).astype(np.float32)
+    np.testing.assert_allclose(stock(x), model(x), rtol=1e-5, atol=1e-6)
+    assert not hasattr(stock.get_layer("ghost"), "virtual_batch_size")
+    assert tfops.keras.convert(stock).get_layer("ghost").virtual_batch_size is None
+    assert keras.models.clone_model(model).get_layer("ghost").virtual_batch_size == 2
+
+
 def test_nothing_kept_leaves_the_moving_statistics():
     layer = _layer(virtual_batch_size=2)
     layer(np.ones((4, 3, 5), np.float32), training=True, mask=np.zeros((4, 3), bool))

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 from keras.src.saving.keras_saveable import KerasSaveable
 
+from tfops.keras._batch_normalization import OWN_ARGUMENTS
 from tfops.keras._remaking import SETTINGS, carry_settings
 
 # What compile, fit and their like set; the copy is compiled apart.
@@ -69,7 +70,7 @@ def carry_plain(layer: Any, new: Any, like: Any = None) -> None:
     left = vars(new if like is None else like)
     ours = _OWN | SETTINGS | _TRAINING
     if isinstance(layer, keras.layers.BatchNormalization):
-        ours |= _FUSED if hasattr(new, "skip_nonfinite") else {*_FUSED, "skip_nonfinite", "in_place"}
+        ours |= _FUSED if hasattr(new, "skip_nonfinite") else {*_FUSED, *OWN_ARGUMENTS}
     for name, value in list(vars(layer).items()):
         if name.startswith("_") or name in ours or hasattr(type(new), name) or not _is_plain(value):
             continue

@@ -16,6 +16,8 @@ from tfops._virtual_batches import VirtualBatches
 from tfops.keras._recomputing import is_recomputed
 from tfops.keras._tags import Guarded, tag_applied, tag_pending
 
+OWN_ARGUMENTS = ("activation", "skip_nonfinite", "virtual_batch_size", "in_place")  # which Keras' layer does not take
+
 
 def check_backend(backend: str) -> None:
     if backend != "tensorflow":

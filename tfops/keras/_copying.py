@@ -16,7 +16,7 @@ from keras.src.models.functional import Functional
 
 from tfops.keras._activations import layer_of
 from tfops.keras._attributes import carry_over, carry_plain, held
-from tfops.keras._batch_normalization import BatchNormalization
+from tfops.keras._batch_normalization import OWN_ARGUMENTS, BatchNormalization
 from tfops.keras._checking import same_calls, same_order, same_outputs, same_variables
 from tfops.keras._compiling import make_like, transfer_states
 from tfops.keras._folding import Fold, is_graph, is_list, nodes_as_made, plan, sublayers
@@ -107,7 +107,7 @@ class Copier:
         if is_list(layer):
             return self._make_list(layer)
         if id(layer) in self._of_norm:
-            own = () if self._to is BatchNormalization else ("activation", "skip_nonfinite", "in_place")
+            own = () if self._to is BatchNormalization else OWN_ARGUMENTS
             return self._remake(layer, self._to, (*own, "folded") if self._unfolds else own)
         if id(layer) in self._taken:
             return stand_in(self._remake(layer))
@@ -415,7 +415,7 @@ def _constructing(source: type[keras.Layer], target: type[keras.Layer]) -> Itera
         activation = kwargs.pop("activation", None)
         if activation is not None:
             raise ValueError(f"a batch norm inside it has the fused activation {activation!r}")
-        for name in ("skip_nonfinite", "in_place"):
+        for name in OWN_ARGUMENTS:
             kwargs.pop(name, None)
         return target(*args, **kwargs)
 

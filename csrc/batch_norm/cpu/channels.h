@@ -212,7 +212,7 @@ void PrepareGradientOf(const BackwardJob& job, int64_t begin, int64_t end) {
   const P* scale = static_cast<const P*>(arrays.scale);
   const auto slope = [=](int64_t c) { return Slope<P>(scale[c], InverseStd<P>(problem, arrays, c)); };
   if (problem.in_place) {
-    const Rounding rounding = RoundingOf(problem.dtype);
+    const Rounding rounding = RoundingOf(problem);
     SetCoefficients<P>(job, kMean, begin, end, [=](int64_t c) {
       return InverseSlope<P>(rounding, slope(c), scale[c], static_cast<const P*>(arrays.offset)[c]);
     });

@@ -104,7 +104,7 @@ Status CheckInvertible(const Problem& problem, const ForwardArrays& arrays) {
   const P* scale = static_cast<const P*>(arrays.scale);
   const P* offset = static_cast<const P*>(arrays.offset);
   for (int64_t c = 0; c < problem.channels; ++c) {
-    if (!IsScaleTooSmall(RoundingOf(problem.dtype), scale[c], offset[c])) continue;
+    if (!IsScaleTooSmall(RoundingOf(problem), scale[c], offset[c])) continue;
     const auto shown = [](P value) {
       char text[32];
       std::snprintf(text, sizeof(text), "%g", static_cast<double>(value));

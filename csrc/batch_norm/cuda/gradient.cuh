@@ -31,7 +31,7 @@ inline GradientArrays GradientOf(const Problem& problem, const BackwardArrays& a
 inline AffineArrays AffineOf(const Problem& problem, const BackwardArrays& arrays) {
   const void* const inv_std = problem.training ? arrays.inv_std : nullptr;
   return {arrays.mean,   inv_std,         arrays.variance,  arrays.scale,
-          arrays.offset, problem.epsilon, problem.in_place, RoundingOf(problem.dtype)};
+          arrays.offset, problem.epsilon, problem.in_place, RoundingOf(problem)};
 }
 
 // Where dresidual has to be written. Null if it need not be: it is not wanted, or it is dy in dy's own array.
