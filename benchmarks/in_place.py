@@ -4,8 +4,8 @@
             the largest gradient of a channel; normal data, |offset| to 1 and scale from 0.5 to 2, 4,096 elements a
             channel
     memory  megabytes for an image that a training step of a network keeps for its backward pass, counted in its
-            graph; and the step's peak memory, a process for each: what resident memory rises by from the built model
-            to the second step's end
+            graph; and the step's peak memory: what the resident memory of a fresh process rises by from a step with
+            one image to two steps with all
     time    a step with it and a step without, in turns: how many times as long the first takes, the median of the
             rounds
 
@@ -98,7 +98,7 @@ def step_of(model: object) -> object:
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     variables = model.trainable_variables
 
-    @tf.function
+    @tf.function(input_signature=[tf.TensorSpec([None, 224, 224, 3]), tf.TensorSpec([None], tf.int32)])
     def step(x: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
             loss = loss_of(labels, model(x, training=True))
@@ -109,10 +109,6 @@ def step_of(model: object) -> object:
     return step
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _inputs(batch: int) -> tuple[object, object]:
     import tensorflow as tf
 
@@ -120,12 +116,13 @@ def _inputs(batch: int) -> tuple[object, object]:
 
 
 def peak(name: str, in_place: bool, batch: int) -> None:
-    """Prints the bytes that resident memory rises by in two steps: of a process of its own."""
+    """Prints the bytes that resident memory rises by from a step with an image to two with all: of a fresh process."""
     step, inputs = step_of(build(name, in_place)), _inputs(batch)
+    float(step(*_inputs(1)))
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     for _ in range(2):
         float(step(*inputs))
-    print(_peak_bytes() - before)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 
 
 def memory(networks: list[str], batch: int) -> None:

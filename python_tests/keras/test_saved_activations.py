@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from tfops.keras import convert
+from tfops.keras import BatchNormalization, convert
 from tfops_testing.kept import kept_bytes
 
 
@@ -91,3 +91,26 @@ def test_networks_keep_the_stated_megabytes(network, wanted):
     fused, ends = convert(stock, verbose=0), NETWORKS[network]
     variants = stock, fused, scoped, _in_parts(stock, ends), _in_parts(fused, ends)
     assert tuple(round(kept_bytes(model, batch=4) / 4e6, 1) for model in variants) == wanted
+
+
+def _with_leaky_relu(layer):
+    if isinstance(layer, layers.Activation):
+        return layers.Activation("leaky_relu", name=layer.name)
+    return type(layer).from_config(layer.get_config())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "with_addition", "wanted"),
+    # MB for an image, with leaky_relu: Keras' layers; tfops' with all folded; the same in place where nothing is added.
+    [("ResNet50", ("_0_bn", "_3_bn"), (116.2, 80.5, 69.5)), ("DenseNet121", (), (188.6, 125.9, 67.4))],
+)
+def test_networks_in_place_keep_the_stated_megabytes(network, with_addition, wanted):
+    stock = getattr(keras.applications, network)(weights=None)
+    stock = keras.models.clone_model(stock, clone_function=_with_leaky_relu)
+    fused = convert(stock, verbose=0)
+    kept = [kept_bytes(model, batch=4) for model in (stock, fused)]
+    for layer in fused.layers:
+        if isinstance(layer, BatchNormalization):
+            layer.in_place = not layer.name.endswith(with_addition)
+    assert tuple(round(each / 4e6, 1) for each in (*kept, kept_bytes(fused, batch=4))) == wanted

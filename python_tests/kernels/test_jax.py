@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tfops_kernels
-from tfops_testing import kernel_cases
+from tfops_testing import in_place_cases, kernel_cases
 from tfops_testing.fresh_process import run_python
 
 jax = pytest.importorskip("jax", reason="needs JAX")
@@ -122,6 +122,32 @@ def test_gradients_through_a_scan_are_those_of_the_same_calls_in_a_row(device):
     got, want = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, vectors) for f in (scanned, unrolled))
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("activation", in_place_cases.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+def test_in_place_is_what_the_kernels_make_of_it(device, dtype, activation):
+    """And y is kept, not x."""
+    arrays = kernel_cases.inputs(kernel_cases.Case((3, 5, 7, 24), -1, dtype))
+    names = ("x", "scale", "offset")
+    settings = {"activation": activation, "in_place": True}
+    y, vjp = jax.vjp(lambda *inputs: tfops_jax.batch_norm(*inputs, **settings).y, *map(arrays.get, names))
+    forward = tfops_kernels.forward(*map(arrays.get, names), **settings)
+    saved = forward.saved_mean, forward.saved_inv_std
+    want = tfops_kernels.backward(arrays["dy"], forward.y, arrays["scale"], arrays["offset"], *saved, **settings)
+    for got, wanted in zip((y, *vjp(arrays["dy"])), (forward.y, *want[:3]), strict=True):
+        np.testing.assert_array_equal(np.asarray(got).view(np.uint8), wanted.view(np.uint8))
+    kept = [each for each in jax.tree.leaves(vjp) if getattr(each, "shape", None) == arrays["x"].shape]
+    assert len(kept) == 1
+    np.testing.assert_array_equal(np.asarray(kept[0]).view(np.uint8), forward.y.view(np.uint8))
+
+
+def test_in_place_refuses_what_it_cannot_do(device):
+    x, (scale, offset) = _inputs()
+    with pytest.raises(ValueError, match="activation must be one of '', 'leaky_relu', 'elu' where in_place is True"):
+        tfops_jax.batch_norm(x, scale, offset, activation="relu", in_place=True)
+    with pytest.raises(Exception, match="scale is too near 0 for in_place"):
+        tfops_jax.batch_norm(x, scale * 0, offset, in_place=True).y.block_until_ready()
 
 
 def test_vmap_is_a_loop(device):

@@ -49,6 +49,25 @@ def _ops_of(function, *arguments):
 
 
 @pytest.mark.usefixtures("gpus_cannot_be_served")
+@pytest.mark.parametrize("activation", [None, "leaky_relu", "elu"])
+def test_in_place_is_without_effect(activation):
+    """But for what it does not go with. A scale of 0 is none of that, for x is kept."""
+    x, scale, offset, *_ = make_problem((5, 7, 9), -1, tf.float32)
+    scale *= tf.cast(tf.range(9) > 0, tf.float32)
+
+    def run(in_place):
+        with tf.GradientTape() as tape:
+            tape.watch([x, scale, offset])
+            y = tfops.fused_batch_norm(x, scale, offset, activation=activation, in_place=in_place)[0]
+        return [y, *tape.gradient(y, [x, scale, offset])]
+
+    for got, want in zip(run(True), run(False), strict=True):
+        np.testing.assert_array_equal(got, want)
+    with pytest.raises(ValueError, match="activation must be one of None, 'leaky_relu', 'elu' where in_place is True"):
+        tfops.fused_batch_norm(x, scale, offset, activation="relu", in_place=True)
+
+
+@pytest.mark.usefixtures("gpus_cannot_be_served")
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
