@@ -136,8 +136,8 @@ TFOPS_EXPORT Status SetVirtualBatches(const int64_t* dims, int rank, int64_t axi
 // InvalidArgument unless epsilon is finite and >= 0, exponential_avg_factor is in [0, 1], the activation's parameters
 // are numbers with 0 <= threshold < max_value, and finite but for that, and virtual_batches divides `outer`, or is 1 if
 // it is not training. in_place takes training, an activation that has an inverse (IsInvertible in in_place.h) with
-// parameters > 0, no residual and no virtual batches. (With epsilon == 0 a channel without variance comes out NaN, and no
-// other does.)
+// parameters > 0, no residual and no virtual batches. (With epsilon == 0 a channel without variance comes out NaN, and
+// no other does.)
 TFOPS_EXPORT Status Validate(const Problem& problem);
 // Likewise for BatchMoments(), whose problem may be training, but has no virtual batches.
 TFOPS_EXPORT Status ValidateMoments(const Problem& problem);
