@@ -16,14 +16,15 @@ from . import kernel_cases
 
 Array = np.ndarray
 
-# Inputs by kind: data (x's shape), vector ([C]), mask, and lists of them that an attribute counts.
+# Inputs by kind: data (x's shape), vector ([C]), saved (a vector for each virtual batch), mask, and lists of them that
+# an attribute counts.
 _GRADIENT = {"dy": "data", "x": "data", "scale": "vector", "offset": "vector"}
 _STATISTICS = {"mean": "vector", "variance": "vector"}
 _RESIDUAL = {"residual": "data*"}
 INPUTS = {
     "Training": {"x": "data", "scale": "vector", "offset": "vector", "running": "vector*"} | _RESIDUAL,
     "TrainingGrad": _GRADIENT
-    | {"saved_mean": "vector", "saved_inv_std": "vector", "mask": "mask", "drunning": "vector*"}
+    | {"saved_mean": "saved", "saved_inv_std": "saved", "mask": "mask", "drunning": "vector*"}
     | _RESIDUAL,
     "Inference": {"x": "data", "scale": "vector", "offset": "vector"} | _STATISTICS | _RESIDUAL,
     "InferenceGrad": _GRADIENT | _STATISTICS | _RESIDUAL,
@@ -85,15 +86,23 @@ class Call:
         return self.attributes.get("in_place", False)
 
     @property
+    def virtual_batch_size(self) -> int:
+        return self.attributes.get("virtual_batch_size", 0)
+
+    @property
+    def virtual_batches(self) -> int:
+        return len(self.inputs["x"]) // self.virtual_batch_size if self.virtual_batch_size else 1
+
+    @property
     def needs_mask(self) -> bool:
         return self.training and self.has_residual and self.activation in kernel_cases.PIECEWISE_LINEAR
 
 
-def mask_row(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
+def mask_row(shape: tuple[int, ...], axis: int, virtual_batches: int = 1) -> tuple[int, int]:
     """Rows of the mask, and elements of a row."""
     elements = math.prod(shape)
     inner = math.prod(shape[axis % len(shape) + 1 :])
-    row = elements if shape[axis] == 1 else shape[axis] if inner == 1 else inner
+    row = elements // max(virtual_batches, 1) if shape[axis] == 1 else shape[axis] if inner == 1 else inner
     return (elements // row, row) if elements else (0, 0)
 
 
@@ -171,6 +180,8 @@ def draw(seed: int, number: int) -> Call:
     if op in ("Training", "TrainingGrad"):
         attributes["exponential_avg_factor"] = d.among((1.0, 0.25, 0.0))
         attributes["unbiased"] = d.chance(0.5)
+        divisors = [n for n in range(1, 9) if rank and axis % rank and HUGE not in shape and shape[0] % n == 0]
+        attributes["virtual_batch_size"] = d.among(divisors) if divisors and d.chance(0.3) else 0
     for name in {"epsilon", "exponential_avg_factor"} & attributes.keys():
         attributes[f"{name}_bits"] = int(np.float64(attributes[name]).view(np.int64)) if dtype == np.float64 else 0
     call = Call(op, {}, attributes)
@@ -191,6 +202,7 @@ def draw(seed: int, number: int) -> Call:
     }
     if op in ("TrainingGrad", "InferenceGrad"):
         lists["residual"] = int(has_residual and call.activation != "" and not call.needs_mask)
+    virtual_batches = shape[0] // call.virtual_batch_size if call.virtual_batch_size else 1
     # No vectors of terabytes: a length that does not fit is one more way to be wrong.
     length = channels if channels < HUGE else 3
     kind = d.among(("plain", "plain", "plain", "far", "zeros", "denormal", "spoiled"))
@@ -198,8 +210,12 @@ def draw(seed: int, number: int) -> Call:
     def make(name: str, what: str) -> Array:
         if what == "vector":
             return d.vector(length, param, name)
+        if what == "saved":
+            batches = [d.vector(length, param, name) for _ in range(virtual_batches)]
+            saved = np.reshape(batches, (virtual_batches, length)).astype(param)
+            return saved if call.virtual_batch_size else saved[0]
         if what == "mask":
-            rows, row = mask_row(shape, axis) if call.needs_mask and rank else (0, 0)
+            rows, row = mask_row(shape, axis, virtual_batches) if call.needs_mask and rank else (0, 0)
             return d.rng.integers(0, 256, rows * ((row + 7) // 8), np.uint8)  # past the ends of rows too
         if what == "keep":
             return d.rng.random(shape[:-1]) < 0.5 if math.prod(shape[:-1]) < 1e7 else np.zeros((0,), bool)
@@ -214,6 +230,8 @@ def draw(seed: int, number: int) -> Call:
         _break(d, call)
     if op == "Moments" and HUGE in call.inputs["x"].shape:  # no machine has room for its channels: ops/test_memory.py
         attributes["axis"] = call.inputs["x"].shape.index(0)
+    if HUGE in call.inputs["x"].shape and attributes.get("virtual_batch_size"):  # nor for their saved statistics
+        attributes["virtual_batch_size"] = 0
     call.faults = find_faults(call)
     return call
 
@@ -271,6 +289,7 @@ def _break(d: _Draw, call: Call) -> None:
             "axis": (-9, 8, 2**31, -(2**62)),
             "epsilon": (0.0, -0.0, -8.0, float("nan"), float("inf"), -1e-30, 1e300),
             "activation": ("gelu", "RELU", " ", "relu\0"),
+            "virtual_batch_size": (-1, 0, 1, 2, 3, 7, 2**40, -(2**62)),
             "exponential_avg_factor": (-0.1, 1.5, float("nan"), float("inf"), 1 + 2.0**-20),
             "U": ("float32", "float64"),
             "has_residual": (False, True),
@@ -328,9 +347,13 @@ def find_faults(call: Call) -> list[str]:
         faults.append(_TENSORFLOW_TYPES)
     lists = {name: v if isinstance(v, list) else [v] for name, v in inputs.items()}
     for name, what in INPUTS[call.op].items():
-        wanted = {"data": call.dtype, "vector": call.param, "mask": "uint8", "keep": "bool"}[what.rstrip("*")]
+        wanted = {"data": call.dtype, "vector": call.param, "saved": call.param, "mask": "uint8", "keep": "bool"}[
+            what.rstrip("*")
+        ]
         if any(v.dtype.name != wanted for v in lists[name]):
             faults.append(_TENSORFLOW_TYPES + r"|scale, offset and statistics must be|attr 'U'")
+    if call.virtual_batch_size < 0:
+        faults.append(r"\bvirtual_batch_size must be")
     if attributes.get("U", call.param) != call.param:
         faults.append("statistics must be")
 
@@ -353,10 +376,16 @@ def find_faults(call: Call) -> list[str]:
     if call.op == "Training" and factor != 1 and not inputs["running"] and x.shape[axis]:
         faults.append(r"\bmean and variance must be given")
     has_mask = call.needs_mask and call.op == "TrainingGrad"
-    rows, row = mask_row(x.shape, axis) if has_mask else (0, 0)
+    size = max(call.virtual_batch_size, 0)
+    if size and (axis % x.ndim == 0 or len(x) % size):
+        faults.append(r"\bvirtual_batch_size must|\bsaved_\w+ must have")
+        return faults
+    batches = len(x) // size if size else 1
+    rows, row = mask_row(x.shape, axis, batches) if has_mask else (0, 0)
     shapes = {
         "data": x.shape,
         "vector": (x.shape[axis],),
+        "saved": (batches, x.shape[axis]) if size else (x.shape[axis],),
         "keep": x.shape[:-1],
         "mask": (rows * ((row + 7) // 8),),
     }

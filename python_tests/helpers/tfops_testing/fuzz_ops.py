@@ -144,7 +144,7 @@ def _check_mask(call: Call, reckoned: fuzz_oracle.Oracle, got: np.ndarray) -> No
     if not call.needs_mask or not call.inputs["x"].size:
         assert got.shape == (0,), f"mask has shape {got.shape}"
         return
-    rows, row = mask_row(call.inputs["x"].shape, call.attributes["axis"])
+    rows, row = mask_row(call.inputs["x"].shape, call.attributes["axis"], call.virtual_batches)
     assert got.size == rows * ((row + 7) // 8), f"mask has {got.size} bytes"
     bits = np.unpackbits(got.reshape(rows, -1), axis=1, bitorder="little")
     assert not bits[:, row:].any(), "the mask has bits past the end of a row"
@@ -156,7 +156,7 @@ def _check(call: Call, outputs: list[np.ndarray]) -> int:
     """Compares with the oracle. Returns how many elements were."""
     names = OUTPUTS[call.op]
     assert len(outputs) == len(names)
-    reckoned = fuzz_oracle.Oracle(call)
+    reckoned = fuzz_oracle.reckon(call)
     expected = reckoned.results()
     compared = 0
     for name, got in zip(names, outputs, strict=True):
@@ -173,7 +173,7 @@ def _settle(call: Call) -> None:
     """dy is 0 where rounding decides on which side of its kink an activation is."""
     if "dy" in call.inputs and call.activation and not call.faults:
         with np.errstate(all="ignore"):
-            call.inputs["dy"][fuzz_oracle.Oracle(call).near_kinks()] = 0
+            call.inputs["dy"][fuzz_oracle.reckon(call).near_kinks()] = 0
 
 
 # What refuses a call: the op, or Python's checks in its stead where a graph is made.
