@@ -140,12 +140,13 @@ def check_virtual_batch_size(value: Any) -> int:
 
 def check_in_place(activation: str | None, **others: Any) -> None:
     """Raises ValueError where the activation, or one of the others that says something, does not go with in_place."""
-    if not _activations.is_invertible(activation):
+    name, parameters = _activations.parse(activation) if activation else (None, {})
+    if name not in _activations.INVERTIBLE:
         names = ", ".join(map(repr, _activations.INVERTIBLE))
-        raise ValueError(
-            f"activation must be one of {names} where in_place is True, with positive parameters, but it is "
-            f"{activation!r}"
-        )
+        raise ValueError(f"activation must be one of {names} where in_place is True, but it is {activation!r}")
+    for key, value in parameters.items():
+        if value <= 0:
+            raise ValueError(f"{key} of activation must be > 0 where in_place is True, but it is {value}")
     for name, value in others.items():
         if value is not None and value is not False:
             wanted = False if isinstance(value, bool) else None

@@ -145,6 +145,9 @@ absl::Status ReadAttributes(Context* context, bool training, Attributes* attribu
       return absl::InvalidArgumentError(
           absl::StrCat("virtual_batch_size must be > 0, or 0 for none, but it is ", attributes->virtual_batch_size));
     }
+    if (problem.in_place && attributes->virtual_batch_size != 0) {
+      return absl::InvalidArgumentError("in_place must be False where there are virtual batches, but it is True");
+    }
   }
   TF_RETURN_IF_ERROR(ToAbsl(Validate(problem)));
 

@@ -7,9 +7,10 @@ import pytest
 import tensorflow as tf
 
 import tfops
+from tfops_testing import oracle
 from tfops_testing.requirements import JIT
 
-ACTIVATIONS = (None, "leaky_relu", "elu")
+ACTIVATIONS = (None, "leaky_relu", "elu", "leaky_relu(negative_slope=0.5)", "elu(alpha=1.5)")
 LAYOUTS = {"NC": ((12, 5), -1), "NHWC": ((3, 4, 2, 5), -1), "NCHW": ((3, 5, 2, 4), 1)}
 # How far gradients are from those with x: a few units of the type times |offset / scale| and exp(-z), of sizes below.
 TOLERANCE = {"float64": 1e-13, "float32": 1e-5, "float16": 0.02, "bfloat16": 0.15}
@@ -220,6 +221,11 @@ def test_memory_of_y_is_that_of_x(in_place):
             {"residual": np.ones((4, 3), np.float32)},
             r"residual must be None where in_place is True, but it is of shape \(4, 3\)",
         ),
+        (
+            {"activation": "leaky_relu(negative_slope=-0.5)"},
+            "negative_slope of activation must be > 0 where in_place is True, but it is -0.5",
+        ),
+        ({"virtual_batch_size": 2}, "virtual_batch_size must be None where in_place is True, but it is 2"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(keywords, message):
@@ -304,10 +310,9 @@ def test_error_is_within_the_stated_bound(activation, dtype):
         dy[row] = 1
         dscale = tape.gradient(y, inputs[1], tf.cast(dy, dtype)).numpy()
         y = y.numpy().astype(np.float64)
-        slope = {None: 1.0, "leaky_relu": np.where(y > 0, 1, np.float32(0.2)), "elu": np.where(y > 0, 1, 1 + y)}[
-            activation
-        ]
+        is_elu = (activation or "").startswith("elu")
+        slope = np.where(y > 0, 1, oracle.slope_of(activation, np.zeros(())) + y * is_elu)
         got = dscale / (slope * np.ones_like(x))[row]
-        amplified = np.exp(-np.minimum(z, 0)) if activation == "elu" else 1
+        amplified = np.exp(-np.minimum(z, 0)) if is_elu else 1
         bound = 8 * unit * (np.abs(xhat) + np.abs(offset / scale)) * amplified
         assert (np.abs(got - xhat[row]) <= bound[row]).all()

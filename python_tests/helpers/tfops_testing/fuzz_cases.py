@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import kernel_cases
+from . import kernel_cases, oracle
 
 Array = np.ndarray
 
@@ -42,7 +42,7 @@ OUTPUTS = {
     "GradientNormalize": ("dx", "dresidual"),
 }
 COUNTS = {"running": "num_running", "drunning": "num_running", "residual": "num_residuals", "keep": "num_keeps"}
-INVERTIBLE = ("", "leaky_relu", "elu")
+INVERTIBLE = ("", "leaky_relu", "elu", *kernel_cases.PARAMETRIZED[:2])
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 33, 64, 65, 129, 200)
 HUGE = 2**40
 
@@ -191,6 +191,7 @@ def draw(seed: int, number: int) -> Call:
         if attributes["in_place"] and d.chance(0.9):
             has_residual = False
             attributes["activation"] = d.among(INVERTIBLE)
+            attributes["virtual_batch_size"] = 0
     if op in ("TrainingGrad", "InferenceGrad"):
         attributes["has_residual"] = has_residual
     must_run = attributes.get("exponential_avg_factor", 1) != 1 and op == "Training"
@@ -340,6 +341,8 @@ def find_faults(call: Call) -> list[str]:
 
     if call.in_place and call.has_residual:
         faults.append(r"\bin_place must be")
+    if call.in_place and call.virtual_batch_size:
+        faults.append(r"\bin_place must be")
     if call.in_place and call.activation not in INVERTIBLE:
         faults.append(r"\bactivation must be one of")
 
@@ -397,10 +400,16 @@ def find_faults(call: Call) -> list[str]:
     return faults
 
 
+def slope_below(call: Call) -> float:
+    """The slope of an invertible activation at a z of 0, from below."""
+    return float(oracle.slope_of(call.activation or None, np.zeros(())))
+
+
 def too_small(call: Call) -> Array:
     """Whether each channel's scale is refused where y alone is kept."""
     unit = kernel_cases.ROUNDING[call.dtype]
     least = {"float16": 2.0**-14, "float64": 2.0**-1022}.get(call.dtype, 2.0**-126)
+    least /= min(slope_below(call), 1)
     scale, offset = call.inputs["scale"], np.abs(call.inputs["offset"])
     with np.errstate(all="ignore"):
         return np.abs(scale) <= scale.dtype.type(4 * unit) * (offset + scale.dtype.type(least))

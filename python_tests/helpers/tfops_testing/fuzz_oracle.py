@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import kernel_cases, oracle
-from .fuzz_cases import INPUTS, Array, Call, attribute_value, mask_row, too_small
+from .fuzz_cases import INPUTS, Array, Call, attribute_value, mask_row, slope_below, too_small
 
 
 class Expected(NamedTuple):
@@ -141,11 +141,11 @@ class Oracle:
         y, least = self.x, kernel_cases.ROUNDING[self.call.dtype] - 1
         self.scale, self.offset = self.vector("scale"), self.vector("offset")
         self.slope = self.scale * self.inv_std
-        off = self.wide(np.float32(0.2)) if self.call.activation == "leaky_relu" else self.wide(1)
-        self.z, self.act_slope = np.where(y < 0, y / off, y), np.where(y > 0, 1, off)
-        if self.call.activation == "elu":
-            self.z = np.where(y > 0, y, np.log1p(np.clip(y, least, 0)))
-            self.act_slope = 1 + np.minimum(y, 0)
+        below = self.wide(slope_below(self.call))
+        self.z, self.act_slope = np.where(y < 0, y / below, y), np.where(y > 0, 1, below)
+        if self.call.activation.startswith("elu"):
+            self.z = np.where(y > 0, y, np.log1p(np.clip(y / below, least, 0)))
+            self.act_slope = np.where(y > 0, 1, below + y)
         self.xc = (self.z - self.v(self.offset)) / self.v(self.slope)
         self.magnitude = (np.abs(self.z) + np.abs(self.v(self.offset))) / np.abs(self.v(self.slope))
         self.z_error = 16 * self.eps * np.abs(self.z) + self.tiny

@@ -16,7 +16,7 @@ import tfops_kernels
 from . import kernel_cases, oracle
 from .kernel_cases import ROUNDING, Case
 
-ACTIVATIONS = (None, "leaky_relu", "elu")
+ACTIVATIONS = (None, "leaky_relu", "elu", *kernel_cases.PARAMETRIZED[:2])
 
 
 def random_cases(seed: int) -> list[Case]:
@@ -57,9 +57,9 @@ def bounds(
     # The mean is rounded too, and so is x where it is subtracted.
     of_xhat = unit * (xhat + vector(ratio)) + 2 * own * vector(np.abs(forward.batch_mean) / std)
     least = (2**-25 if case.dtype == "float16" else 0) / np.abs(vector(arrays["scale"]))  # y may be subnormal
-    of_xhat = of_xhat + least * (5 if case.activation == "leaky_relu" else 1)
+    of_xhat = of_xhat + least / float(oracle.slope_of(case.activation, np.zeros(())))
     of_dz = np.zeros_like(xhat)
-    if case.activation == "elu":
+    if (case.activation or "").startswith("elu"):
         of_xhat = of_xhat * np.exp(-np.minimum(forward.z, 0))
         # exp(z), which is 1 + y.
         of_dz = np.abs(arrays["dy"].astype(forward.z.dtype)) * (forward.z < 0) * unit * (1 + np.abs(forward.z))
@@ -108,7 +108,7 @@ def check(
     forward = oracle.forward(*map(arrays.get, names), **settings)
     z = forward.z.copy()
     y = to_host(got.y).astype(np.float64)
-    near = (np.abs(z) < 1e-4) & (case.activation == "leaky_relu")
+    near = (np.abs(z) < 1e-4) & (case.activation not in (None, "elu"))
     z[near] = np.where(y[near] > 0, 1e-9, -1e-9)  # which side of its kink an element is on, y says
     want = oracle.backward(
         arrays["dy"],
