@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tfops_kernels
-from tfops_testing import in_place_cases, kernel_cases
+from tfops_testing import in_place_cases, kernel_cases, virtual_batches
 from tfops_testing.fresh_process import run_python
 
 jax = pytest.importorskip("jax", reason="needs JAX")
@@ -52,9 +52,9 @@ class _Kernels:
     def backward(
         dy, x, scale, offset, mean, spread, *, dmean=None, dvariance=None, residual=None, mask=None, **settings
     ):
-        running = [mean, spread]  # in training the running statistics, which do not matter to the gradient
-        if settings["training"] and dmean is None:
-            running = []
+        running = [mean, spread]
+        if settings["training"]:  # the running statistics, which do not matter to the gradient
+            running = [] if dmean is None else [np.zeros_like(scale)] * 2
         inputs = [x, scale, offset, *running] + [residual] * (residual is not None)
 
         def run(*inputs):
@@ -77,6 +77,11 @@ class _Kernels:
 @pytest.mark.parametrize("case", kernel_cases.random_cases(seed=5, count=2), ids=str)
 def test_shapes(device, case):
     kernel_cases.check(case, jax.numpy.asarray, np.array, kernels=_Kernels)
+
+
+@pytest.mark.parametrize(("case", "size"), virtual_batches.cases(seed=4)[::3], ids=str)
+def test_virtual_batches(device, case, size):
+    virtual_batches.check(case, size, jax.numpy.asarray, np.asarray, kernels=_Kernels)
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((50, 3, 23), -1), ((3, 37, 5, 5), 1)], ids=str)

@@ -69,7 +69,7 @@ class _Settings:
     training: bool
     activation: str | None
     unbiased: bool
-    virtual_batch_size: int | None
+    virtual_batch_size: int | None = None
     in_place: bool = False
 
     def problem(self, x: Any, residual: bool) -> _kernels.Problem:

@@ -393,7 +393,8 @@ def find_faults(call: Call) -> list[str]:
         "mask": (rows * ((row + 7) // 8),),
     }
     for name, what in INPUTS[call.op].items():
-        if any(v.shape != shapes[what.rstrip("*")] for v in lists[name]):
+        may_be_empty = name == "running" and factor == 1
+        if any(v.shape != shapes[what.rstrip("*")] and not (may_be_empty and v.size == 0) for v in lists[name]):
             faults.append(rf"\b({_ELEMENTS.get(name, name)}) must have")
     if call.op == "Training" and call.in_place and not faults and too_small(call).any():
         faults.append("scale is too near 0 for in_place")

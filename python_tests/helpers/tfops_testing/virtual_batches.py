@@ -56,6 +56,7 @@ def settings_of(case: Case) -> dict[str, Any]:
     return {
         "axis": case.axis,
         "epsilon": EPSILON,
+        "training": True,
         "activation": case.activation,
         "exponential_avg_factor": case.exponential_avg_factor,
         "unbiased": case.unbiased,
