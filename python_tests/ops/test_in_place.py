@@ -95,10 +95,15 @@ def test_second_derivatives_are_those_of_difference_quotients(layout, activation
 
 
 @pytest.mark.parametrize(
-    ("activation", "unbiased", "factor"),
-    [(None, True, 0.0), ("leaky_relu", True, 0.25), ("elu", True, 1.0), ("elu", False, 0.25)],
+    ("mode", "activation", "unbiased", "factor"),
+    [
+        ("eager", None, True, 0.0),
+        ("eager", "leaky_relu", True, 0.25),
+        ("eager", "elu", True, 1.0),
+        ("eager", "elu", False, 0.25),
+        pytest.param("jit", "elu", True, 0.25, marks=pytest.mark.xla),
+    ],
 )
-@pytest.mark.parametrize("mode", ["eager", JIT])
 def test_second_and_third_derivatives_are_those_with_x(mode, activation, unbiased, factor):
     inputs, axis = _inputs("NHWC")
 

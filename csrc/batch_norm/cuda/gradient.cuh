@@ -16,16 +16,11 @@ struct GradientArrays {
   const void* residual = nullptr;            // or null
   const uint8_t* activation_bits = nullptr;  // or null
   bool in_place = false;                     // x is y
-  double least_invertible = 0;               // iff in_place
 };
 
 inline GradientArrays GradientOf(const Problem& problem, const BackwardArrays& arrays) {
-  return {arrays.dy,
-          arrays.x,
-          NeedsResidual(problem) ? arrays.residual : nullptr,
-          NeedsActivationBits(problem) ? arrays.activation_bits : nullptr,
-          problem.in_place,
-          LeastInvertible<double>(RoundingOf(problem.dtype))};
+  return {arrays.dy, arrays.x, NeedsResidual(problem) ? arrays.residual : nullptr,
+          NeedsActivationBits(problem) ? arrays.activation_bits : nullptr, problem.in_place};
 }
 
 inline AffineArrays AffineOf(const Problem& problem, const BackwardArrays& arrays) {
@@ -86,7 +81,7 @@ struct GradientStep {
     dy.Unpack(dz);
     x.Unpack(xc);
     if (arrays.in_place) {
-      GradientFromResultVector(activation, static_cast<F>(arrays.least_invertible), xc, dz);
+      GradientFromResultVector(activation, LeastInvertible<F>(RoundingOf(kDataTypeOf<T>)), xc, dz);
 #pragma unroll
       for (int lane = 0; lane < kLanes; ++lane) xc[lane] = (xc[lane] - affine.offset[lane]) * affine.mean[lane];
       return;

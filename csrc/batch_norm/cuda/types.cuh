@@ -8,7 +8,9 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
+#include <type_traits>
 
+#include "csrc/batch_norm/batch_norm.h"
 #include "csrc/batch_norm/cuda/intrinsics.cuh"
 
 namespace tfops::cuda {
@@ -24,6 +26,12 @@ struct ArithmeticOf<double> {
 };
 template <typename T>
 using Arithmetic = typename ArithmeticOf<T>::Type;
+
+template <typename T>
+inline constexpr DataType kDataTypeOf = std::is_same_v<T, __half>          ? DataType::kFloat16
+                                        : std::is_same_v<T, __nv_bfloat16> ? DataType::kBFloat16
+                                        : std::is_same_v<T, float>         ? DataType::kFloat32
+                                                                           : DataType::kFloat64;
 
 __device__ __forceinline__ float Widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float Widen(__nv_bfloat16 value) { return __bfloat162float(value); }
