@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 
-from tfops_testing import kernel_cases
+from tfops_testing import kernel_cases, virtual_batches
 from tfops_testing.kernel_cases import Case
 from tfops_testing.phase_cases import assert_simt_agrees
 from tfops_testing.simt import BUILD
@@ -207,5 +207,8 @@ def test_every_kernel_ran(simt, force):
                     _check(simt, Case(shape, axis, dtype, activation="relu", residual=True))
     for dtype in kernel_cases.DTYPES:
         assert_simt_agrees(simt, (300, 64), -1, dtype, "three")
+        case = Case((300, 64), -1, dtype, activation="relu", residual=True)
+        with simt.settings(tier="streaming"):
+            virtual_batches.check(case, 100, simt.place, np.asarray, kernels=simt)
     ran = {report["kernel"] for report in simt.machine.take_reports()}
     assert not wanted - ran

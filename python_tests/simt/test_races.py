@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tfops_testing import kernel_cases
+from tfops_testing import kernel_cases, virtual_batches
 from tfops_testing.kernel_cases import Case
 from tfops_testing.simt import Simt, memory
 
@@ -54,6 +54,16 @@ def test_training_kernels_have_no_races(race, force, tier, shape, axis):
         except ValueError as error:
             if "there is no work for a second block" not in str(error):
                 raise
+
+
+@pytest.mark.parametrize("tier", ["one_block", "cluster", "streaming"])
+@pytest.mark.parametrize(("shape", "axis", "size"), [((300, 64), -1, 100), ((4, 6, 16, 16), 1, 2), ((400, 7), -1, 200)])
+def test_virtual_batches_have_no_races(race, force, tier, shape, axis, size):
+    force(race, tier=tier)
+    for i, dtype in enumerate(("float32", "float64")):
+        race.configure("three", seed=i)
+        case = Case(shape, axis, dtype, True, "relu", True)
+        virtual_batches.check(case, size, race.place, np.asarray, kernels=race)
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((300, 64), -1), ((4, 6, 16, 16), 1)])
