@@ -111,8 +111,8 @@ Status ValidateInPlace(const Problem& problem) {
   for (const Parameter& parameter : ParametersOf(problem.activation)) {
     const double value = problem.*parameter.field;
     if (value > 0) continue;
-    return InvalidArgument(std::string(parameter.name) + " of activation must be > 0 where in_place is True, but it is " +
-                           Shown(value));
+    return InvalidArgument(std::string(parameter.name) +
+                           " of activation must be > 0 where in_place is True, but it is " + Shown(value));
   }
   return {};
 }
@@ -153,9 +153,8 @@ Status Validate(const Problem& problem) {
   const int64_t batches = problem.virtual_batches;
   const bool is_whole = batches > 0 ? problem.outer % batches == 0 : batches == 0 && problem.outer == 0;
   if (!is_whole || (batches != 1 && !problem.training)) {
-    return InvalidArgument("virtual_batches must divide outer, and be 1 if it is not training, but it is " +
-                           std::to_string(batches) + ", outer is " + std::to_string(problem.outer) +
-                           " and training is " + (problem.training ? "true" : "false"));
+    return InvalidArgument("virtual_batches must divide outer, and be 1 in inference, but it is " +
+                           std::to_string(batches) + ", and outer is " + std::to_string(problem.outer));
   }
   if (const Status status = ValidateActivation(problem); !status.ok()) return status;
   return problem.in_place ? ValidateInPlace(problem) : Status();
@@ -176,8 +175,8 @@ Status SetVirtualBatches(const int64_t* dims, int rank, int64_t axis, int64_t vi
     return InvalidArgument("virtual_batch_size must be 0 where the channels are dimension 0" + is);
   }
   if (dims[0] % virtual_batch_size != 0) {
-    return InvalidArgument("virtual_batch_size must divide the batch, dimension 0 of x" + is + ", and the batch has " +
-                           std::to_string(dims[0]) +
+    return InvalidArgument("virtual_batch_size must divide the batch, dimension 0 of x, but it is " +
+                           std::to_string(virtual_batch_size) + ", and the batch has " + std::to_string(dims[0]) +
                            " entries (a data set's last batch is left out by drop_remainder=True)");
   }
   problem->virtual_batches = dims[0] / virtual_batch_size;

@@ -56,7 +56,7 @@ struct OnChipTuning {
 // Vectors of each array that a thread keeps in registers: the most for which ptxas spills on no architecture.
 template <int kLanes>
 struct OnChipVectors {
-  static constexpr int kForward = 32;                      // of x
+  static constexpr int kForward = kLanes == 2 ? 30 : 32;   // of x
   static constexpr int kBackward = kLanes == 4 ? 16 : 15;  // of dy and x
 };
 
