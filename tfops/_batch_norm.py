@@ -138,8 +138,7 @@ def fused_batch_norm(
     if _gpus.need_fallback():
         return _fallback.fused_batch_norm(arguments, name)
     x, scale, offset, mean, variance, residual = arguments[:6]
-    dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased, *others = arguments[6:]
-    virtual_batch_size, in_place = others
+    dtype, epsilon, exponential_avg_factor, axis, activation, training, unbiased = arguments[6:13]
     common = {
         "residual": [] if residual is None else [residual],
         "axis": axis,
@@ -156,8 +155,8 @@ def fused_batch_norm(
             running=[] if mean is None else [mean, variance],
             **float_attribute("exponential_avg_factor", exponential_avg_factor, dtype),
             unbiased=unbiased,
-            virtual_batch_size=virtual_batch_size or 0,
-            in_place=in_place,
+            virtual_batch_size=arguments.virtual_batch_size or 0,
+            in_place=arguments.in_place,
             **common,
         )
         return y, new_mean, new_variance
