@@ -131,7 +131,8 @@ struct BoundedRelu : Smooth {
   }
   template <typename F, typename Parameters>
   static TFOPS_INLINE F SlopeOf(F z, const Parameters& parameters) {
-    const F above = z >= F{} + parameters.high ? F{} : F{} + 1;
+    const F high = F{} + parameters.high;
+    const F above = z >= high ? F{} : z < high ? F{} + 1 : z;  // NaN
     return z <= F{} + parameters.threshold ? F{} + parameters.slope : above;
   }
 };

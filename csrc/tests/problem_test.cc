@@ -90,15 +90,26 @@ TEST(ProblemsInPlaceAreOfTrainingWithAnInverse) {
 
 // Inverses of what the activations make of numbers, and slopes at those, by the results.
 TEST(InversesAreThoseOfTheActivations) {
-  for (double z = -30; z < 30; z += 0.37) {
-    testing::about = std::to_string(z);
-    EXPECT_EQ(activations::None::InverseOf(z), z);
-    const double leaky = activations::LeakyRelu::InverseOf(activations::LeakyRelu::Of(z));
-    EXPECT_LE(std::abs(leaky - z), 1e-15 * std::abs(z));
-    const double y = activations::Elu::Of(z);
-    if (z < -20) continue;  // where exp(z) is no part of y
-    EXPECT_LE(std::abs(activations::Elu::InverseOf(y) - z), 1e-15 * (std::abs(z) + std::exp(-z)));
-    EXPECT_LE(std::abs(activations::Elu::SlopeFromResult(y) - activations::Elu::SlopeOf(z)), 1e-15);
+  for (const char* text : {"", "leaky_relu", "leaky_relu(negative_slope=0.01)", "elu", "elu(alpha=0.3)"}) {
+    Problem problem;
+    EXPECT_TRUE(ParseActivation(text, &problem).ok());
+    const ActivationIn<double> activation(problem);
+    const double least = LeastInvertible<double>(RoundingOf(DataType::kFloat64));
+    for (double z = -30; z < 30; z += 0.37) {
+      testing::about = std::string(text) + " of " + std::to_string(z);
+      if (activation.kind == Activation::kNone) {
+        EXPECT_EQ(activations::None::InverseOf(z, activation, least), z);
+      } else if (activation.kind == Activation::kLeakyRelu) {
+        const double y = activations::LeakyRelu::Of(z, activation);
+        EXPECT_LE(std::abs(activations::LeakyRelu::InverseOf(y, activation, least) - z), 1e-15 * std::abs(z));
+      } else if (z > -20) {  // below, exp(z) is no part of y
+        const double y = activations::Elu::Of(z, activation);
+        const double inverse = activations::Elu::InverseOf(y, activation, least);
+        EXPECT_LE(std::abs(inverse - z), 1e-15 * (std::abs(z) + std::exp(-z)));
+        const double slope = activations::Elu::SlopeOf(z, activation);
+        EXPECT_LE(std::abs(activations::Elu::SlopeFromResult(y, activation) - slope), 1e-15);
+      }
+    }
   }
 }
 

@@ -38,7 +38,7 @@ def test_arguments_are_those_of_keras():
     )
     lacking = set() if "renorm" in stock else {"renorm", "renorm_clipping", "renorm_momentum"}  # in older Keras
     own = [each.name for each in fused.values() if each.kind is each.KEYWORD_ONLY]
-    assert own == ["activation", "skip_nonfinite", "in_place"]
+    assert own == ["activation", "skip_nonfinite", "virtual_batch_size", "in_place"]
     ours = [(each.name, each.default) for each in fused.values() if each.name not in {*lacking, *own}]
     assert ours == [(each.name, each.default) for each in stock.values()]
 

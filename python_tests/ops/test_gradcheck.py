@@ -136,7 +136,7 @@ def test_bad_arguments_exit_with_2():
 
 @pytest.mark.parametrize("field", ["layout", "mode", "activation"])
 def test_case_rejects_unknown_values(field):
-    with pytest.raises(ValueError, match=f"{field} must be one of .* not 'nope'"):
+    with pytest.raises(ValueError, match=f"{field} must be one of .* (not|but it is) 'nope'"):
         gradcheck.Case(**{field: "nope"})
     with pytest.raises(ValueError, match=r"dtypes must be among .* not 'int8'"):
         gradcheck.check_op(gradcheck.Case(), ["int8"])

@@ -61,10 +61,10 @@ def test_callers_are_checked(tmp_path):
         assert_type(tfops_kernels.cuda_plan([4, 3], l2_bytes=1).threads, int)
 
         tfops.fused_batch_norm(x, c)  # call-arg
-        tfops.fused_batch_norm(x, c, c, activation="softsign")  # arg-type
+        tfops.fused_batch_norm(x, c, c, activation=6)  # arg-type
         tfops.fused_batch_norm(x, c, c, shortcut=x)  # call-arg
         tfops.keras.BatchNormalization(momentum="0.9")  # arg-type
-        tfops.keras.BatchNormalization(activation="softsign")  # arg-type
+        tfops.keras.BatchNormalization(activation=6)  # arg-type
         tfops.keras.convert(layer, to="torch")  # arg-type
         tfops_kernels.forward(x, c, c, epsilon=None)  # arg-type
         tfops_kernels.forward(x, c, c).dx  # attr-defined

@@ -34,6 +34,10 @@ class Parametrized:
     def get_config(self) -> dict[str, Any]:
         return {"activation": self.activation}
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Parametrized:
+        return cls(**config)
+
 
 # Those of keras.activations have tfops' names. Older Keras does not have all of them; and which of two functions `gelu`
 # is, is a parameter.

@@ -56,8 +56,8 @@ struct OnChipTuning {
 // Vectors of each array that a thread keeps in registers: the most for which ptxas spills on no architecture.
 template <int kLanes>
 struct OnChipVectors {
-  static constexpr int kForward = kLanes == 2 ? 30 : 32;   // of x
-  static constexpr int kBackward = kLanes == 4 ? 16 : 15;  // of dy and x
+  static constexpr int kForward = kLanes == 2 ? 30 : 32;                      // of x
+  static constexpr int kBackward = kLanes == 2 ? 14 : kLanes == 4 ? 16 : 15;  // of dy and x
 };
 
 // What the policy reckons with, in nanoseconds and bytes per nanosecond. Estimates for an H200, whose memory moves 4.3

@@ -184,7 +184,8 @@ class Oracle:
 
     def _Training(self) -> dict[str, Expected]:
         running = self.call.inputs["running"]
-        old = [self._wide(v) for v in running] or [np.zeros(self.channels, self.wide)] * 2
+        nothing = np.zeros(self.channels, self.wide)  # as good as empty ones, where nothing of them is kept
+        old = [self._wide(v) if v.size else nothing for v in running] or [nothing] * 2
         if not self.count:
             self.scale = self.vector("scale")
             flushed = np.full(self.channels, self.tiny)  # TensorFlow's threads take denormals for zeros
