@@ -80,11 +80,10 @@ def function_of(activation: str) -> Any:
 def layer_of(activation: str, **options: Any) -> keras.Layer:
     """A layer of Keras that applies that activation."""
     name, parameters = parse(activation)
-    if not parameters:
+    layers = {"relu": keras.layers.ReLU, "leaky_relu": keras.layers.LeakyReLU}  # ELU with a policy cannot be saved
+    if not parameters or name not in layers:
         return keras.layers.Activation(function_of(activation), **options)
-    return {"relu": keras.layers.ReLU, "leaky_relu": keras.layers.LeakyReLU, "elu": keras.layers.ELU}[name](
-        **parameters, **options
-    )
+    return layers[name](**parameters, **options)
 
 
 def kind_of(operation: Any) -> str:
