@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -389,9 +390,30 @@ class Run {
   const Status status_;
 };
 
+// Whether the parameters that the activation has are what batch_norm.h asks of them.
+bool AreParametersValid(const Problem& problem) {
+  const auto is_finite = [](double value) { return std::abs(value) <= std::numeric_limits<double>::max(); };
+  switch (problem.activation) {
+    case Activation::kLeakyRelu:
+      return is_finite(problem.negative_slope);
+    case Activation::kElu:
+      return is_finite(problem.alpha);
+    case Activation::kRelu:
+      return is_finite(problem.negative_slope) && is_finite(problem.threshold);
+    case Activation::kBoundedRelu:
+      return is_finite(problem.negative_slope) && is_finite(problem.threshold) && problem.threshold >= 0 &&
+             problem.max_value > problem.threshold;
+    default:
+      return true;
+  }
+}
+
 bool MayBeInPlace(const Problem& problem) {
   const bool is_invertible = std::find(kInvertible.begin(), kInvertible.end(), problem.activation) != kInvertible.end();
-  return problem.training && !problem.has_residual && is_invertible;
+  const double parameter = problem.activation == Activation::kLeakyRelu ? problem.negative_slope
+                           : problem.activation == Activation::kElu     ? problem.alpha
+                                                                        : 1;
+  return problem.training && !problem.has_residual && problem.virtual_batches <= 1 && is_invertible && parameter > 0;
 }
 
 // Whether the case ran to its end.
@@ -402,7 +424,7 @@ bool Try(const uint8_t* data, size_t size) {
   const Problem& problem = drawn.problem;
   const bool valid = problem.epsilon >= 0 && problem.epsilon <= std::numeric_limits<double>::max() &&
                      problem.exponential_avg_factor >= 0 && problem.exponential_avg_factor <= 1 &&
-                     (!problem.in_place || MayBeInPlace(problem));
+                     AreParametersValid(problem) && (!problem.in_place || MayBeInPlace(problem));
   if (Validate(problem).ok() != valid) Fail("Validate errs");
   const Run run(drawn, 0xff);
   const bool is_refused = problem.in_place && run.status().message.rfind("scale is too near 0", 0) == 0;
