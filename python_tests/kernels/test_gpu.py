@@ -8,7 +8,7 @@ import pytest
 
 import tfops_kernels
 from tfops_kernels import _kernels, _policy
-from tfops_testing import kernel_cases, tier_cases
+from tfops_testing import in_place_cases, kernel_cases, tier_cases
 from tfops_testing.phase_cases import SHAPES, Phases, assert_cuda_agrees
 
 pytestmark = pytest.mark.gpu
@@ -74,6 +74,31 @@ def test_every_plan_that_fits_agrees_and_is_the_one_that_runs(shape, axis, dtype
 def test_every_plan_agrees_on_unaligned_arrays(shape, axis, dtype):
     case = kernel_cases.Case(shape, axis, dtype, True, "relu", residual=True)
     tier_cases.check_every_plan(case, tfops_kernels, _kernels, _unaligned, _to_host, aligned=False)
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis", "size"), tier_cases.VIRTUAL_BATCHES, ids=str)
+def test_every_plan_agrees_on_virtual_batches(shape, axis, size, dtype):
+    for activation, residual in (("relu", True), (None, False), (kernel_cases.BOUNDED_RELU, True)):
+        case = kernel_cases.Case(shape, axis, dtype, True, activation, residual, 0.25)
+        kernels = (tfops_kernels, _kernels, _to_device, _to_host)
+        names = tier_cases.check_every_plan(case, *kernels, virtual_batch_size=size)
+        assert names <= tier_cases.names_on(_kernels) - {"grid"}
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), [((390, 64), -1), ((136, 65), -1), ((4, 6, 16, 16), 1)], ids=str)
+def test_every_plan_agrees_in_place(shape, axis, dtype):
+    for activation in in_place_cases.ACTIVATIONS:
+        case = kernel_cases.Case(shape, axis, dtype, activation=activation)
+        tier_cases.check_every_plan(case, tfops_kernels, _kernels, _to_device, _to_host, in_place=True)
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+def test_scale_near_zero_makes_nan_in_place(dtype):
+    for plan in tier_cases.plans(_kernels, case := kernel_cases.Case((390, 24), -1, dtype), True, in_place=True)[1]:
+        with _policy.settings(tier=plan.tier, cluster=plan.blocks_per_slab if plan.tier == "cluster" else 0):
+            in_place_cases.check_refusal(case, _to_device, tfops_kernels, _to_host)
 
 
 def test_every_tier_that_the_gpu_has_fits_a_case():

@@ -54,6 +54,26 @@ def test_every_plan_that_fits_agrees_and_is_the_one_that_runs(simt, device, shap
     assert least <= names <= tier_cases.names_on(simt.machine)
 
 
+@pytest.mark.parametrize(
+    ("given", "dtype"), list(zip(tier_cases.VIRTUAL_BATCHES, ("float32", "float16", "float64"), strict=True)), ids=str
+)
+def test_every_plan_agrees_on_virtual_batches(simt, given, dtype):
+    simt.configure("h200")
+    shape, axis, size = given
+    case = Case(shape, axis, dtype, True, kernel_cases.BOUNDED_RELU, True, 0.25)
+    kernels = (simt, simt.machine, simt.place, np.asarray)
+    names = tier_cases.check_every_plan(case, *kernels, virtual_batch_size=size)
+    assert {"one_block", "streaming"} <= names <= tier_cases.names_on(simt.machine) - {"grid"}
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "elu"])
+def test_every_plan_agrees_in_place(simt, activation):
+    simt.configure("h200")
+    case = Case((390, 64), -1, "bfloat16", activation=activation)
+    names = tier_cases.check_every_plan(case, simt, simt.machine, simt.place, np.asarray, in_place=True)
+    assert {"one_block", "cluster 2", "streaming"} <= names
+
+
 @pytest.mark.parametrize("device", ["h200", "three", "rtx", "slice"])
 def test_every_tier_that_a_gpu_has_fits_a_case(simt, device):
     simt.configure(device)

@@ -116,8 +116,8 @@ def smooth(shape: tuple[int, ...], axis: int) -> list[Case]:
     ]
 
 
-def make_problem(kernels: Any, case: Case) -> Any:
-    """The case as the module `_kernels`, or csrc/simt's, has it."""
+def make_problem(kernels: Any, case: Case, **others: Any) -> Any:
+    """The case as the module `_kernels`, or csrc/simt's, has it. `others`: what a case does not have."""
     return kernels.Problem(
         shape=list(case.shape),
         axis=case.axis,
@@ -128,6 +128,7 @@ def make_problem(kernels: Any, case: Case) -> Any:
         epsilon=1e-3,
         exponential_avg_factor=case.exponential_avg_factor,
         unbiased=case.unbiased,
+        **others,
     )
 
 

@@ -10,11 +10,14 @@ import numpy as np
 
 from tfops_kernels import _policy
 
-from . import kernel_cases
+from . import in_place_cases, kernel_cases, virtual_batches
 from .kernel_cases import Case
 
 # Between them, problems on which each tier and each size of clusters fits a whole GPU.
 SHAPES = [((4096, 64), -1), ((1500, 24), -1), ((136, 65), -1), ((16, 24, 20, 20), 1), ((2, 3, 40, 41), 1)]
+
+# (shape, axis, virtual batch size): rows of vectors and others, and planes.
+VIRTUAL_BATCHES = [((780, 64), -1, 390), ((408, 65), -1, 136), ((8, 6, 16, 16), 1, 2)]
 
 
 def name_of(plan: Any) -> str:
@@ -22,9 +25,9 @@ def name_of(plan: Any) -> str:
     return f"cluster {plan.blocks_per_slab}" if plan.tier == "cluster" else plan.tier
 
 
-def plans(module: Any, case: Case, aligned: bool) -> tuple[list[Any], list[Any]]:
+def plans(module: Any, case: Case, aligned: bool, **others: Any) -> tuple[list[Any], list[Any]]:
     """The best of each name that fits the current GPU, for forward and backward."""
-    problem = kernel_cases.make_problem(module, case)
+    problem = kernel_cases.make_problem(module, case, **others)
     forward, backward = (module.cuda_plans(problem, b, aligned, module.CudaDevice()) for b in (False, True))
     return forward, backward
 
@@ -56,7 +59,7 @@ class Forced:
 
 def cases(shape: tuple[int, ...], axis: int, dtype: str) -> Iterator[Case]:
     """With activations of each kind; with and without a residual, and so a mask."""
-    for i, activation in enumerate((*kernel_cases.COMMON, "mish")):
+    for i, activation in enumerate((*kernel_cases.COMMON, "mish", kernel_cases.BOUNDED_RELU)):
         for residual in (False, True):
             factor = (1.0, 0.25)[i % 2]  # with the gradients of the running statistics, too
             yield Case(shape, axis, dtype, True, activation, residual, factor)
@@ -69,12 +72,19 @@ def check_every_plan(
     to_device: Callable[[np.ndarray], Any],
     to_host: Callable[[Any], np.ndarray],
     aligned: bool = True,
+    virtual_batch_size: int | None = None,
+    in_place: bool = False,
 ) -> set[str]:
     """Compares the results of every plan with the oracle's. Returns the names of those that ran."""
-    forward, backward = plans(module, case, aligned)
+    forward, backward = plans(module, case, aligned, virtual_batch_size=virtual_batch_size or 0, in_place=in_place)
     for pair in itertools.zip_longest(forward, backward):
-        by_forward, by_backward = pair[0] or forward[0], pair[1] or backward[0]
-        kernel_cases.check(case, to_device, to_host, Forced(kernels, module, by_forward, by_backward))
+        forced = Forced(kernels, module, pair[0] or forward[0], pair[1] or backward[0])
+        if virtual_batch_size is not None:
+            virtual_batches.check(case, virtual_batch_size, to_device, to_host, forced)
+        elif in_place:
+            in_place_cases.check(case, to_device, to_host, forced)
+        else:
+            kernel_cases.check(case, to_device, to_host, forced)
     return {name_of(plan) for plan in (*forward, *backward)}
 
 
