@@ -165,11 +165,11 @@ build/tensorflow/.fetched: cmake/tensorflow_packages.py | $(VENV)/.environment
 	  $(BIN)/python cmake/tensorflow_packages.py fetch build/tensorflow)
 	@touch $@
 
-# The kernels alone, for another machine: its Python, its GPU, and its JAX, whose headers the handlers of XLA's custom
-# calls are built with. In an environment of that Python's own, and so with its own copies of the build's tools, and of
-# nvcc if there is none.
+# The kernels alone, for another machine: its Python and its GPU. In an environment of that Python's own, and so with its
+# own copies of the build's tools, and of nvcc if there is none. The handlers of XLA's custom calls are built with the
+# headers of an old JAX, for later ones take them.
 GPU_ARCHITECTURES ?= 90-real
-GPU_JAXLIB ?= jaxlib
+GPU_JAXLIB ?= jaxlib==0.5.3
 gpu-wheel: TAG = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))')
 gpu-wheel:
 	$(PYTHON) -m venv build/gpu/$(TAG) && build/gpu/$(TAG)/bin/python -m pip -qq install --upgrade 'pip>=25.1'

@@ -234,6 +234,21 @@ def test_missing_library_says_what_to_do(monkeypatch):
         tfops_jax._register()
 
 
+def test_handlers_newer_than_xla_are_refused_before_it_sees_them():
+    """For it would fail to start."""
+    running = tfops_jax._ffi_version()
+    assert running >= (0, 1)
+    for built in (running, (running[0], running[1] - 1)):
+        tfops_jax._check_version(built, running)
+    newer = (running[0], running[1] + 1)
+    message = f"built for version {newer[0]}.{newer[1]} of .* has {running[0]}.{running[1]}: install a newer jaxlib"
+    with pytest.raises(ImportError, match=message):
+        tfops_jax._check_version(newer, running)
+    with pytest.raises(ImportError, match="install a newer jaxlib"):
+        tfops_jax._check_version((running[0] + 1, 0), running)
+    tfops_jax._check_version(newer, None)  # where there are no headers, XLA says what it thinks of them
+
+
 def _custom_calls(thunks: str) -> tuple[int, int]:
     """How many custom calls are in command buffers and how many are not, in XLA's dump of a program's thunks.
 

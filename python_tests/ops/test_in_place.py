@@ -255,7 +255,7 @@ def test_scale_near_zero_is_refused(dtype, mode):
 
     run = run if mode == "eager" else tf.function(run, jit_compile=mode == "jit")
     refused = pytest.raises(
-        tf.errors.InvalidArgumentError, match="scale is too near 0 for in_place, .* in channel 3 it"
+        tf.errors.InvalidArgumentError, match=r"scale is too near 0 for in_place, .* in channel 3 it"
     )
     with tf.device("/CPU:0"):  # a GPU makes the gradient NaN: see kernels/test_gpu.py
         scale[3] = -4.04 * unit

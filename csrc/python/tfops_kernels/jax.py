@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import importlib.metadata
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,24 @@ _LIBRARY = Path(__file__).with_name("libtfops_jax.so")
 _OPS = ("Training", "TrainingGrad", "Inference", "InferenceGrad", "Moments", "GradientMoments", "GradientNormalize")
 
 
+def _ffi_version() -> tuple[int, int] | None:
+    """The version of XLA's interface for handlers that this jaxlib has, by its headers; None without them."""
+    header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    text = header.read_text() if header.exists() else ""
+    found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
+    return (int(found[0][1]), int(found[1][1])) if found[0] and found[1] else None
+
+
+def _check_version(built: tuple[int, int], running: tuple[int, int] | None) -> None:
+    """Raises ImportError where XLA would refuse the handlers, and fail to start: they must not be newer than it is."""
+    if running is not None and (built[0] != running[0] or built > running):
+        jaxlib = importlib.metadata.version("jaxlib")
+        raise ImportError(
+            f"tfops_kernels.jax was built for version {built[0]}.{built[1]} of XLA's interface for custom calls, and "
+            f"jaxlib {jaxlib} has {running[0]}.{running[1]}: install a newer jaxlib, or build tfops beside this one"
+        )
+
+
 def _register() -> None:
     if not _LIBRARY.exists():
         raise ImportError(
@@ -32,6 +52,8 @@ def _register() -> None:
             "TensorFlow 2.20 or later, and without TFOPS_JAX=OFF"
         )
     library = ctypes.CDLL(str(_LIBRARY))
+    major, minor = (ctypes.c_int * 2).in_dll(library, "Tfops_ffi_version")
+    _check_version((major, minor), _ffi_version())
 
     def handler(symbol: str) -> Any:
         return jax.ffi.pycapsule(getattr(library, symbol))
