@@ -17,7 +17,7 @@ FOLDER/results.jsonl gets a line as soon as something is known, FOLDER/summary.m
 has the steps' output. --resume goes on with what is missing; --summary only writes summary.md anew. --predict needs no
 GPU: what counted bytes say. --dry-run needs none either: every step, with csrc/simt in the GPU's place and a few cells.
 
-The exit status is 0 if nothing failed, 1 if something did, and 2 if there is nothing to run on.
+The exit status is 0 if nothing failed, 1 if something did, and 2 if there is nothing to run on, or no room for results.
 """
 
 from __future__ import annotations
@@ -37,14 +37,19 @@ from pathlib import Path
 from typing import Any
 
 from gpu.predict import predict, table
-from gpu.records import Records
-from gpu.runner import BY_NAME, STEPS, WHOLE, Runner
+from gpu.records import FAILED, OK, Records, first_line
+from gpu.runner import BY_NAME, NO_TIME, STEPS, TIME_UP, USUAL, WHOLE, Runner, end_group, start
 from gpu.summary import failures, summarize
 from problems import NETWORKS, PASSES, VARIANTS, cells
 
 ROOT = Path(__file__).resolve().parent.parent
 WORTH_STARTING = 15  # seconds that have to be left for a step to be taken up again
 BUILD = ("TFOPS_TENSORFLOW=OFF", "TFOPS_CUDA=ON", "CMAKE_CUDA_ARCHITECTURES=native")
+MOST_OF_BUILD = 0.6  # of the time: a build that takes longer leaves too little for the steps
+
+
+class NotRun(Exception):
+    """Why there is nothing to run on."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,7 +83,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def install(wheel: Path | None, dry_run: bool, scratch: str) -> str:
+def install(wheel: Path | None, dry_run: bool, scratch: str, log: Path, seconds: float) -> str:
     """Where Python is to find tfops_kernels; "" if they are installed. A wheel is unpacked in `scratch`."""
     if wheel is None:
         if dry_run or importlib.util.find_spec("tfops_kernels"):
@@ -87,26 +92,46 @@ def install(wheel: Path | None, dry_run: bool, scratch: str) -> str:
         target = ROOT / "build" / "gpu" / "installed"
         options = [word for setting in BUILD for word in ("-C", f"cmake.define.{setting}")]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--upgrade"]
-        subprocess.run([*pip, "--target", str(target), *options, str(ROOT)], check=True)
+        process = start([*pip, "--target", str(target), *options, str(ROOT)], log)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise NotRun(f"the build took more than {seconds:.0f} s ({log}): take a wheel along (--wheel)") from None
+        finally:
+            end_group(process)
+        if status:
+            raise NotRun(f"the build failed: {log} says why")
         return str(target)
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(scratch)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(scratch)
+    except zipfile.BadZipFile as problem:
+        raise NotRun(f"--wheel: {wheel} is damaged: {problem}") from None
     return scratch
 
 
 def write_summary(folder: Path, brief: bool = False) -> int:
-    """Makes summary.md from what is in the folder, and prints the short of it; returns the number of failures."""
+    """Makes summary.md from what is in the folder, and prints the short of it; returns the number of failures.
+
+    The steps' results are in another file: an error here is told of, and ends nothing.
+    """
     records = Records(folder)
-    (folder / "summary.md").write_text(summarize(records))
-    if brief:
-        print(summarize(records, brief=True), flush=True)
+    try:
+        if brief:
+            print(summarize(records, brief=True), flush=True)
+        (folder / "summary.md").write_text(summarize(records))
+    except Exception as problem:
+        print(f"gpu_proof.py: the summary could not be written: {first_line(problem)}", file=sys.stderr, flush=True)
     return len(failures(records))
 
 
 def what_is_missing(environment: dict[str, str]) -> str:
     """Why the kernels cannot run here; "" if they can."""
     command = [sys.executable, "-c", "import tfops_kernels; print(tfops_kernels.build_info()['cuda_problem'], end='')"]
-    asked = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    try:
+        asked = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    except subprocess.TimeoutExpired:
+        return "the driver did not answer within two minutes"
     return asked.stdout if asked.returncode == 0 else asked.stderr.strip()
 
 
@@ -134,7 +159,7 @@ def run_all(arguments: argparse.Namespace, environment: dict[str, str], seconds:
     for name in (step.name for step in steps):
         events = records.events(name, "step")
         ended[name] = events[-1]["status"] if events else ""
-    through = ("ok", "failed")
+    through, cut = (OK, FAILED), (TIME_UP, NO_TIME)
     for i, step in enumerate(steps):
         if ended[step.name] in through:
             continue
@@ -143,17 +168,37 @@ def run_all(arguments: argparse.Namespace, environment: dict[str, str], seconds:
         write_summary(folder)
     # Those that ran out of their own time, if there is some in the end; and last, the one that always finds more to do.
     for step in sorted(steps, key=lambda step: step.name == "rest"):
-        if ended[step.name] in ("time is up", "no time left") and runner.left() > WORTH_STARTING:
+        if ended[step.name] in cut and runner.left() > WORTH_STARTING:
             ended[step.name] = runner.run(step._replace(limit=WHOLE))
             print(f"{step.name}, again: {ended[step.name]}, {runner.left():.0f} s left", flush=True)
     failed = write_summary(folder, brief=True)
-    unusual = {name: how for name, how in ended.items() if how not in (*through, "time is up", "no time left")}
+    unusual = [how for how in ended.values() if how not in USUAL]
     print(f"{failed} failed: {folder / 'summary.md'}", flush=True)
     return 1 if failed or unusual else 0
 
 
+def prepare_and_run(arguments: argparse.Namespace, begin: float) -> int:
+    """All of it, the kernels' installation included; `begin`: since when the time counts."""
+    folder = arguments.out
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.summary:
+        return 1 if write_summary(folder) else 0
+    results = Records(folder).path
+    if results.stat().st_size and not arguments.resume:
+        raise NotRun(f"{results} is there already: --resume goes on with it")
+    seconds = arguments.minutes * 60
+    with tempfile.TemporaryDirectory(prefix="tfops-wheel-") as scratch:
+        installed = install(arguments.wheel, arguments.dry_run, scratch, folder / "log.txt", seconds * MOST_OF_BUILD)
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
+        if installed:
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [installed, environment.get("PYTHONPATH")]))
+        if problem := "" if arguments.dry_run else what_is_missing(environment):
+            raise NotRun(f"{problem} (--dry-run and --predict need no GPU)")
+        return run_all(arguments, environment, seconds - (time.monotonic() - begin))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    start = time.monotonic()
+    begin = time.monotonic()
     arguments = parse_arguments(argv)
     if arguments.predict:
         chosen = (arguments.network, arguments.dtype, arguments.layout, arguments.variant, getattr(arguments, "pass"))
@@ -177,22 +222,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from gpu import steps
 
         return steps.run(arguments.step, steps.Context(arguments.out, arguments.seconds, arguments.dry_run))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.summary:
-        return 1 if write_summary(arguments.out) else 0
-    results = Records(arguments.out).path
-    if results.stat().st_size and not arguments.resume:
-        print(f"gpu_proof.py: {results} is there already: --resume goes on with it", file=sys.stderr)
-        return 2
-    with tempfile.TemporaryDirectory(prefix="tfops-wheel-") as scratch:
-        installed = install(arguments.wheel, arguments.dry_run, scratch)
-        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
-        if installed:
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [installed, environment.get("PYTHONPATH")]))
-        if problem := "" if arguments.dry_run else what_is_missing(environment):
-            print(f"gpu_proof.py: {problem} (--dry-run and --predict need no GPU)", file=sys.stderr)
-            return 2
-        return run_all(arguments, environment, arguments.minutes * 60 - (time.monotonic() - start))
+    try:
+        return prepare_and_run(arguments, begin)
+    except NotRun as problem:
+        print(f"gpu_proof.py: {problem}", file=sys.stderr)
+    except OSError as problem:  # the folder cannot be written, or the disk is full
+        print(f"gpu_proof.py: cannot write results in {arguments.out}: {problem}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

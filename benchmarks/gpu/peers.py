@@ -9,10 +9,11 @@ from typing import Any
 
 from problems import Cell
 
+from . import clocks
 from .calls import EPSILON, MOMENTUM, Tensors
 from .cells import cell_of, name_of, telling
 from .records import NOT_RUN, OK, first_line
-from .steps import TIMING, Context, copy_rate, make_sets
+from .steps import TIMING, Context, make_sets
 
 MOST_COMPILED = 16  # cells: to compile one takes seconds
 
@@ -28,7 +29,7 @@ def run(context: Context, compiled: bool) -> int:
         return context.run(step, compiled_items(context, first[:MOST_COMPILED]))
     others = [cell_of(item) for item, record in context.records.ended("rest").items() if record["status"] == OK]
     items = [(name_of(cell), functools.partial(measure, context, cell)) for cell in first + others]
-    items.insert(len(first), ("copy", functools.partial(copy_rate, context)))
+    items.insert(len(first), ("copy", lambda: clocks.copy_rate(context.backend, context.dry_run)))
     return context.run(step, items)
 
 
@@ -46,6 +47,8 @@ def measure(context: Context, cell: Cell) -> dict[str, Any]:
             if not context.backend.is_sound():
                 raise
             errors[name] = first_line(problem)
+    if not times:
+        return {"status": NOT_RUN, "error": next(iter(errors.values())), "peer_errors": errors}
     return {"peers": times, "peer_errors": errors}
 
 
@@ -119,7 +122,17 @@ def compiled_items(context: Context, cells: list[Cell]) -> Iterator[tuple[str, C
     """For each shape a function, compiled with its gradient; a backward pass is the time of both, less forward's."""
     for cell in dict.fromkeys(cell._replace(what="backward") for cell in cells):
         name = " ".join(name_of(cell).split(" ")[:5])
-        yield name, functools.partial(measure_compiled, context, cell)
+        yield name, functools.partial(try_compiled, context, cell)
+
+
+def try_compiled(context: Context, cell: Cell) -> dict[str, Any]:
+    """The times; or why torch.compile has none, which is no failure of ours unless the GPU has been lost."""
+    try:
+        return measure_compiled(context, cell)
+    except Exception as problem:  # of its own types, of Triton's, of a compiler that is not installed
+        if not context.backend.is_sound():
+            raise
+        return {"status": NOT_RUN, "error": first_line(problem)}
 
 
 def measure_compiled(context: Context, cell: Cell) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import platform
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ import numpy as np
 from problems import Cell
 from tfops_kernels import _policy
 
-from . import backends, calibrate, sanitizers, tests
+from . import backends, calibrate, clocks, sanitizers, tests
 from .calls import Tensors, check, make_call, make_problem
 from .cells import cell_of, name_of, rest, telling
-from .records import FAILED, NOT_RUN, OK, Records, first_line, run_items
+from .records import EXIT_FAILED, FAILED, NOT_RUN, OK, Records, first_line, run_items
 
 TIMING = 0.04  # seconds of replays for each timing
 
@@ -42,6 +43,13 @@ class Context:
     def backend(self) -> Any:
         return backends.open_backend(self.dry_run)
 
+    @property
+    def raw(self) -> Any:
+        """The kernels' module, which needs no PyTorch."""
+        import tfops_kernels
+
+        return self.backend.raw if self.dry_run else tfops_kernels._kernels
+
     def run(self, step: str, items: Any, on_gpu: bool = True) -> int:
         return run_items(self.records, step, items, self.end, self.backend.is_sound if on_gpu else lambda: True)
 
@@ -57,25 +65,21 @@ def facts(context: Context) -> int:
         return {"python": platform.python_version(), "versions": versions, "build": tfops_kernels.build_info()}
 
     def driver() -> dict[str, Any]:
-        fields = "name,driver_version,vbios_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,"
-        fields += "power.limit,memory.total,ecc.mode.current,mig.mode.current,compute_mode,temperature.gpu"
         if context.dry_run:
             return {"nvidia_smi": {}}
-        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
         try:
-            found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        except (OSError, subprocess.SubprocessError) as problem:
+            return {"nvidia_smi": clocks.query(clocks.AT_REST)}
+        except (OSError, subprocess.SubprocessError, IndexError) as problem:
             return {"status": NOT_RUN, "error": first_line(problem)}
-        return {"nvidia_smi": dict(zip(fields.split(","), (v.strip() for v in found.split(",")), strict=False))}
 
     def device() -> dict[str, Any]:
         names = ("compute_capability", "multiprocessors", "shared_bytes_per_block")
-        found = context.backend.raw.CudaDevice()
+        found = context.raw.CudaDevice()
         every = (*names, "l2_bytes", "largest_cluster", "cooperative")
-        return {"device": {name: getattr(found, name) for name in every}, **context.backend.facts()}
+        return {"device": {name: getattr(found, name) for name in every}}
 
     def occupancy(dtype: str, backward: bool) -> dict[str, Any]:
-        raw = context.backend.raw
+        raw = context.raw
         found = raw.cuda_occupancy(getattr(raw.DataType, dtype), backward, raw.CudaDevice())
         return {"occupancy": found}
 
@@ -84,6 +88,7 @@ def facts(context: Context) -> int:
         for backward in (False, True):
             name = f"occupancy {dtype} {'backward' if backward else 'forward'}"
             items.append((name, functools.partial(occupancy, dtype, backward)))
+    items.append(("arrays", lambda: context.backend.facts()))  # last, for it needs PyTorch
     return context.run("facts", items, on_gpu=False)
 
 
@@ -122,6 +127,8 @@ def measure(backend: Any, cell: Cell, plan: Any, sets: list[Tensors], force: boo
     }
     if launches["refusals"]:
         return {"status": FAILED, "error": f"a launch was refused: {launches['refusals'][0]}", **result}
+    if not seconds > 0:
+        return {"status": FAILED, "error": f"the time of a call must be > 0, but it is {seconds}", **result}
     if ran != [plan.tier]:
         return {"status": FAILED, "error": f"{plan.tier} was to run, and {', '.join(ran) or 'nothing'} ran", **result}
     wrong = {name: error for name, error in errors.items() if not error <= 1}
@@ -138,42 +145,57 @@ def make_sets(backend: Any, cell: Cell) -> list[Tensors]:
     return [Tensors(backend, cell) for _ in range(backend.sets(cell.least_bytes))]
 
 
-def plan_items(context: Context, cells: list[Cell], every: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def raising(problem: Exception) -> Callable[[], dict[str, Any]]:
+    """What an item does that could not be made: the item fails, and those after it are made."""
+
+    def run() -> dict[str, Any]:
+        raise problem
+
+    return run
+
+
+def plan_items(
+    context: Context, cells: list[Cell], every: bool, **about: Any
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Each plan of the cells, or the policy's choice alone. A cell's tensors are made when its first plan runs."""
 
     def run(cell: Cell, plan: Any, sets: list[Tensors]) -> dict[str, Any]:
         try:
             sets[:] = sets or make_sets(context.backend, cell)
-            return measure(context.backend, cell, plan, sets, every)
+            return {**about, **measure(context.backend, cell, plan, sets, every)}
         except context.backend.exhausted:
             return {"status": NOT_RUN, "error": "the GPU has too little memory"}
 
     for cell in cells:
         sets: list[Tensors] = []
-        for plan in plans_of(context.backend.raw, cell)[: None if every else 1]:
+        try:
+            plans = plans_of(context.backend.raw, cell)[: None if every else 1]
+        except Exception as problem:
+            yield name_of(cell), raising(problem)
+            continue
+        for plan in plans:
             cluster = plan.blocks_per_slab if plan.tier == "cluster" else ""
             name = f"{name_of(cell)} {plan.tier}{cluster}" if every else name_of(cell)
             yield name, functools.partial(run, cell, plan, sets)
         sets.clear()
 
 
-def copy_rate(context: Context) -> dict[str, Any]:
-    return {"copy_bytes_per_second": context.backend.copy_rate()}
-
-
 def bench(context: Context) -> int:
     def items() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-        yield "copy", functools.partial(copy_rate, context)
+        yield "copy", lambda: clocks.copy_rate(context.backend, context.dry_run)
         yield from plan_items(context, telling(context.dry_run), every=True)
 
     return context.run("bench", items())
 
 
 def others(context: Context) -> int:
+    """The other cells. Fitted constants that choose no worse hold for them, and each result says which did."""
     fit = context.records.ended("calibrate").get("fit", {})
-    if "tuning" in fit and fit["regret_after"] <= fit["regret_before"]:  # better constants hold for the rest of the run
+    constants = "built in"
+    if "tuning" in fit and fit["regret_after"] <= fit["regret_before"]:
         context.backend.raw.set_policy_settings(tuning=fit["tuning"])
-    return context.run("rest", plan_items(context, rest(context.dry_run), every=False))
+        constants = "fitted"
+    return context.run("rest", plan_items(context, rest(context.dry_run), every=False, constants=constants))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,7 +212,7 @@ def measured_plans(raw: Any, records: Records) -> list[calibrate.Measured]:
 
 
 def fit_policy(context: Context) -> int:
-    raw = context.backend.raw
+    raw = context.raw
 
     def run() -> dict[str, Any]:
         plans = measured_plans(raw, context.records)
@@ -227,9 +249,13 @@ def recheck(context: Context) -> int:
     def items() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         for cell in telling(context.dry_run):
             chosen = []
-            for tuning in (old, new):
-                raw.set_policy_settings(tuning=tuning)
-                chosen.append(plans_of(raw, cell)[0])
+            try:
+                for tuning in (old, new):
+                    raw.set_policy_settings(tuning=tuning)
+                    chosen.append(plans_of(raw, cell)[0])
+            except Exception as problem:
+                yield name_of(cell), raising(problem)
+                continue
             if chosen[0].index != chosen[1].index:
                 yield name_of(cell), functools.partial(compare, cell, chosen)
 
@@ -275,5 +301,10 @@ RUN: dict[str, Callable[[Context], int]] = {
 
 
 def run(name: str, context: Context) -> int:
-    """Runs a step in this process; returns its exit status."""
-    return RUN[name](context)
+    """Runs a step in this process; returns its exit status. What it raises outside of its items is a result, too."""
+    try:
+        return RUN[name](context)
+    except Exception as problem:
+        traceback.print_exc()
+        context.records.write(step=name, item="the step", event="end", status=FAILED, error=first_line(problem))
+        return EXIT_FAILED

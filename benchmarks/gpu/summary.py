@@ -10,8 +10,8 @@ from typing import Any
 
 from .calibrate import as_source
 from .cells import cell_of
-from .records import GOOD, Records
-from .runner import STEPS
+from .records import GOOD, OK, Records, first_line
+from .runner import STEPS, USUAL
 
 MOST_FAILURES = 40
 
@@ -25,10 +25,16 @@ def failures(records: Records) -> list[dict[str, Any]]:
 
 
 def summarize(records: Records, brief: bool = False) -> str:
-    """All that is known so far; `brief`: without the long tables."""
-    parts = [_head(records), _steps(records), _failures(records), _sanitizers(records), _calibration(records)]
+    """All that is known so far; `brief`: without the long tables. A part that cannot be made says why."""
+    makers = [_head, _steps, _failures, _sanitizers, _occupancy, _calibration]
     if not brief:
-        parts += [_occupancy(records), _tiers(records), _against_peers(records), _compiled(records)]
+        makers += [_tiers, _against_peers, _compiled]
+    parts = []
+    for make in makers:
+        try:
+            parts.append(make(records))
+        except Exception as problem:  # of records that are not as they should be, which must not hide the others
+            parts.append(f"The part {make.__name__.strip('_')!r} could not be made: {first_line(problem)}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -43,30 +49,37 @@ def _us(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e6:.1f}"
 
 
+def _copies(records: Records) -> list[dict[str, Any]]:
+    found = [records.ended(step).get("copy", {}) for step in ("bench", "peers")]
+    return [copy for copy in found if copy.get("copy_bytes_per_second")]
+
+
 def _copy_rates(records: Records) -> list[float]:
-    found = [records.ended(step).get("copy", {}).get("copy_bytes_per_second") for step in ("bench", "peers")]
-    return [rate for rate in found if rate]
+    return [copy["copy_bytes_per_second"] for copy in _copies(records)]
 
 
 def _head(records: Records) -> str:
     runs = [r for r in records.read() if r.get("event") == "run"]
     facts = records.ended("facts")
-    machine, device = facts.get("machine", {}), facts.get("device", {})
-    lines = [f"# {device.get('gpu', 'A GPU')}"]
+    machine, device = facts.get("machine", {}), facts.get("device", {}).get("device", {})
+    nvidia_smi, arrays = facts.get("driver", {}).get("nvidia_smi") or {}, facts.get("arrays", {})
+    lines = [f"# {arrays.get('gpu') or nvidia_smi.get('name') or 'A GPU'}"]
     if any(run.get("dry_run") for run in runs):
         lines += ["", "**A dry run: the GPU is simulated, and times are those of the simulation. They mean nothing.**"]
     about = []
     if runs:
         again = f", resumed {len(runs) - 1} times" if len(runs) > 1 else ""
         about.append(f"begun {runs[0]['date']}, {runs[0]['minutes']:g} minutes{again}")
-    if machine:
-        build = machine["build"]
+    if build := machine.get("build"):
         about.append(f"built with CUDA {build['cuda_toolkit']} for {build['cuda_architectures']}")
-        about += [f"{name} {version}" for name, version in machine["versions"].items() if version]
+    about += [f"{name} {version}" for name, version in machine.get("versions", {}).items() if version]
+    about += [f"cuDNN {arrays['cudnn']}"] if arrays.get("cudnn") else []
     lines += ["", "; ".join(about)]
-    nvidia_smi = facts.get("driver", {}).get("nvidia_smi") or {}
-    lines += [f"- {name}: {value}" for name, value in {**nvidia_smi, **device.get("device", {})}.items()]
-    lines += [f"- copy, read and written: {rate / 1e12:.2f} TB/s" for rate in _copy_rates(records)]
+    lines += [f"- {name}: {value}" for name, value in {**nvidia_smi, **device}.items()]
+    for copy in _copies(records):
+        meanwhile = ", ".join(f"{name} {value}" for name, value in copy.get("at_work", {}).items())
+        rate = f"{copy['copy_bytes_per_second'] / 1e12:.2f} TB/s"
+        lines.append(f"- copy, read and written: {rate}" + (f"; meanwhile {meanwhile}" if meanwhile else ""))
     return "\n".join(lines)
 
 
@@ -86,10 +99,14 @@ def _steps(records: Records) -> str:
 
 
 def _failures(records: Records) -> str:
-    found = failures(records)
-    if not found:
-        return ""
     lines = []
+    for step in STEPS:
+        for last in records.events(step.name, "step")[-1:]:
+            if last["status"] not in USUAL:
+                lines.append(f"- {step.name}: **{last['status']}**: {last.get('said', '')[:300]}")
+    found = failures(records)
+    if not found and not lines:
+        return ""
     for r in found[:MOST_FAILURES]:
         lines.append(f"- {r['step']}: {r['item']}: **{r['status']}**: {r.get('error', '')[:300]}")
     if len(found) > MOST_FAILURES:
@@ -108,25 +125,29 @@ def _sanitizers(records: Records) -> str:
 
 
 def _occupancy(records: Records) -> str:
-    rows = []
-    for item, record in records.ended("facts").items():
-        found = record.get("occupancy")
-        if not found:
-            continue
-        for size, count in found["clusters"].items():
-            rows.append([item, size, count])
-    if not rows:
+    found = {item: r["occupancy"] for item, r in records.ended("facts").items() if r.get("occupancy")}
+    if not found:
         return ""
-    return "## Clusters at once\n\n" + _table(("kernel", "blocks of a cluster", "active clusters"), rows)
+    sizes = sorted({size for occupancy in found.values() for size in occupancy["clusters"]}, key=int)
+    rows = []
+    for item, occupancy in found.items():
+        row = [item.removeprefix("occupancy "), "CUDA" if occupancy["asked"] else "the table", occupancy["blocks"]]
+        rows.append([*row, *(occupancy["clusters"].get(size, "") for size in sizes)])
+    names = ("kernel", "by", "blocks", *(f"clusters of {size}" for size in sizes))
+    return "## Blocks and clusters at once\n\n" + _table(names, rows)
 
 
 def _plans(records: Records) -> dict[str, list[dict[str, Any]]]:
-    """The measured plans of the most telling cells, by cell."""
+    """The measured plans of the most telling cells, by cell; without those that failed."""
     found: dict[str, list[dict[str, Any]]] = {}
     for record in records.ended("bench").values():
-        if "seconds" in record:
+        if _is_measured(record):
             found.setdefault(record["cell"], []).append(record)
     return found
+
+
+def _is_measured(record: dict[str, Any]) -> bool:
+    return record["status"] == OK and record.get("seconds", 0) > 0
 
 
 def _label(plan: dict[str, Any]) -> str:
@@ -167,7 +188,7 @@ def _calibration(records: Records) -> str:
     ]
     rows = []
     for item, record in records.ended("recheck").items():
-        if "new" in record:
+        if "new" in record and record["status"] == OK:
             old, new = record["old"], record["new"]
             ratio = f"{old['seconds'] / new['seconds']:.2f}"
             rows.append([item, _label(old), _us(old["seconds"]), _label(new), _us(new["seconds"]), ratio])
@@ -183,7 +204,7 @@ def _times(records: Records) -> dict[str, dict[str, Any]]:
     for item, record in records.ended("recheck").items():
         if "new" in record:
             found[item] = record["new"]
-    found |= {item: record for item, record in records.ended("rest").items() if "seconds" in record}
+    found |= {item: record for item, record in records.ended("rest").items() if _is_measured(record)}
     return found
 
 
@@ -196,7 +217,7 @@ def _against_peers(records: Records) -> str:
         rate = cell.least_bytes / record["seconds"]
         of_copy = f"{rate / statistics.fmean(rates):.2f}" if rates else ""
         row = [name, _label(record), _us(record["seconds"]), f"{rate / 1e9:.0f}", of_copy]
-        theirs = peers.get(name, {}).get("peers")
+        theirs = {peer: time for peer, time in peers.get(name, {}).get("peers", {}).items() if time > 0}
         if theirs:
             best = min(theirs, key=theirs.__getitem__)
             ratios.append(theirs[best] / record["seconds"])
@@ -213,6 +234,10 @@ def _against_peers(records: Records) -> str:
         below = sum(ratio < 1 for ratio in ratios)
         text += f"\n\nGeometric mean of the ratios {mean:.2f}, least {min(ratios):.2f}, "
         text += f"{below} of {len(ratios)} below 1."
+    constants = Counter(r["constants"] for r in records.ended("rest").values() if "constants" in r)
+    if constants:
+        text += "\n\nConstants of the policy, beside the first cells: "
+        text += ", ".join(f"{name} in {count} cells" for name, count in constants.items()) + "."
     return text
 
 
