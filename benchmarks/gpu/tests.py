@@ -8,11 +8,16 @@ import sys
 import time
 from typing import Any
 
-from .records import EXIT_BROKEN, EXIT_FAILED, EXIT_UNFINISHED, FAILED, GOOD, NOT_RUN, OK, ROOT, Records
+from .records import EXIT_BROKEN, EXIT_FAILED, EXIT_UNFINISHED, FAILED, GOOD, NOT_RUN, OK, ROOT, Records, first_line
 
-KERNELS = ["python_tests/kernels", "-m", "gpu", "--ignore-glob=*jax*"]
 KERNELS_DRY = ["python_tests/simt/test_kernels.py", "-k", "nonfinite_channel or empty_tensors"]
-FIRST = re.compile("plan|tier|graph")  # in the names of tests that force tiers
+# In tests' names, what comes first: XLA's command buffers; then tiers that are forced, and programs with loops.
+FIRST = [re.compile(words) for words in ("command_buffer", "plan|tier|graph|loops|scan")]
+
+
+def rank(name: str) -> int:
+    """The place of a test among all: the least comes first."""
+    return next((i for i, words in enumerate(FIRST) if words.search(name)), len(FIRST))
 
 
 class Lines:
@@ -28,7 +33,7 @@ class Lines:
         done = [item for item in items if item.nodeid in self.ended]
         config.hook.pytest_deselected(items=done)
         items[:] = [item for item in items if item.nodeid not in self.ended]
-        items.sort(key=lambda item: not FIRST.search(item.name))
+        items.sort(key=lambda item: rank(item.name))
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         import pytest
@@ -88,18 +93,42 @@ def run(context: Any, step: str, arguments: list[str]) -> int:
     return EXIT_FAILED if set(statuses) - set(GOOD) else 0
 
 
+def files_with(words: str) -> list[str]:
+    """The files of tests that have these words: to import the others takes time, and may need what is not there."""
+    files = sorted((ROOT / "python_tests").glob("**/test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if words in file.read_text(encoding="utf-8")]
+
+
 def kernels(context: Any) -> int:
-    return run(context, "tests", KERNELS_DRY if context.dry_run else KERNELS)
+    """The kernels' tests that need a GPU and no TensorFlow, but those of JAX, which is a step of its own."""
+    files = [file for file in files_with("mark.gpu") if file.startswith("python_tests/kernels/") and "jax" not in file]
+    return run(context, "tests", KERNELS_DRY if context.dry_run else [*files, "-m", "gpu"])
 
 
 def jax(context: Any) -> int:
     """The tests whose files say that they are about JAX, on its GPU; in the dry run every twentieth of the others."""
-    import importlib.util
-
     files = sorted(map(str, (ROOT / "python_tests").glob("**/test_*jax*.py")))
-    missing = "" if importlib.util.find_spec("jax") else "JAX is not installed"
-    missing = missing if files else "there are no tests of JAX"
+    missing = what_jax_lacks("cpu" if context.dry_run else "cuda") if files else "there are no tests of JAX"
     if missing:
         context.records.write(step="jax", item="pytest", event="end", status=NOT_RUN, error=missing)
         return 0
     return run(context, "jax", [*files, *(["-m", "not gpu", "--every", "20"] if context.dry_run else ["-m", "gpu"])])
+
+
+def what_jax_lacks(platform: str) -> str:
+    """Why the handlers cannot run under JAX there, for a reason that is not theirs; "" if they can."""
+    try:
+        import jax
+    except ImportError as problem:
+        return f"JAX is not installed: {first_line(problem)}"
+    except Exception as problem:  # a jaxlib of another version
+        return f"JAX cannot be imported: {first_line(problem)}"
+    try:
+        jax.devices(platform)
+    except Exception as problem:
+        return f"JAX has no device of {platform}: {first_line(problem)}"
+    try:
+        import tfops_kernels.jax  # noqa: F401
+    except ImportError as problem:
+        return f"the kernels were built without JAX: {first_line(problem)}"
+    return ""
