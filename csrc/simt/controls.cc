@@ -75,15 +75,15 @@ void RunPlantForPython(const std::string& name, bool planted, uintptr_t input, u
   if (!status.ok()) throw std::runtime_error(status.message);
 }
 
-// What a forward call takes of the host, in nanoseconds: the median of `calls`, with its workspace asked for.
-double HostNanoseconds(const tfops::Problem& problem, const tfops::ForwardArrays& arrays, uintptr_t workspace,
-                       int calls) {
+// What a call takes of the host, in nanoseconds: the median of `calls`, with its workspace asked for.
+template <auto WorkspaceBytes, auto Call, typename Arrays>
+double HostNanoseconds(const tfops::Problem& problem, const Arrays& arrays, uintptr_t workspace, int calls) {
   std::vector<double> times;
   for (int i = 0; i < calls; ++i) {
     const auto start = std::chrono::steady_clock::now();
     size_t bytes = 0;
-    tfops::Status status = tfops::cuda::ForwardWorkspaceBytes(problem, &bytes);
-    if (status.ok()) status = tfops::cuda::Forward(problem, arrays, reinterpret_cast<void*>(workspace), nullptr);
+    tfops::Status status = WorkspaceBytes(problem, &bytes, tfops::cuda::Gpus::kCurrent);
+    if (status.ok()) status = Call(problem, arrays, reinterpret_cast<void*>(workspace), nullptr);
     if (!status.ok()) throw std::runtime_error(status.message);
     times.push_back(std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count());
   }
@@ -106,7 +106,10 @@ void DefineControls(py::module_& module) {
              [](const std::string& kind, int error) { RefuseLaunches(kind, static_cast<cudaError_t>(error)); });
   module.def("set_capturing", &SetCapturing, py::arg("capturing"), py::arg("ends") = false);
   module.def("set_stubbed", &SetStubbed);
-  module.def("host_nanoseconds", &HostNanoseconds);
+  module.def("host_nanoseconds",
+             &HostNanoseconds<tfops::cuda::ForwardWorkspaceBytes, tfops::cuda::Forward, tfops::ForwardArrays>);
+  module.def("host_nanoseconds",
+             &HostNanoseconds<tfops::cuda::BackwardWorkspaceBytes, tfops::cuda::Backward, tfops::BackwardArrays>);
   module.def("run_plant", &RunPlantForPython);
 }
 

@@ -234,17 +234,25 @@ def test_grids_leave_multiprocessors_to_others(simt, force):
         _check(simt)
 
 
+VECTORS = ("scale", "offset", "mean_out", "variance_out", "saved_mean", "saved_inv_std")
+ARRAYS = {
+    "ForwardArrays": ("x", "y", *VECTORS),
+    "BackwardArrays": ("dy", "x", "dx", "scale", "offset", "mean", "inv_std", "dscale", "doffset"),
+}
+
+
 @pytest.mark.exclusive
+@pytest.mark.parametrize("given", ARRAYS)
 @pytest.mark.parametrize("tier", ["one_block", "cluster", "grid", "streaming", ""])
-def test_call_takes_less_than_two_microseconds_of_the_host(simt, force, tier):
+def test_call_takes_less_than_two_microseconds_of_the_host(simt, force, tier, given):
     """All but the launch itself: the check of the problem, the choice, the workspace's size, the counters."""
     simt.configure("h200")
     force(simt, tier=tier)
     module = simt.machine
     problem = kernel_cases.make_problem(module, Case((4096, 64), -1, "float32", activation="relu"))
-    arrays = module.ForwardArrays()
+    arrays = getattr(module, given)()
     x = memory((64,), np.float32)
-    for field in ("x", "y", "scale", "offset", "mean_out", "variance_out", "saved_mean", "saved_inv_std"):
+    for field in ARRAYS[given]:
         setattr(arrays, field, x.ctypes.data)  # nothing is read or written
     module.set_stubbed(True)
     try:
