@@ -1,8 +1,9 @@
 # Decides whether to build the CUDA kernels, with which nvcc and for which GPUs: sets TFOPS_WITH_CUDA, TFOPS_CUDA_OPTIONS
 # and TFOPS_CUDA_ARCHITECTURES (as CMake writes them), and enables the language.
 #
-# nvcc is taken from CUDACXX, else PATH, else from NVIDIA's packages of PyPI beside this Python (build_backend.py asks
-# for them where there is no nvcc).
+# nvcc is taken from CMAKE_CUDA_COMPILER or CUDACXX, else PATH, else from NVIDIA's packages of PyPI beside this Python
+# (build_backend.py asks for them where there is no nvcc). That one is there and does not work is an error, and no reason
+# to do without CUDA.
 
 include(CudaArchitectures)
 
@@ -36,7 +37,11 @@ if(TFOPS_NATIVE AND NOT CMAKE_CUDA_ARCHITECTURES)
   endif()
 endif()
 
-if(NOT DEFINED ENV{CUDACXX} AND NOT CMAKE_CUDA_COMPILER)
+set(nvcc "${CMAKE_CUDA_COMPILER}")
+if(NOT nvcc)
+  separate_arguments(nvcc UNIX_COMMAND "$ENV{CUDACXX}")
+endif()
+if(NOT nvcc)
   find_program(TFOPS_NVCC nvcc)
   if(NOT TFOPS_NVCC)
     execute_process(
@@ -50,41 +55,62 @@ if(NOT DEFINED ENV{CUDACXX} AND NOT CMAKE_CUDA_COMPILER)
       set(ENV{CUDAFLAGS} "$ENV{CUDAFLAGS} -L${cuda_home}/lib")
     endif()
   endif()
-  if(TFOPS_NVCC)
-    set(CMAKE_CUDA_COMPILER ${TFOPS_NVCC})
+  if(NOT TFOPS_NVCC)
+    if(TFOPS_CUDA STREQUAL "ON")
+      message(FATAL_ERROR "TFOPS_CUDA=ON, but no nvcc was found: set CUDACXX, or put nvcc on PATH")
+    endif()
+    message(WARNING "\n"
+      "  ************************************************************************\n"
+      "  *  No nvcc was found: this build of tfops has NO CUDA KERNELS.         *\n"
+      "  *  It runs on the CPU alone. For a GPU, set CUDACXX or put nvcc on     *\n"
+      "  *  PATH and build again; TFOPS_CUDA=OFF silences this.                 *\n"
+      "  ************************************************************************\n")
+    return()
   endif()
+  set(nvcc ${TFOPS_NVCC})
+  set(CMAKE_CUDA_COMPILER ${TFOPS_NVCC})
 endif()
 
-include(CheckLanguage)
-check_language(CUDA)
-if(CMAKE_CUDA_COMPILER)
-  set(TFOPS_CUDA_ARCHITECTURES ${CMAKE_CUDA_ARCHITECTURES})
-  if(NOT TFOPS_CUDA_ARCHITECTURES)
-    tfops_cuda_architectures(${CMAKE_CUDA_COMPILER} ${gpus})
-    if(gpus AND NOT TFOPS_CUDA_OPTIONS AND TFOPS_CUDA STREQUAL "AUTO")
-      message(STATUS "CUDA kernels: none, for this build is for this machine alone, and nvidia-smi lists no GPU of "
-                     "compute capability ${TFOPS_CUDA_LEAST} or later, which ${CMAKE_CUDA_COMPILER} compiles for")
-      return()
-    endif()
-    if(gpus AND NOT TFOPS_CUDA_OPTIONS)
-      tfops_cuda_architectures(${CMAKE_CUDA_COMPILER})
-    endif()
-    set(CMAKE_CUDA_ARCHITECTURES OFF)
-  endif()
-  enable_language(CUDA)
-  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.2)  # the least that the tests compile against
-    message(FATAL_ERROR "tfops needs nvcc 12.2 or newer, but ${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_VERSION}; "
-                        "set CUDACXX to another, or TFOPS_CUDA=OFF")
-  endif()
-  set(TFOPS_WITH_CUDA TRUE)
-  message(STATUS "CUDA kernels: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${TFOPS_CUDA_ARCHITECTURES}")
-elseif(TFOPS_CUDA STREQUAL "ON")
-  message(FATAL_ERROR "TFOPS_CUDA=ON, but no working nvcc was found: set CUDACXX, or put nvcc on PATH")
-else()
-  message(WARNING "\n"
-    "  ************************************************************************\n"
-    "  *  No nvcc was found: this build of tfops has NO CUDA KERNELS.         *\n"
-    "  *  It runs on the CPU alone. For a GPU, set CUDACXX or put nvcc on     *\n"
-    "  *  PATH and build again; TFOPS_CUDA=OFF silences this.                 *\n"
-    "  ************************************************************************\n")
+# What nvcc itself says of a host compiler that it does not support is lost in CMake's own test of it.
+set(probe ${CMAKE_BINARY_DIR}/CMakeFiles/probe)
+file(WRITE ${probe}.cu "__global__ void Probe() {}\n")
+set(host "$ENV{CUDAHOSTCXX}")
+if(CMAKE_CUDA_HOST_COMPILER)
+  set(host "${CMAKE_CUDA_HOST_COMPILER}")
 endif()
+if(host)
+  set(host -ccbin ${host})
+endif()
+execute_process(COMMAND ${nvcc} ${host} -c ${probe}.cu -o ${probe}.o RESULT_VARIABLE failed OUTPUT_VARIABLE said
+                ERROR_VARIABLE said)
+if(failed)
+  list(JOIN nvcc " " nvcc)
+  message(FATAL_ERROR "nvcc does not work: ${nvcc} compiles no kernel (${failed}). Name another with CUDACXX, or a host "
+    "compiler that it supports with CUDAHOSTCXX, or set TFOPS_CUDA=OFF. It said: ${said}")
+endif()
+list(GET nvcc 0 program)
+
+set(TFOPS_CUDA_ARCHITECTURES ${CMAKE_CUDA_ARCHITECTURES})
+if(NOT TFOPS_CUDA_ARCHITECTURES)
+  tfops_cuda_architectures(${program} ${gpus})
+  if(gpus AND NOT TFOPS_CUDA_OPTIONS AND TFOPS_CUDA STREQUAL "AUTO")
+    message(STATUS "CUDA kernels: none, for this build is for this machine alone, and nvidia-smi lists no GPU of "
+                   "compute capability ${TFOPS_CUDA_LEAST} or later, which ${program} compiles for")
+    return()
+  endif()
+  if(gpus AND NOT TFOPS_CUDA_OPTIONS)
+    tfops_cuda_architectures(${program})
+  endif()
+  if(NOT TFOPS_CUDA_OPTIONS)
+    message(FATAL_ERROR "${program} --list-gpu-code lists no GPU of compute capability 7.0 or later: name nvcc 12.2 or "
+                        "newer with CUDACXX, or set CMAKE_CUDA_ARCHITECTURES")
+  endif()
+  set(CMAKE_CUDA_ARCHITECTURES OFF)
+endif()
+enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.2)  # the least that the tests compile against
+  message(FATAL_ERROR "tfops needs nvcc 12.2 or newer, but ${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_VERSION}; "
+                      "set CUDACXX to another, or TFOPS_CUDA=OFF")
+endif()
+set(TFOPS_WITH_CUDA TRUE)
+message(STATUS "CUDA kernels: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${TFOPS_CUDA_ARCHITECTURES}")

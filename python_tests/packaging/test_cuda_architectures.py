@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +93,48 @@ def test_gpus_that_are_named(tmp_path, known, gpus, architectures):
     _, options, found = _targets(tmp_path, known, gpus)
     assert found == architectures
     assert len([each for each in options if each.startswith("-gencode")]) == len(architectures)
+
+
+def _refusal(folder: Path, nvcc: str | Path | None, **definitions: str) -> str:
+    """What CMake says of a build with that nvcc, or with none, which it must refuse."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDAHOSTCXX")}
+    environment |= {"CUDACXX": str(nvcc)} if nvcc else {}
+    with pytest.raises(AssertionError) as error:
+        building.configure(folder / "build", environment, TFOPS_TENSORFLOW="OFF", TFOPS_JAX="OFF", **definitions)
+    return " ".join(str(error.value).split())
+
+
+def _program(folder: Path, script: str) -> Path:
+    nvcc = folder / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+@pytest.mark.parametrize("setting", ["AUTO", "ON"])
+def test_nvcc_that_does_not_work_is_named_with_what_it_said(tmp_path, setting):
+    said = _refusal(tmp_path, "/nowhere/nvcc", TFOPS_CUDA=setting)
+    assert re.search(r"nvcc does not work: /nowhere/nvcc compiles no kernel \(no such file", said, re.IGNORECASE), said
+    nvcc = _program(tmp_path, "echo '#error -- unsupported GNU version!' >&2; exit 1")
+    said = _refusal(tmp_path, nvcc, TFOPS_CUDA=setting)
+    assert f"nvcc does not work: {nvcc} compiles no kernel (1)." in said
+    assert "CUDAHOSTCXX, or set TFOPS_CUDA=OFF. It said: #error -- unsupported GNU version!" in said
+
+
+def test_host_compiler_is_the_one_that_is_named(tmp_path):
+    nvcc = _program(tmp_path, 'echo "given $*"; exit 1')
+    assert "given -ccbin g++-9 -c " in _refusal(tmp_path, nvcc, CMAKE_CUDA_HOST_COMPILER="g++-9")
+
+
+def test_nvcc_that_lists_no_gpu_is_refused(tmp_path):
+    nvcc = _program(tmp_path, "exit 0")
+    assert f"{nvcc} --list-gpu-code lists no GPU of compute capability 7.0 or later" in _refusal(tmp_path, nvcc)
+
+
+def test_missing_nvcc_is_refused_where_cuda_is_asked_for(tmp_path):
+    if any((Path(folder) / "nvidia" / "cu13" / "bin" / "nvcc").exists() for folder in sys.path):
+        pytest.skip("nvcc is installed beside this Python")
+    nowhere = {"CMAKE_FIND_USE_SYSTEM_ENVIRONMENT_PATH": "OFF", "CMAKE_FIND_USE_CMAKE_SYSTEM_PATH": "OFF"}
+    tools = {name: shutil.which(program) for name, program in (("CMAKE_CXX_COMPILER", "c++"), ("CMAKE_AR", "ar"))}
+    said = _refusal(tmp_path, None, TFOPS_CUDA="ON", **nowhere, **tools)
+    assert "TFOPS_CUDA=ON, but no nvcc was found: set CUDACXX, or put nvcc on PATH" in said

@@ -1,11 +1,14 @@
 // The settings of the policy: checked, from the environment, and as callers see them.
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdlib>
 #include <iterator>
 #include <map>
 #include <string>
+#include <string_view>
+#include <system_error>
 
 #include "csrc/batch_norm/cuda/policy.h"
 
@@ -108,15 +111,16 @@ PolicySettings ToPublic(const Settings& settings) {
 Status ReadEnvironment(Settings* settings) {
   const char* const tier = std::getenv("TFOPS_TIER");
   if (const Status status = ParseTier("TFOPS_TIER", tier ? tier : "", settings); !status.ok()) return status;
-  const char* const text = std::getenv("TFOPS_FREE_MULTIPROCESSORS");
-  if (!text || !*text) return {};
-  char* end = nullptr;
-  const int64_t number = std::strtoll(text, &end, 10);
-  if (*end != 0 || number < 0 || number > INT32_MAX) {
+  const char* const given = std::getenv("TFOPS_FREE_MULTIPROCESSORS");
+  const std::string_view text = given ? given : "";
+  if (text.empty()) return {};
+  int number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc() || end != text.data() + text.size() || number < 0) {
     return {StatusCode::kInvalidArgument,
             "TFOPS_FREE_MULTIPROCESSORS must be a whole number >= 0, but it is " + std::string(text)};
   }
-  settings->free_multiprocessors = static_cast<int>(number);
+  settings->free_multiprocessors = number;
   return {};
 }
 

@@ -39,9 +39,10 @@ def _check_version(built: tuple[int, int], running: tuple[int, int] | None) -> N
     """Raises ImportError where XLA would refuse the handlers, and fail to start: they must not be newer than it is."""
     if running is not None and (built[0] != running[0] or built > running):
         jaxlib = importlib.metadata.version("jaxlib")
+        ours, its = (f"{major}.{minor}" for major, minor in (built, running))
         raise ImportError(
-            f"tfops_kernels.jax was built for version {built[0]}.{built[1]} of XLA's interface for custom calls, and "
-            f"jaxlib {jaxlib} has {running[0]}.{running[1]}: install a newer jaxlib, or build tfops beside this one"
+            f"tfops_kernels.jax was built for version {ours} of XLA's interface for custom calls, and "
+            f"jaxlib {jaxlib} has {its}: install a newer jaxlib, or build tfops beside this one"
         )
 
 
