@@ -57,10 +57,9 @@ def run_within(command: list[str], limit: float) -> tuple[int | None, str]:
     try:
         output, _ = process.communicate(timeout=limit)
         code: int | None = process.returncode
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as problem:
         end_descendants()
-        output, _ = process.communicate()
-        code = None
+        output, code = problem.stdout or b"", None
     end_descendants()
     return code, output.decode(errors="replace")
 
