@@ -1,13 +1,10 @@
-"""gpu_proof.py: all of it without a GPU, an interruption in the middle, and what no step may do to the next."""
+"""gpu_proof.py: all of it without a GPU, an interruption in the middle, and its parts."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,51 +14,15 @@ import pytest
 
 import tfops_kernels
 from tfops_testing.fresh_process import run_python, start_python
+from tfops_testing.gpu_proof import PROOF, STEPS, ended, is_alive, lines, make_sanitizer, wait
 from tfops_testing.paths import BENCHMARKS
 from tfops_testing.requirements import needs_cuda_build
 
-PROOF = BENCHMARKS / "gpu_proof.py"
-STEPS = ("facts", "tests", "sanitize", "bench", "calibrate", "recheck", "rest", "peers", "compile", "jax")
-
-
-@pytest.fixture(scope="module")
-def gpu():
-    """Imports a module of benchmarks/gpu."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield lambda name: importlib.import_module(f"gpu.{name}")
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def _wait(condition, seconds: float = 100) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+pytest_plugins = ["tfops_testing.gpu_proof"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole of it
-
-
-# In the place of NVIDIA's: a tool that runs the program and finds nothing, and one that cannot run here.
-SANITIZER = """#!/bin/sh
-while [ "${1#--}" != "$1" ]; do [ "$1" = --tool ] && tool=$2; shift 2; done
-echo "========= COMPUTE-SANITIZER"
-[ "$tool" = racecheck ] && { echo "========= Error: Device not supported"; exit 1; }
-"$@" || exit
-echo "========= ERROR SUMMARY: 0 errors"
-"""
 
 
 class Dry:
@@ -69,11 +30,7 @@ class Dry:
 
     def __init__(self, folder: Path, simt: Any):
         self.folder = folder / "out"
-        sanitizer = folder / "bin" / "compute-sanitizer"
-        sanitizer.parent.mkdir()
-        sanitizer.write_text(SANITIZER)
-        sanitizer.chmod(0o755)
-        path = f"{sanitizer.parent}:{os.environ['PATH']}"
+        path = f"{make_sanitizer(folder)}:{os.environ['PATH']}"
         arguments = [PROOF, "--dry-run", "--calibrate", "--minutes", "9", "--out", self.folder]
         first = start_python(*arguments, PATH=path)
 
@@ -81,9 +38,9 @@ class Dry:
             file = self.folder / "results.jsonl"
             return file.exists() and file.read_text().count('"step": "bench"') >= 5
 
-        _wait(timed)
-        self.process = [r["pid"] for r in _lines_that_parse(self.folder) if r.get("event") == "start"][-1]
-        assert _is_alive(self.process)
+        wait(timed)
+        self.process = [r["pid"] for r in lines(self.folder) if r.get("event") == "start"][-1]
+        assert is_alive(self.process)
         first.send_signal(signal.SIGKILL)
         first.communicate()
         self.before = (self.folder / "results.jsonl").read_bytes()
@@ -93,20 +50,10 @@ class Dry:
         self.refused = run_python(*arguments)
         self.run = run_python(*arguments, "--resume", PATH=path)
         self.text = (self.folder / "summary.md").read_text()
-        self.records = _lines_that_parse(self.folder)
+        self.records = lines(self.folder)
 
     def ended(self, step: str) -> dict[str, dict[str, Any]]:
-        return {r["item"]: r for r in self.records if r.get("step") == step and r.get("event") == "end"}
-
-
-def _lines_that_parse(folder: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in (folder / "results.jsonl").read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            assert len(found) > 5  # the one that was cut off
-    return found
+        return ended(self.folder, step)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +76,7 @@ def test_dry_run_does_every_step(dry):
     for r in dry.ended("bench").values():
         if "error_sizes" in r:
             assert 0 < max(r["error_sizes"].values()) <= 1
-    assert len(dry.ended("rest")) == 3
+    assert [r["constants"] for r in dry.ended("rest").values()] in (["fitted"] * 3, ["built in"] * 3)
 
 
 def test_dry_run_calibrates(dry):
@@ -141,7 +88,7 @@ def test_dry_run_calibrates(dry):
 
 
 def test_interrupted_run_leaves_no_process_and_a_summary(dry):
-    assert not _is_alive(dry.process)
+    assert not is_alive(dry.process)
     assert dry.partial.returncode == 0, dry.partial.stderr
     assert "| bench | " in dry.partial_text
     assert "| interrupted |" in dry.partial_text
@@ -163,133 +110,10 @@ def test_summary_says_that_a_dry_run_means_nothing(dry):
     assert "simulated" in dry.text.splitlines()[0]
     assert "They mean nothing" in dry.text
     assert "not reached" not in dry.text
+    assert "| bfloat16 backward | CUDA | 3 | 1 | 0 | 0 | 0 |" in dry.text
+    assert "| bfloat16 backward | CUDA | 3 | 1 | 0 | 0 | 0 |" in dry.run.stdout  # where the folder may not come back
+    assert "## Tiers" not in dry.run.stdout
     assert "## What failed" not in dry.text
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# No step spoils the next
-
-# A program like gpu_proof.py, whose items do what their names say.
-PROGRAM = """
-import os, signal, subprocess, sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-folder = Path(sys.argv[2])
-step, seconds = sys.argv[4], float(sys.argv[6])
-from gpu.records import Records, run_items
-
-def good(): return {"value": 1}
-def bad(): raise ValueError("bad\\nand long")
-def crash(): os.kill(os.getpid(), signal.SIGSEGV)
-def hang():
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    (folder / "child").write_text(str(child.pid))
-    time.sleep(600)
-def slow(): time.sleep(0.4); return {}
-def exit(): os._exit(0)
-
-does = dict(good=good, bad=bad, crash=crash, hang=hang, slow=slow, exit=exit)
-items = [(f"{i} {word}", does[word]) for i, word in enumerate(step.split("-"))]
-sys.exit(run_items(Records(folder), step, items, time.monotonic() + seconds, lambda: "broken" not in step))
-"""
-
-
-@pytest.fixture
-def run(gpu, tmp_path):
-    """Runs steps named after what their items do; returns how they ended, and the items' results."""
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    runner_module = gpu("runner")
-
-    def run(*names: str, limit: float = 30, stall: float = 30, seconds: float = 540):
-        runner = runner_module.Runner(tmp_path, seconds, [sys.executable, str(program), str(BENCHMARKS), str(tmp_path)])
-        steps = [runner_module.Step(name, "", limit, 0, stall) for name in names]
-        how = [runner.run(step) for step in steps]
-        statuses = [{item: r["status"] for item, r in runner.records.ended(name).items()} for name in names]
-        return how, statuses
-
-    return run
-
-
-def test_failed_item_is_recorded_and_the_rest_runs(run, tmp_path):
-    how, (items,) = run("good-bad-good")
-    assert how == ["failed"]
-    assert items == {"0 good": "ok", "1 bad": "failed", "2 good": "ok"}
-    assert "ValueError: bad" in [r.get("error") for r in _lines(tmp_path)]
-
-
-def test_crash_spoils_neither_the_next_item_nor_the_next_step(run, tmp_path):
-    how, items = run("good-crash-good", "good")
-    assert how == ["failed", "ok"]
-    assert items == [{"0 good": "ok", "1 crash": "crashed", "2 good": "ok"}, {"0 good": "ok"}]
-    assert any("SIGSEGV" in r.get("error", "") for r in _lines(tmp_path))
-
-
-def test_hang_ends_with_its_children(run, tmp_path):
-    how, items = run("good-hang-good", "good", stall=1)
-    assert how == ["failed", "ok"]
-    assert items == [{"0 good": "ok", "1 hang": "hung", "2 good": "ok"}, {"0 good": "ok"}]
-    assert not _is_alive(int((tmp_path / "child").read_text()))
-
-
-def test_step_ends_at_its_limit(run, tmp_path):
-    start = time.monotonic()
-    how, items = run("good-hang-good", "good", limit=2)
-    assert time.monotonic() - start < 15
-    assert how == ["time is up", "ok"]
-    assert items == [{"0 good": "ok"}, {"0 good": "ok"}]
-    assert not _is_alive(int((tmp_path / "child").read_text()))
-
-
-def test_step_stops_by_itself_and_goes_on(run):
-    how, (items,) = run("-".join(["slow"] * 12), limit=3)
-    assert how == ["time is up"]
-    assert 0 < len(items) < 12
-    how, (items,) = run("-".join(["slow"] * 12))
-    assert how == ["ok"]
-    assert len(items) == 12
-
-
-def test_no_step_starts_without_time(run):
-    assert run("good", seconds=0.5) == (["no time left"], [{}])
-
-
-def test_steps_leave_time_for_later_ones(gpu, tmp_path):
-    runner_module = gpu("runner")
-    runner = runner_module.Runner(tmp_path, 540, ["false"])
-    step = runner_module.Step("a", "", 1000, 0, 30)
-    later = [runner_module.Step("b", "", 600, 539, 30)]
-    assert runner.run(step, later) == "no time left"
-
-
-def test_steps_process_ends_with_the_one_that_started_it(run, tmp_path):
-    code = "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-    code += "from gpu.runner import Runner, Step\n"
-    code += "command = [sys.executable, *sys.argv[2:]]\n"
-    code += "Runner(Path(sys.argv[4]), 540, command).run(Step('hang', '', 540, 0, 540))"
-    parent = start_python("-c", code, BENCHMARKS, tmp_path / "program.py", BENCHMARKS, tmp_path)
-    _wait(lambda: (tmp_path / "child").exists())
-    pid = next(r["pid"] for r in _lines(tmp_path) if r.get("event") == "start")
-    assert _is_alive(pid)
-    parent.kill()
-    parent.communicate()
-    _wait(lambda: not _is_alive(pid))
-    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
-
-
-def test_line_that_was_cut_off_is_left_out(gpu, tmp_path):
-    records = gpu("records").Records(tmp_path)
-    for i in range(3):
-        records.write(step="a", item=str(i), event="end", status="ok")
-    records.path.write_bytes(records.path.read_bytes()[:-9])
-    records.write(step="a", item="3", event="end", status="ok")
-    assert list(records.ended("a")) == ["0", "1", "3"]
-
-
-def test_process_that_ends_without_a_word_is_not_taken_for_success(run):
-    how, (items,) = run("good-exit-good")
-    assert how == ["failed"]
-    assert items == {"0 good": "ok", "1 exit": "crashed", "2 good": "ok"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -313,6 +137,17 @@ def test_sanitizers_are_judged_by_what_they_say(gpu):
     found = judge("memcheck", 1, unable)
     assert found["status"] == "not run"
     assert "Device not supported" in found["error"]
+    # As in a sandbox: the tool refuses the GPU, and CUDA then fails below it, which the exit status says.
+    sandboxed = unable + "========= Program hit cudaErrorUnknown (error 999) on CUDA API call to cudaMalloc\n"
+    sandboxed += "========= ERROR SUMMARY: 1 error\n"
+    found = judge("memcheck", 99, sandboxed)
+    assert found["status"] == "not run"
+    assert found["error"] == "Error: Device not supported. Please refer to the documentation"
+    refused = good + "sanitized: refused: case grid: too many resources\nsanitized: refused: case cluster 8: likewise\n"
+    found = judge("racecheck", 0, refused)
+    assert found["status"] == "ok"
+    assert found["summary"].endswith("CUDA refused 2 of the tiers below this tool, which were left out")
+    assert judge("", 0, refused)["error"] == "a launch was refused: case grid: too many resources"
     assert judge("", 1, "sanitized: wrong: case: y[3] is 1, not 2")["status"] == "failed"
     assert judge("memcheck", 1, "sanitized: wrong: case: y[3] is 1, not 2")["status"] == "failed"
     assert judge("", -11, "")["status"] == "failed"
