@@ -6,9 +6,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tfops.gradcheck._differences import Probe, Quotients, element, locate, quotients, settle, units
 from tfops.gradcheck._problem import EPS, Problem, rounded
@@ -43,12 +44,12 @@ class Settings:
         return relative * largest + (relative / 10 if self.atol is None else self.atol) * overall
 
 
-def draw(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+def draw(shape: Sequence[int], rng: np.random.Generator) -> npt.NDArray[Any]:
     """Random numbers of either sign, from 1/2 to 2: none of them hides what it is multiplied with."""
     return np.asarray(rng.uniform(0.5, 2, shape) * rng.choice([-1, 1], shape))
 
 
-def draw_weights(problems: Sequence[Problem], rng: np.random.Generator) -> list[np.ndarray]:
+def draw_weights(problems: Sequence[Problem], rng: np.random.Generator) -> list[npt.NDArray[Any]]:
     """Those of a random sum of all outputs, as the narrowest type holds them."""
     shapes = [y.shape for y in problems[0].outputs.values()]
     return [rounded(draw(shape, rng), dtype) for shape, dtype in zip(shapes, problems[-1].output_dtypes, strict=True)]
@@ -60,10 +61,12 @@ class _Line(NamedTuple):
     probe: Probe
     place: int | None  # of the element, None for a direction
     first: Quotients
-    expected: np.ndarray
+    expected: npt.NDArray[Any]
 
 
-def gradients(kind: str, problems: Sequence[Problem], weights: Sequence[np.ndarray], settings: Settings) -> list[Row]:
+def gradients(
+    kind: str, problems: Sequence[Problem], weights: Sequence[npt.NDArray[Any]], settings: Settings
+) -> list[Row]:
     """Reverse mode by each leaf.
 
     Args:
@@ -94,7 +97,7 @@ def gradients(kind: str, problems: Sequence[Problem], weights: Sequence[np.ndarr
 
 
 def _lines(
-    problem: Problem, index: int, gradient: np.ndarray, weights: Sequence[np.ndarray], settings: Settings
+    problem: Problem, index: int, gradient: npt.NDArray[Any], weights: Sequence[npt.NDArray[Any]], settings: Settings
 ) -> list[_Line]:
     """Every element of a small leaf; of a large one a sample, and random directions."""
     size, rng = gradient.size, settings.rng
@@ -112,7 +115,7 @@ def _lines(
     return lines
 
 
-def _largest(gradient: np.ndarray, lines: Sequence[_Line]) -> float:
+def _largest(gradient: npt.NDArray[Any], lines: Sequence[_Line]) -> float:
     """The largest derivative by a single element."""
     return max(_maximum(gradient), _maximum([line.first.central[0] for line in lines if line.place is not None]))
 
@@ -121,11 +124,11 @@ def _leaf(
     kind: str,
     problem: Problem,
     index: int,
-    gradient: np.ndarray,
+    gradient: npt.NDArray[Any],
     lines: Sequence[_Line],
     overall: float,
     settings: Settings,
-) -> tuple[Row, np.ndarray, np.ndarray]:
+) -> tuple[Row, npt.NDArray[Any], npt.NDArray[Any]]:
     """The row of a leaf, its right gradient as far as that is known, and which elements are at a kink."""
     steps = settings.steps(problem.dtype)
     largest = _largest(gradient, lines)
@@ -198,13 +201,13 @@ def _row(
     kind: str,
     problem: Problem,
     index: int,
-    got: np.ndarray,
-    right: np.ndarray,
-    tolerance: np.ndarray,
-    kinked: np.ndarray,
+    got: npt.NDArray[Any],
+    right: npt.NDArray[Any],
+    tolerance: npt.NDArray[Any],
+    kinked: npt.NDArray[Any],
     name_of: Callable[[int], str],
     settings: Settings,
-    gradient: np.ndarray | None = None,
+    gradient: npt.NDArray[Any] | None = None,
 ) -> tuple[Row, int]:
     """The row of a comparison, and which of its elements is the worst.
 
@@ -261,7 +264,7 @@ def _refused(kind: str, problems: Sequence[Problem], settings: Settings, error: 
     return [Row(kind, mode=settings.mode, dtype=problem.dtype, note=reason, ok=ok) for problem in problems]
 
 
-def _joined(problem: Problem, tangents: Sequence[np.ndarray | None]) -> np.ndarray:
+def _joined(problem: Problem, tangents: Sequence[npt.NDArray[Any] | None]) -> npt.NDArray[Any]:
     """The elements of all outputs."""
     outputs = problem.outputs.values()
     return np.concatenate([_filled(each, y).ravel() for each, y in zip(tangents, outputs, strict=True)])
@@ -280,17 +283,17 @@ def _element(name: str, shape: Sequence[int], place: int) -> str:
     return f"{name}[{', '.join(str(i) for i in np.unravel_index(place, shape))}]" if len(shape) else name
 
 
-def _filled(gradient: np.ndarray | None, like: np.ndarray) -> np.ndarray:
+def _filled(gradient: npt.NDArray[Any] | None, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.zeros_like(like) if gradient is None else gradient
 
 
-def _maximum(values: Sequence[float] | np.ndarray) -> float:
+def _maximum(values: Sequence[float] | npt.NDArray[Any]) -> float:
     """The largest magnitude of those that are finite; 0 if there are none."""
     array = np.abs(np.asarray(values, np.float64))
     return float(np.max(array[np.isfinite(array)], initial=0.0))
 
 
-def _distances(got: np.ndarray, right: np.ndarray) -> np.ndarray:
+def _distances(got: npt.NDArray[Any], right: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """|got - right|, infinite where either is not a number."""
     with np.errstate(invalid="ignore"):
         return np.where(np.isfinite(got) & np.isfinite(right), np.abs(got - right), math.inf)
@@ -313,6 +316,6 @@ def values(problem: Problem, settings: Settings) -> list[Row]:
     return rows
 
 
-def is_near(y: np.ndarray, other: np.ndarray, tolerance: float) -> bool:
+def is_near(y: npt.NDArray[Any], other: npt.NDArray[Any], tolerance: float) -> bool:
     """Whether two outputs are equal, relative to their largest element."""
     return y.shape == other.shape and bool(np.all(np.abs(y - other) <= tolerance * _maximum(np.abs(y))))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tfops.gradcheck._problem import EPS, Problem, rounded
 
@@ -26,9 +27,9 @@ class Probe(NamedTuple):
     """
 
     leaf: int
-    direction: np.ndarray
+    direction: npt.NDArray[Any]
     unit: float
-    weights: Sequence[np.ndarray] | None
+    weights: Sequence[npt.NDArray[Any]] | None
 
 
 class Quotients(NamedTuple):
@@ -40,18 +41,18 @@ class Quotients(NamedTuple):
         noise: How much of the central one may be rounding.
     """
 
-    central: np.ndarray
-    gap: np.ndarray
-    noise: np.ndarray
+    central: npt.NDArray[Any]
+    gap: npt.NDArray[Any]
+    noise: npt.NDArray[Any]
 
 
-def units(value: np.ndarray) -> np.ndarray:
+def units(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """What a step is to be multiplied with: powers of two, about |value|, but at least 1."""
     magnitude = np.where(np.isfinite(value), np.maximum(np.abs(value), 1), 1)
     return np.asarray(np.exp2(np.rint(np.log2(magnitude))))
 
 
-def element(problem: Problem, index: int, place: int, weights: Sequence[np.ndarray] | None) -> Probe:
+def element(problem: Problem, index: int, place: int, weights: Sequence[npt.NDArray[Any]] | None) -> Probe:
     """The probe of a single element, which has number `place` in its leaf."""
     direction = np.zeros_like(problem.values[index])
     direction.flat[place] = 1
@@ -76,21 +77,21 @@ def quotients(problem: Problem, probe: Probe, step: float) -> Quotients:
         return Quotients(central, np.abs(right - left), noise)
 
 
-def _sum(arrays: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None) -> np.ndarray:
+def _sum(arrays: Sequence[npt.NDArray[Any]], weights: Sequence[npt.NDArray[Any]] | None) -> npt.NDArray[Any]:
     if weights is None:
         return np.concatenate([np.ravel(each) for each in arrays])
     return np.array([sum(np.sum(w * each) for w, each in zip(weights, arrays, strict=True))])
 
 
-def _size(arrays: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None) -> np.ndarray:
+def _size(arrays: Sequence[npt.NDArray[Any]], weights: Sequence[npt.NDArray[Any]] | None) -> npt.NDArray[Any]:
     """The magnitude of rounding errors in `_sum`, relative to that of a number 1: they are independent."""
     squares = _sum([np.square(each) for each in arrays], weights and [np.square(w) for w in weights])
     return np.asarray(np.sqrt(squares))
 
 
 def settle(
-    problem: Problem, probe: Probe, first: Quotients, expected: np.ndarray, allowed: float, steps: Sequence[float]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    problem: Problem, probe: Probe, first: Quotients, expected: npt.NDArray[Any], allowed: float, steps: Sequence[float]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
     """Takes smaller steps where a quotient is not what is expected: a kink may have been within the step.
 
     Args:
@@ -124,11 +125,11 @@ def settle(
     return central, noise, kinked
 
 
-def locate(problem: Problem, probe: Probe, gradient: np.ndarray, step: float) -> int:
+def locate(problem: Problem, probe: Probe, gradient: npt.NDArray[Any], step: float) -> int:
     """The place of an element whose derivative is wrong, where that along a direction is: by halving."""
     places = np.flatnonzero(probe.direction)
 
-    def error(part: np.ndarray) -> float:
+    def error(part: npt.NDArray[Any]) -> float:
         direction = np.zeros_like(probe.direction)
         direction.flat[part] = probe.direction.flat[part]
         central = quotients(problem, probe._replace(direction=direction), step).central

@@ -34,6 +34,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from tfops import _activations, fused_batch_norm
@@ -140,7 +141,7 @@ def tolerance(name: str, dtype: str) -> float:
     return {"float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype] / 2 + arithmetic
 
 
-def draw_inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def draw_inputs(case: Case, rng: np.random.Generator) -> dict[str, npt.NDArray[Any]]:
     """Draws the inputs of a problem, with every activation argument away from the kinks.
 
     Args:
@@ -152,7 +153,7 @@ def draw_inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
         float64 multiples of 1/32 of magnitude below 8.
     """
 
-    def grid(values: np.ndarray | float) -> np.ndarray:
+    def grid(values: npt.NDArray[Any] | float) -> npt.NDArray[Any]:
         return np.round(np.asarray(values) * 32) / 32
 
     shape = SHAPES[case.layout]
@@ -180,7 +181,7 @@ def draw_inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {"x": x, "scale": scale, "offset": offset, "residual": residual, "mean": mean, "variance": variance}
 
 
-def draw_weights(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
+def draw_weights(case: Case, rng: np.random.Generator) -> list[npt.NDArray[Any]]:
     """Draws the loss' weights on y, and in mode "moving" on the mean and variance outputs.
 
     Returns:
@@ -209,7 +210,9 @@ def outputs_in_loss(function: Function, case: Case, inputs: dict[str, tf.Tensor]
     return list(outputs) if case.mode == "moving" else [outputs[0]]
 
 
-def problem(function: Function, case: Case, inputs: dict[str, np.ndarray], dtype: str, devices: set[str]) -> Problem:
+def problem(
+    function: Function, case: Case, inputs: dict[str, npt.NDArray[Any]], dtype: str, devices: set[str]
+) -> Problem:
     """The op on data of `dtype`, as a function of the differentiated inputs; `devices` collects where y is computed."""
     names = case.differentiated
 
@@ -222,7 +225,7 @@ def problem(function: Function, case: Case, inputs: dict[str, np.ndarray], dtype
     return Problem(call, names, [inputs[name] for name in names], [gradient_dtype(name, dtype) for name in names])
 
 
-def numerical_gradients(problem: Problem, weights: list[np.ndarray]) -> dict[str, np.ndarray]:
+def numerical_gradients(problem: Problem, weights: list[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
     """Central differences, one element at a time: for each differentiated input, the loss' gradient."""
 
     def derivative(index: int, place: int) -> float:
@@ -235,7 +238,7 @@ def numerical_gradients(problem: Problem, weights: list[np.ndarray]) -> dict[str
     }
 
 
-def relative_error(analytic: np.ndarray | None, numerical: np.ndarray) -> float:
+def relative_error(analytic: npt.NDArray[Any] | None, numerical: npt.NDArray[Any]) -> float:
     """max |analytic - numerical| / max |numerical|; infinite if there is no analytic gradient."""
     if analytic is None:
         return math.inf

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -33,7 +34,7 @@ class Problem:
         self,
         call: Call,
         names: Sequence[str],
-        values: Sequence[np.ndarray],
+        values: Sequence[npt.NDArray[Any]],
         dtypes: Sequence[str],
         variables: Sequence[tf.Variable | None] | None = None,
         state: Sequence[tf.Variable] = (),
@@ -59,7 +60,7 @@ class Problem:
         return max([*self.dtypes, *self.output_dtypes], key=lambda dtype: EPS[dtype])
 
     @contextlib.contextmanager
-    def _leaves(self, values: Sequence[np.ndarray]) -> Iterator[list[Any]]:
+    def _leaves(self, values: Sequence[npt.NDArray[Any]]) -> Iterator[list[Any]]:
         """The leaves with these values. Variables have their old ones again afterwards, whatever happens."""
         before = [tf.identity(variable) for variable in self._state]
         try:
@@ -74,19 +75,19 @@ class Problem:
             for variable, value in zip(self._state, before, strict=True):
                 variable.assign(value)
 
-    def run(self, index: int | None = None, value: np.ndarray | None = None) -> list[np.ndarray]:
+    def run(self, index: int | None = None, value: npt.NDArray[Any] | None = None) -> list[npt.NDArray[Any]]:
         """The outputs at the point, or where the leaf `index` has another value."""
         values = [value if i == index and value is not None else own for i, own in enumerate(self.values)]
         with self._leaves(values) as leaves:
             return [_float64(y) for y in self.call(leaves).values()]
 
-    def gradients(self, weights: Sequence[np.ndarray]) -> list[np.ndarray | None]:
+    def gradients(self, weights: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any] | None]:
         """The derivative of sum(weights * outputs) by each leaf; None where TensorFlow has None."""
         with self._leaves(self.values) as leaves:
             found = _gradients(self.call, leaves, _constants(weights, self.output_dtypes))
             return [None if each is None else _float64(each) for each in found]
 
-    def tangents(self, index: int, direction: np.ndarray) -> list[np.ndarray | None]:
+    def tangents(self, index: int, direction: npt.NDArray[Any]) -> list[npt.NDArray[Any] | None]:
         """The derivative of each output along a direction of the leaf `index`, by forward mode."""
         with self._leaves(self.values) as leaves:
             tangent = tf.constant(direction, self.dtypes[index])
@@ -95,7 +96,7 @@ class Problem:
             found = [accumulator.jvp(y) for y in outputs]
             return [None if each is None else _float64(each) for each in found]
 
-    def gradient(self, weights: Sequence[np.ndarray]) -> Problem:
+    def gradient(self, weights: Sequence[npt.NDArray[Any]]) -> Problem:
         """The problem whose outputs are the gradients of this one, and whose leaves are this one's and the weights."""
         count = len(self.names)
 
@@ -116,16 +117,16 @@ class Problem:
         )
 
 
-def rounded(value: np.ndarray, dtype: str) -> np.ndarray:
+def rounded(value: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     """The value as a tensor of this type holds it."""
     return value if dtype == "float64" else _float64(tf.constant(value, dtype))
 
 
-def _float64(x: Any) -> np.ndarray:
+def _float64(x: Any) -> npt.NDArray[Any]:
     return np.asarray(tf.cast(tf.convert_to_tensor(x), tf.float64))
 
 
-def _constants(values: Sequence[np.ndarray], dtypes: Sequence[str]) -> list[tf.Tensor]:
+def _constants(values: Sequence[npt.NDArray[Any]], dtypes: Sequence[str]) -> list[tf.Tensor]:
     return [tf.constant(value, dtype) for value, dtype in zip(values, dtypes, strict=True)]
 
 
@@ -158,7 +159,7 @@ def flatten(
     structure = tf.nest.map_structure(_read, inputs)
     flat = tf.nest.flatten(structure, expand_composites=True)
     names: list[str] = []
-    values: list[np.ndarray] = []
+    values: list[npt.NDArray[Any]] = []
     dtypes: list[str] = []
     parts: dict[int, list[int]] = {}  # which leaves an element of `flat` is made of
     for place, (name, value) in enumerate(zip(_paths(structure, "inputs"), flat, strict=True)):

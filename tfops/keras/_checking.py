@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from tfops.keras._folding import called, nodes
@@ -54,9 +55,10 @@ def same_order(model: keras.Model, variables: dict[int, Any], copy: keras.Model)
     return [id(variables[id(each)]) for each in model.weights] == [id(each) for each in copy.weights]
 
 
-def _bits(variable: Any) -> np.ndarray:
+def _bits(variable: Any) -> npt.NDArray[np.uint8]:
     """The values, such that those that are not numbers are equal too."""
-    return np.atleast_1d(keras.ops.convert_to_numpy(variable)).view(np.uint8)
+    values: npt.NDArray[Any] = keras.ops.convert_to_numpy(variable)
+    return np.atleast_1d(values).view(np.uint8)
 
 
 def same_outputs(model: keras.Model, copy: keras.Model) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from tfops.keras._activations import kind_of
@@ -174,7 +175,7 @@ def _is_float(merge: Merge) -> bool:
     return all(is_float(node.input_tensors[0]) for node in merge.norm._inbound_nodes)
 
 
-def merged_weights(layer: keras.Layer, merges: list[Merge]) -> list[np.ndarray]:
+def merged_weights(layer: keras.Layer, merges: list[Merge]) -> list[npt.NDArray[Any]]:
     """The weights of a layer with batch norms in them, in float64: the kernel or kernels, then the bias.
 
     With y = scale x + offset for a batch norm in inference, and K the layer's linear part with bias b:
@@ -198,21 +199,21 @@ def merged_weights(layer: keras.Layer, merges: list[Merge]) -> list[np.ndarray]:
     return [*kernels, bias]
 
 
-def _coefficients(norm: keras.Layer) -> tuple[np.ndarray, np.ndarray]:
+def _coefficients(norm: keras.Layer) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Of a batch norm in inference: y = scale x + offset."""
     mean, variance = _float64(norm.moving_mean), _float64(norm.moving_variance)
     scale = (_float64(norm.gamma) if norm.scale else 1.0) / np.sqrt(variance + norm.epsilon)
     return scale, (_float64(norm.beta) if norm.center else 0.0) - mean * scale
 
 
-def _for_outputs(layer: keras.Layer, kernel: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _for_outputs(layer: keras.Layer, kernel: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A value for each output channel, as they lie in the (last) kernel."""
     if isinstance(layer, _TRANSPOSED):
         return values[:, None]
     return values.reshape(kernel.shape[-2:]) if isinstance(layer, _DEPTHWISE) else values
 
 
-def _for_inputs(layer: keras.Layer, values: np.ndarray) -> np.ndarray:
+def _for_inputs(layer: keras.Layer, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A value for each input channel, as they lie in the (first) kernel."""
     if isinstance(layer, (keras.layers.Dense, *_DEPTHWISE, *_SEPARABLE)):
         return values[:, None]
@@ -220,15 +221,15 @@ def _for_inputs(layer: keras.Layer, values: np.ndarray) -> np.ndarray:
     return np.repeat(values.reshape(layer.groups, -1), layer.filters // layer.groups, axis=0).T
 
 
-def _linear(layer: keras.Layer, kernels: list[np.ndarray], values: np.ndarray) -> np.ndarray:
+def _linear(layer: keras.Layer, kernels: list[npt.NDArray[Any]], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """What the layer without bias gives for inputs that have the same value, of each channel, everywhere."""
     products = kernels[0] * _for_inputs(layer, values)
-    sums: np.ndarray = products.sum(axis=tuple(range(products.ndim - 2)))
+    sums: npt.NDArray[Any] = products.sum(axis=tuple(range(products.ndim - 2)))
     if not isinstance(layer, (*_DEPTHWISE, *_SEPARABLE)):  # which do not add up input channels
         sums = sums.sum(axis=0)
     sums = sums.reshape(-1)
     return np.matmul(sums, kernels[1].reshape(len(sums), -1)) if isinstance(layer, _SEPARABLE) else sums
 
 
-def _float64(values: Any) -> np.ndarray:
+def _float64(values: Any) -> npt.NDArray[Any]:
     return np.asarray(keras.ops.convert_to_numpy(values), np.float64)

@@ -6,6 +6,7 @@ import sys
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 # By name: bfloat16 is a NumPy type only once ml_dtypes has been imported.
 PARAM_TYPES = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
@@ -32,10 +33,11 @@ class _NumPy:
     def has(self, array: Any) -> bool:
         return isinstance(array, np.ndarray)  # or a np.memmap, which says the same of itself
 
-    def dtype(self, array: np.ndarray) -> str:
-        return array.dtype.name
+    def dtype(self, array: npt.NDArray[Any]) -> str:
+        name: str = array.dtype.name
+        return name
 
-    def fault(self, array: np.ndarray) -> str:
+    def fault(self, array: npt.NDArray[Any]) -> str:
         if isinstance(array, np.ma.MaskedArray):
             return "without a mask (array.filled() makes it so)"
         if not array.dtype.isnative:
@@ -44,13 +46,13 @@ class _NumPy:
             return "dense and row-major (numpy.ascontiguousarray makes it so)"
         return "" if array.flags.aligned else "aligned to its elements (array.copy() makes it so)"
 
-    def address(self, array: np.ndarray) -> int:
+    def address(self, array: npt.NDArray[Any]) -> int:
         return array.ctypes.data
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: np.ndarray) -> np.ndarray:
+    def empty(self, shape: tuple[int, ...], dtype: str, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.empty(shape, like.dtype if dtype == like.dtype.name else dtype)
 
-    def stream(self, array: np.ndarray) -> int:
+    def stream(self, array: npt.NDArray[Any]) -> int:
         return 0
 
 
