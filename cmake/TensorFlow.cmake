@@ -20,19 +20,22 @@ if(TFOPS_TENSORFLOW_PACKAGES)
 endif()
 execute_process(
   COMMAND ${Python_EXECUTABLE} ${CMAKE_CURRENT_LIST_DIR}/tensorflow_packages.py find ${TFOPS_TENSORFLOW_PACKAGES}
-  OUTPUT_VARIABLE found OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+  OUTPUT_VARIABLE found OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE failed ERROR_VARIABLE said)
+if(failed)
+  message(FATAL_ERROR "${said}")
+endif()
 string(REPLACE "\n" ";" found "${found}")
 if(NOT found)
   message(FATAL_ERROR "the ops need TensorFlow's headers, but there is no TensorFlow beside ${Python_EXECUTABLE} or in "
-                      "TFOPS_TENSORFLOW_PACKAGES='${TFOPS_TENSORFLOW_PACKAGES}': install tensorflow-cpu, or set "
-                      "TFOPS_TENSORFLOW=OFF")
+                      "TFOPS_TENSORFLOW_PACKAGES='${TFOPS_TENSORFLOW_PACKAGES}': install tensorflow-cpu or another "
+                      "package of it, or set TFOPS_TENSORFLOW=OFF")
 endif()
 
 foreach(package IN LISTS found)
   string(REGEX REPLACE "\\|.*" "" folder "${package}")
   string(REGEX REPLACE ".*\\|" "" version "${package}")
   string(REGEX MATCH "^[0-9]+\\.[0-9]+" release "${version}")
-  if(version VERSION_LESS 2.18)  # or none
+  if(version VERSION_LESS 2.18)  # or none; tfops/_library.py says the same of what is running
     message(FATAL_ERROR "tfops needs TensorFlow 2.18 or later, but ${folder} holds version '${version}'")
   endif()
   if(release IN_LIST TFOPS_TENSORFLOW_RELEASES)

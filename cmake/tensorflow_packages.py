@@ -2,6 +2,7 @@
 
 python cmake/tensorflow_packages.py fetch FOLDER   # headers and libraries of each release, into FOLDER/<release>
 python cmake/tensorflow_packages.py find [FOLDER]  # those there, or the installed one: folder|version, a line for each
+python cmake/tensorflow_packages.py newest         # the newest release
 """
 
 from __future__ import annotations
@@ -29,18 +30,26 @@ def name() -> str:
 
 
 def version(folder: Path) -> str:
-    """The version of the package `tensorflow` in that folder, by the metadata beside it; "" if there are none."""
+    """The version of the package `tensorflow` in that folder, by the metadata beside it; "" if there are none.
+
+    Raises RuntimeError where several packages claim the folder: the files are of the one that was installed last.
+    """
+    found = {}
     for distribution in importlib.metadata.distributions(path=[str(folder.parent)]):
         files = map(str, distribution.files or ())
         if "tensorflow/include/tensorflow/core/public/version.h" in files:
-            return distribution.version
-    return ""
+            found[distribution.metadata["Name"]] = distribution.version
+    if len(set(found.values())) > 1:
+        packages = " and ".join(f"{name} {version}" for name, version in sorted(found.items()))
+        raise RuntimeError(f"{folder} is of {packages}: uninstall them all, and install the one that you want")
+    return next(iter(found.values()), "")
 
 
 def installed() -> Path | None:
     """The folder of the package beside this Python, which is not imported."""
     spec = importlib.util.find_spec("tensorflow")
-    locations = spec and spec.submodule_search_locations
+    # What has no __init__.py is left of one that was uninstalled.
+    locations = spec and spec.origin and spec.submodule_search_locations
     return Path(locations[0]) if locations else None
 
 
@@ -69,14 +78,21 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("fetch").add_argument("folder", type=Path)
     commands.add_parser("find").add_argument("folder", type=Path, nargs="?")
+    commands.add_parser("newest")
     arguments = parser.parse_args()
-    if arguments.command == "fetch":
+    if arguments.command == "newest":
+        print([*RELEASES][-1])
+    elif arguments.command == "fetch":
         for release in RELEASES:
             fetch(release, arguments.folder / release)
-        return
-    found = sorted(arguments.folder.resolve().glob("*/tensorflow")) if arguments.folder else [installed()]
-    for package in filter(None, found):
-        print(package, version(package), sep="|")
+    else:
+        found = arguments.folder.resolve().glob("*/tensorflow") if arguments.folder else [installed()]
+        try:
+            packages = [(package, version(package)) for package in found if package]
+        except RuntimeError as error:
+            sys.exit(f"tensorflow_packages.py: {error}")
+        for package, its in sorted(packages, key=lambda pair: [int(number) for number in re.findall(r"\d+", pair[1])]):
+            print(package, its, sep="|")
 
 
 if __name__ == "__main__":

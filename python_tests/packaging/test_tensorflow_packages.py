@@ -62,22 +62,53 @@ def test_xla_kernels_can_be_left_out(tmp_path):
     assert built["modules"] == ["_tfops_ops-2.21.so"]
 
 
-def test_handlers_for_jax_take_the_oldest_headers(tmp_path):
-    """XLA takes what was built with headers that are older than its own."""
+def _interface(include: Path, minor: int) -> None:
+    """Headers of XLA's interface for custom calls, of version 0.<minor>, without another word in them."""
+    folder = include / "xla" / "ffi" / "api"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ffi.h").touch()
+    (folder / "c_api.h").write_text(f"#define XLA_FFI_API_MAJOR 0\n#define XLA_FFI_API_MINOR {minor}\n")
+
+
+def test_handlers_for_jax_take_the_headers_of_the_least_version(tmp_path):
+    """XLA takes what was built with headers that are older than its own. Here a later TensorFlow has the older ones."""
     packages = tmp_path / "packages"
-    for name, version, ffi in (("one", "2.18.1", False), ("two", "2.20.0", True), ("three", "2.21.0", True)):
-        _package(packages / name, version, ffi=ffi)
+    for name, version, minor in (("one", "2.18.1", None), ("two", "2.20.0", 1), ("three", "2.21.0", 0)):
+        package = _package(packages / name, version, ffi=minor is not None)
+        if minor is not None:
+            _interface(package / "include", minor)
     said = _configure(tmp_path, TFOPS_TENSORFLOW_PACKAGES=packages, TFOPS_JAX="ON")["said"]
-    assert f"Handlers for JAX: with the headers in {packages}/two/tensorflow/include" in said
+    headers = f"version 0.0 of XLA's interface, with the headers in {packages}/three/tensorflow/include"
+    assert f"Handlers for JAX: {headers}\n" in said
     assert "libtfops_jax.so" in (tmp_path / "build" / "build.ninja").read_text()
     _configure(tmp_path, TFOPS_TENSORFLOW_PACKAGES=packages, TFOPS_JAX="OFF")
     assert "libtfops_jax.so" not in (tmp_path / "build" / "build.ninja").read_text()
 
 
-def test_handlers_for_jax_do_without_tensorflow(tmp_path):
+@pytest.mark.parametrize("has_tensorflow", [False, True], ids=["alone", "beside TensorFlow"])
+def test_handlers_for_jax_take_the_headers_of_an_older_jaxlib(tmp_path, has_tensorflow):
+    """Else advice to build tfops beside it, where TensorFlow is newer, would lead nowhere."""
     pytest.importorskip("jaxlib")
-    said = _configure(tmp_path, TFOPS_TENSORFLOW="OFF", TFOPS_JAX="ON")["said"]
-    assert "/jaxlib/include" in said
+    settings = {"TFOPS_TENSORFLOW": "OFF"}
+    if has_tensorflow:
+        _interface(_package(tmp_path / "packages" / "one", "2.21.3") / "include", 1000)
+        settings = {"TFOPS_TENSORFLOW_PACKAGES": tmp_path / "packages"}
+    said = _configure(tmp_path, TFOPS_JAX="ON", **settings)["said"]
+    assert re.search("Handlers for JAX: version .* with the headers in .*/jaxlib/include\n", said)
+
+
+@pytest.mark.parametrize("minors", [(9, 10), (10, 9), (9, None), (None, 9), (9, 9)], ids=str)
+def test_versions_of_headers_are_numbers(tmp_path, minors):
+    """Those of two jaxlibs, in folders that differ on some systems; where one has no version, the other's are taken."""
+    folders = [tmp_path / name for name in ("pure", "platform")]
+    for folder, minor in zip(folders, minors, strict=True):
+        _interface(folder / "jaxlib" / "include", minor or 0)
+        if minor is None:
+            (folder / "jaxlib/include/xla/ffi/api/c_api.h").write_text("")
+    definitions = ["-DTFOPS_JAX=ON", f"-DPython_SITELIB={folders[0]}", f"-DPython_SITEARCH={folders[1]}"]
+    said = building.run(building.tool("cmake"), *definitions, "-P", ROOT / "cmake" / "Jax.cmake")
+    want = folders[minors.index(9)] / "jaxlib" / "include"
+    assert f"Handlers for JAX: version 0.9 of XLA's interface, with the headers in {want}\n" in said
 
 
 def test_default_is_the_package_beside_python(tmp_path):
@@ -105,7 +136,7 @@ def test_ops_can_be_left_out(tmp_path):
         (
             [],
             {},
-            "there is no TensorFlow beside .* or in TFOPS_TENSORFLOW_PACKAGES='.*packages': install tensorflow-cpu",
+            "there is no TensorFlow beside .* or in TFOPS_TENSORFLOW_PACKAGES='.*packages': install tensorflow-cpu or",
         ),
     ],
     ids=["too old", "another", "no release", "JAX", "twice", "none"],
@@ -126,6 +157,33 @@ def test_package_without_metadata_is_refused(tmp_path):
         file.unlink()
     with pytest.raises(AssertionError, match=r"holds\s+version ''"):
         _configure(tmp_path, TFOPS_TENSORFLOW_PACKAGES=tmp_path / "packages")
+
+
+def test_folder_of_two_packages_is_refused(tmp_path):
+    """Which one's files are there, nothing tells."""
+    _package(tmp_path / "packages" / "one", "2.21.0")
+    _package(tmp_path / "packages" / "one", "2.20.0", "tensorflow")
+    with pytest.raises(AssertionError) as error:
+        _configure(tmp_path, TFOPS_TENSORFLOW_PACKAGES=tmp_path / "packages")
+    said = " ".join(str(error.value).split())
+    assert "is of tensorflow 2.20.0 and tensorflow_cpu 2.21.0: uninstall them all" in said
+
+
+def test_folder_that_is_left_of_a_package_is_none(tmp_path):
+    (tmp_path / "tensorflow").mkdir()
+    packages = building.load(ROOT / "cmake" / "tensorflow_packages.py")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        assert packages.installed() != tmp_path / "tensorflow"
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
+def test_oldest_release_is_the_same_everywhere():
+    from tfops import _library
+
+    assert next(iter(building.load(ROOT / "cmake" / "tensorflow_packages.py").RELEASES)) == _library.OLDEST
+    assert f"VERSION_LESS {_library.OLDEST})" in (ROOT / "cmake" / "TensorFlow.cmake").read_text()
 
 
 @pytest.mark.parametrize(
