@@ -7,11 +7,13 @@ Each has the name of a case and a result, as in "50x3x23-axis-1-float32-training
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,10 +34,10 @@ def is_channels_last(name: str) -> bool:
     return "axis-1" in name
 
 
-def _results(case: Case) -> Iterator[tuple[str, np.ndarray]]:
+def _results(case: Case, **others: Any) -> Iterator[tuple[str, np.ndarray]]:
     arrays = kernel_cases.inputs(case)
     yield from ((f"given-{name}", array) for name, array in arrays.items())
-    settings = {"axis": case.axis, "training": case.training, "activation": case.activation}
+    settings = {"axis": case.axis, "training": case.training, "activation": case.activation, **others}
     if case.residual:
         settings["residual"] = arrays["residual"]
     vectors = [arrays[name] for name in ("scale", "offset")]
@@ -43,7 +45,8 @@ def _results(case: Case) -> Iterator[tuple[str, np.ndarray]]:
     forward = tfops_kernels.forward(arrays["x"], *vectors, *([] if case.training else statistics), **settings)
     yield from ((name, value) for name, value in forward._asdict().items() if value is not None)
     saved = [forward.saved_mean, forward.saved_inv_std] if case.training else statistics
-    backward = tfops_kernels.backward(arrays["dy"], arrays["x"], *vectors, *saved, mask=forward.mask, **settings)
+    kept = forward.y if others.get("in_place") else arrays["x"]
+    backward = tfops_kernels.backward(arrays["dy"], kept, *vectors, *saved, mask=forward.mask, **settings)
     yield from ((f"d{name}", value) for name, value in backward._asdict().items() if value is not None)
 
 
@@ -62,6 +65,10 @@ def _all() -> Iterator[tuple[str, np.ndarray]]:
         for dtype in kernel_cases.DTYPES:
             case = Case(shape, axis, dtype)
             yield from ((f"{case}/{name}", array) for name, array in _phases(case))
+            size = shape[0] // 2 if shape[0] % 2 == 0 else 1
+            for others in ({"virtual_batch_size": size}, {"in_place": True}):
+                of_case = _results(dataclasses.replace(case, activation="leaky_relu"), **others)
+                yield from ((f"{case}/{next(iter(others))}-{name}", array) for name, array in of_case)
 
 
 if __name__ == "__main__":
