@@ -58,7 +58,6 @@ def run_within(command: list[str], limit: float) -> tuple[int | None, str]:
         output, _ = process.communicate(timeout=limit)
         code: int | None = process.returncode
     except subprocess.TimeoutExpired as problem:
-        end_descendants()
         output, code = problem.stdout or b"", None
     end_descendants()
     return code, output.decode(errors="replace")
