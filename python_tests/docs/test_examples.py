@@ -29,6 +29,22 @@ def _blocks(file: str, *languages: str) -> list[Token]:
     return [token for token in tokens if token.type == "fence" and token.info.strip() in languages]
 
 
+def _examples(file: str, of_jax: bool) -> list[Token]:
+    """The blocks of Python that need JAX, or those that do not."""
+    return [block for block in _blocks(file, "python") if ("import jax" in block.content) == of_jax]
+
+
+def _run(file: str, blocks: list[Token], folder: Path, mnist: Path) -> None:
+    """Runs the blocks as one program in an empty folder, whose line numbers are the file's."""
+    lines: list[str] = []
+    for block in blocks:
+        lines += [""] * (block.map[0] + 1 - len(lines)) + block.content.splitlines()
+    program = folder / f"{Path(file).stem}_md.py"
+    program.write_text("\n".join(lines) + "\n")
+    run = run_in(folder, program, TFOPS_MNIST=str(mnist), MPLBACKEND="agg")
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.fixture(scope="module")
 def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small mnist.npz of drawn digits."""
@@ -37,16 +53,16 @@ def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if _blocks(file, "python")])
+@pytest.mark.parametrize("file", [file for file in FILES if _examples(file, of_jax=False)])
 def test_python_runs(file, mnist, tmp_path):
-    """All blocks of a file, as one program in an empty folder, whose line numbers are the file's."""
-    lines: list[str] = []
-    for block in _blocks(file, "python"):
-        lines += [""] * (block.map[0] + 1 - len(lines)) + block.content.splitlines()
-    program = tmp_path / f"{Path(file).stem}_md.py"
-    program.write_text("\n".join(lines) + "\n")
-    run = run_in(tmp_path, program, TFOPS_MNIST=str(mnist), MPLBACKEND="agg")
-    assert run.returncode == 0, run.stderr
+    """All blocks of a file, but those that need JAX."""
+    _run(file, _examples(file, of_jax=False), tmp_path, mnist)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if _examples(file, of_jax=True)])
+def test_python_with_jax_runs(file, mnist, tmp_path):
+    pytest.importorskip("tfops_kernels.jax", exc_type=ImportError)
+    _run(file, _examples(file, of_jax=True), tmp_path, mnist)
 
 
 def _commands(file: str) -> list[list[str]]:
