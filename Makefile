@@ -36,7 +36,8 @@ PYTEST := $(BIN)/pytest -n auto --maxprocesses=8 --dist=worksteal
 
 # TensorFlow with its CUDA libraries where there is a GPU, and without CUDA where there is none.
 GPU := $(shell names=$$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null) && echo "$$names")
-TENSORFLOW ?= $(if $(GPU),tensorflow[and-cuda],$(if $(filter x86_64,$(shell uname -m)),tensorflow-cpu,tensorflow))~=2.21.0
+TENSORFLOW ?= $(if $(GPU),tensorflow[and-cuda],$(if $(filter x86_64,$(shell uname -m)),tensorflow-cpu,tensorflow))~=$(NEWEST).0
+NEWEST = $(shell $(PYTHON) cmake/tensorflow_packages.py newest)
 # Its messages matter where there is one. Two come before it reads its own setting, and mean nothing.
 TF_CPP_MIN_LOG_LEVEL ?= $(if $(GPU),1,3)
 mnist alexnet fuzz $(VENV)/.installed-wheel $(VENV)/.installed-native: export TF_CPP_MIN_LOG_LEVEL := $(TF_CPP_MIN_LOG_LEVEL)
@@ -60,11 +61,12 @@ step = @echo "==> $(1) ($(2) on two cores)"; start=$$(date +%s); { $(3); } && ec
 help:
 	@awk '!/^#/ { exit } { sub(/^# ?/, ""); print }' Makefile
 
-test: install $(VENV)/.test-environment
+# The environment before the wheel, whose handlers for JAX are those of the JAX beside it, if that is old.
+test: $(VENV)/.test-environment install
 	@echo "==> Tests (a quarter of an hour or more on two cores; make test-all runs the slow ones too)"
 	@$(PYTEST) $(ARGS)
 
-test-all: install $(VENV)/.test-environment
+test-all: $(VENV)/.test-environment install
 	@echo "==> All tests, the slow ones too"
 	@$(PYTEST) --slow $(ARGS)
 
@@ -73,7 +75,8 @@ test-installed: build/wheel/.built
 	cp -r python_tests pyproject.toml build/installed/tests
 	$(PYTHON) -m venv build/installed/venv
 	cd build/installed/tests && ../venv/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	cd build/installed/tests && ../venv/bin/python -m pip install --quiet ../../wheel/tfops-*.whl --group test
+	cd build/installed/tests && ../venv/bin/python -m pip install --quiet '$(TENSORFLOW)' --group test \
+	  "$$(echo ../../wheel/tfops-*.whl)[$(if $(GPU),gpu,cpu)]"
 	cd build/installed/tests && ../venv/bin/pytest $(ARGS)
 
 compat: build/dist/.built

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
 
+from tfops_testing import requirements
 from tfops_testing.fresh_process import run_python
 
 CONFTEST = 'pytest_plugins = ["tfops_testing.exclusive", "tfops_testing.skips"]\n'
@@ -13,6 +15,7 @@ CONFTEST = 'pytest_plugins = ["tfops_testing.exclusive", "tfops_testing.skips"]\
 # Each test writes when it began and ended, setup and teardown included.
 SUITE = """
 import os, time
+import importlib.metadata
 from pathlib import Path
 import pytest
 
@@ -92,6 +95,28 @@ def test_fails():
     assert sorted(told) == ["skipped 1: no time", "skipped 5: no luck", "xfailed 1: to be mended"], run.stdout
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_not_collected_is_told(tmp_path, workers):
+    """A folder, or a file, and why."""
+    if workers:
+        pytest.importorskip("xdist", reason="needs pytest-xdist")
+    ignored = {
+        "one": 'collect_ignore_glob = ["*"]',
+        "two": 'collect_ignore = ["test_a.py"]',
+        "three": "collect_ignore = []",
+    }
+    for name, ignores in ignored.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "conftest.py").write_text(f'"""They need {name}."""\n{ignores}\n')
+        for file in ("a", "b"):
+            (tmp_path / name / f"test_{file}.py").write_text("def test_passes(): pass\n")
+    run = _run(tmp_path, "", "--import-mode=importlib", *(["-n", str(workers)] if workers else []))
+    told = [line for line in run.stdout.splitlines() if line.startswith("skipped ")]
+    what = ("one/* was not collected. They need one.", "two/test_a.py was not collected. They need two.")
+    assert sorted(told) == [f"skipped 1: {each}" for each in what], run.stdout
+    assert "3 passed" in run.stdout
+
+
 CHOICES = """
 import pytest
 
@@ -119,3 +144,20 @@ def test_slow():
 def test_slow_tests_and_samples_are_chosen(tmp_path, arguments, outcome):
     run = _run(tmp_path, CHOICES, *arguments)
     assert outcome in run.stdout + run.stderr
+
+
+def test_keras_of_another_package_is_found(monkeypatch):
+    """keras-nightly, which holds the package `keras` too, instead of keras."""
+    if not requirements.has_tensorflow():
+        pytest.skip("needs TensorFlow")
+    versions = {"keras-nightly": "3.99.0.dev2026010103"}
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"keras": ["keras-nightly"]})
+    assert requirements.has_keras("3.99")
+    assert not requirements.has_keras("3.100")

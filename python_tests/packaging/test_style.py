@@ -47,7 +47,7 @@ def test_no_file_is_too_long():
                 assert len(path.read_text().splitlines()) <= 500, path
 
 
-def test_tensorflow_releases_are_the_same_everywhere():
+def test_tensorflow_releases_are_the_same_everywhere(tmp_path):
     releases = [*building.load(ROOT / "cmake" / "tensorflow_packages.py").RELEASES]
     major, minor = releases[-1].split(".")
     project = (ROOT / "pyproject.toml").read_text()
@@ -56,4 +56,29 @@ def test_tensorflow_releases_are_the_same_everywhere():
     assert {bounds for _, bounds in extras} == {f">={releases[0]},<{major}.{int(minor) + 1}"}
     cmake = (ROOT / "cmake" / "TensorFlow.cmake").read_text()
     assert re.findall(r"VERSION_LESS (\d+\.\d+)", cmake) == [releases[0]]
-    assert re.findall(r"\)~=(\d+\.\d+)\.0", (ROOT / "Makefile").read_text()) == [releases[-1]]
+    make = ["make", "--dry-run", f"PYTHON={sys.executable}", f"VENV={tmp_path}", f"{tmp_path}/.environment"]
+    dry = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"'tensorflow\S*~=(\S+)'", dry) == [f"{releases[-1]}.0"]
+
+
+def test_documentation_names_the_releases_of_tensorflow():
+    """All of them, one of them, or the newest, wherever a later one will have to be named."""
+    releases = [*building.load(ROOT / "cmake" / "tensorflow_packages.py").RELEASES]
+    kinds = {
+        r"\b(2\.\d\d) to (?=2\.\d\d\b)": releases[:1],
+        r"\b2\.\d\d to (2\.\d\d)\b": releases[-1:],
+        r"_tfops_(?:ops|xla)-([\d.]+)\.so": releases[-1:],
+        r"tensorflow\S*[=~]=(\d+\.\d+)": releases[-1:],
+        r"beside TensorFlow (\d+\.\d+)\b(?! or)": releases[-1:],
+        r"another release than (\d+\.\d+)": releases[-1:],
+        r"TFOPS_TENSORFLOW=(\d+\.\d+)": releases,
+    }
+    files = [
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "csrc/README.md")),
+    ]
+    texts = {file: " ".join(file.read_text().split()) for file in files}
+    for kind, right in kinds.items():
+        found = [(file, release) for file, text in texts.items() for release in re.findall(kind, text)]
+        assert found, kind
+        assert not [(str(file), kind, release) for file, release in found if release not in right]

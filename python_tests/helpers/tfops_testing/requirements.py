@@ -31,13 +31,21 @@ def has_model_packages() -> bool:
     return all(importlib.util.find_spec(name) for name in ("matplotlib", "PIL"))
 
 
+def _keras_version() -> str:
+    """The version of the package `keras`, which is not imported."""
+    try:
+        return importlib.metadata.version("keras")
+    except importlib.metadata.PackageNotFoundError:  # keras-nightly, say; this takes a second
+        return importlib.metadata.version(importlib.metadata.packages_distributions()["keras"][0])
+
+
 def has_keras(version: str) -> bool:
     """Whether Keras is that version, such as "3.10", or a later one."""
 
     def key(text: str) -> list[int]:
         return [int(part) for part in text.split(".")[:2]]
 
-    return has_tensorflow() and key(importlib.metadata.version("keras")) >= key(version)
+    return has_tensorflow() and key(_keras_version()) >= key(version)
 
 
 def needs_keras(version: str, reason: str) -> pytest.MarkDecorator:

@@ -1,12 +1,13 @@
 """A plugin: skips tests that are marked as needing what is not there, or was not asked for.
 
-At the end of a run it says what was skipped, or failed as expected, with one line for each reason. `--slow` asks for
-the tests that take minutes too, and `--every N` for a sample: every N-th test.
+At the end of a run it says what was skipped, not collected, or failed as expected, with one line for each reason.
+`--slow` asks for the tests that take minutes too, and `--every N` for a sample: every N-th test.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Generator
 
 import pytest
 
@@ -59,6 +60,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Reports what a folder's conftest.py keeps from being collected, with its docstring, which says why, as reason."""
+    report = yield
+    conftest = collector.config.pluginmanager.get_plugin(str(collector.path / "conftest.py"))
+    if isinstance(collector, pytest.Directory) and conftest:
+        for name in (*getattr(conftest, "collect_ignore", []), *getattr(conftest, "collect_ignore_glob", [])):
+            reason = f"Skipped: {collector.nodeid}/{name} was not collected. {conftest.__doc__}"
+            skip = pytest.CollectReport(f"{collector.nodeid}/{name}", "skipped", (str(collector.path), 0, reason), [])
+            collector.ihook.pytest_collectreport(report=skip)
+    return report
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
