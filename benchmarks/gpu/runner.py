@@ -62,7 +62,7 @@ def descendants(process: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            state, parent = stat.read_text().rsplit(")", 1)[1].split()[:2]
+            state, parent = stat.read_text(errors="replace").rsplit(")", 1)[1].split()[:2]
             if state != "Z":
                 children.setdefault(int(parent), []).append(int(stat.parent.name))
     found = children.get(process, [])

@@ -167,6 +167,22 @@ def context(gpu, simt, tmp_path):
 FAILED = 74  # EXIT_FAILED of gpu/records.py
 
 
+def test_occupancy_needs_no_pytorch(gpu, simt, monkeypatch, tmp_path):
+    simt.configure()
+    monkeypatch.setattr(tfops_kernels, "_kernels", simt.machine)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    steps = gpu("steps")
+    assert steps.run("facts", steps.Context(tmp_path, 100, dry_run=False)) == FAILED
+    facts = ended(tmp_path, "facts")
+    assert facts["arrays"]["error"].startswith("ModuleNotFoundError: ")
+    assert facts["driver"]["status"] == "not run"
+    assert facts["device"]["device"]["multiprocessors"] == 3
+    assert facts["occupancy bfloat16 backward"]["occupancy"]["clusters"]["2"] == 1
+    text = gpu("summary").summarize(gpu("records").Records(tmp_path), brief=True)
+    assert "| bfloat16 backward | CUDA | 3 | 1 | 0 | 0 | 0 |" in text
+
+
 def test_cell_without_plans_is_a_failed_item(context, gpu, monkeypatch):
     steps = gpu("steps")
     plans_of, calls = steps.plans_of, []
