@@ -62,9 +62,14 @@ def test_libraries_need_no_driver_and_vendor_nothing():
         assert path == "$ORIGIN/../tfops_kernels", file
 
 
+def _releases() -> list[str]:
+    """Those that this is built for, the oldest first."""
+    return [_library._release(version) for version in tfops.build_info()["tensorflow"].split()]
+
+
 def _tensorflow_libraries() -> set[str]:
     """Those for each release that this is built for. XLA's interface is there from 2.20 on."""
-    releases = {version.rpartition(".")[0] for version in tfops.build_info()["tensorflow"].split()}
+    releases = set(_releases())
     with_xla = {release for release in releases if int(release.split(".")[1]) >= 20}
     return {f"_tfops_ops-{release}.so" for release in releases} | {f"_tfops_xla-{release}.so" for release in with_xla}
 
@@ -135,15 +140,18 @@ def test_requirements_are_those_of_the_project():
     assert importlib.metadata.metadata("tfops")["Requires-Python"] in (">=3.10,<3.14", "<3.14,>=3.10")
 
 
-@pytest.mark.parametrize("running", ["2.17.0", "2.22.0-rc1", "3.0.0"])
+@pytest.mark.parametrize("running", ["2.17.0", "2.<next>.0-rc1", "3.0.0"])
 def test_another_release_is_refused(running):
+    releases = _releases()
+    running = running.replace("<next>", str(int(releases[-1].split(".")[1]) + 1))
     run = run_python("-c", f"import tensorflow as tf; tf.__version__ = {running!r}; import tfops")
     assert run.returncode != 0
     message = run.stderr.splitlines()[-1]
     assert message.startswith("ImportError")
-    releases = [version.rpartition(".")[0] for version in tfops.build_info()["tensorflow"].split()]
-    assert f"has ops for TensorFlow {', '.join(releases)}, but TensorFlow {running} is running" in message
-    assert f"pip install tensorflow~={releases[-1]}.0" in message
+    assert f"has ops for TensorFlow {', '.join(releases)}, but TensorFlow {running} (" in message
+    package = importlib.metadata.packages_distributions()["tensorflow"][0].replace("_", "-")
+    assert f"({package}) is running" in message
+    assert re.search(rf"pip uninstall {package}, then pip install tensorflow(-cpu)?~={releases[-1]}\.0 or", message)
     assert "pip install --no-build-isolation" in message
 
 
@@ -161,7 +169,25 @@ def test_missing_tensorflow_is_explained():
     run = run_python("-c", "import sys; sys.modules['tensorflow'] = None; import tfops")
     message = run.stderr.splitlines()[-1]
     assert message.startswith("ImportError: tfops needs TensorFlow, and there is none")
-    assert "pip install tensorflow-cpu, or 'tensorflow[and-cuda]'" in message
+    newest = _releases()[-1]
+    assert re.search(rf"pip install tensorflow(-cpu)?~={newest}\.0, or 'tensorflow\[and-cuda\]~={newest}\.0'", message)
+
+
+def test_folder_that_is_left_of_tensorflow_is_none():
+    """Python takes it for a package, in which nothing is."""
+    empty = "import sys, types; sys.modules['tensorflow'] = types.ModuleType('tensorflow')"
+    run = run_python("-c", f"{empty}; import tfops")
+    assert "ImportError: tfops needs TensorFlow, and there is none" in run.stderr
+
+
+def test_library_that_does_not_load_is_named(monkeypatch, tmp_path):
+    library = tmp_path / "_tfops_ops-2.0.so"
+    library.write_bytes(b"no library")
+    monkeypatch.setattr(_library, "path", lambda kind, version: library)
+    built = tfops.build_info()["tensorflow"]
+    message = rf"{library.name} does not load in TensorFlow {tf.__version__}, and was built for one of {built}\. Build"
+    with pytest.raises(ImportError, match=message):
+        _library.load(built)
 
 
 def test_what_tensorflow_cannot_import_is_named():
@@ -212,7 +238,7 @@ def test_build_info_is_complete():
     info = tfops.build_info()
     assert json.loads(json.dumps(info)) == info
     assert info["version"] == tfops.__version__ == importlib.metadata.version("tfops")
-    assert tf.__version__.rpartition(".")[0] in [version.rpartition(".")[0] for version in info["tensorflow"].split()]
+    assert _library._release(tf.__version__) in _releases()
     assert info["tensorflow_running"] == tf.__version__
     assert info["cpu_instruction_set"] in info["cpu_instruction_sets"].split()
     assert set(info["cpu_instruction_sets"].split()) <= {"x86-64-v2", "x86-64-v3", "x86-64-v4", "neon", "generic"}
