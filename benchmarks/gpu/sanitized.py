@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,52 +122,85 @@ class Library:
         return placed
 
 
+class Checks:
+    """Runs checks, tier by tier, and keeps what came of them."""
+
+    def __init__(self, raw: Any):
+        self.raw, self.passed = raw, 0
+        self.wrong: list[str] = []
+        self.refused: list[str] = []
+
+    def _refusals(self) -> int:
+        return sum(refusal["count"] for refusal in self.raw.cuda_launches()["refusals"])
+
+    def run(self, name: str, check: Callable[[], None], tiers: Sequence[tuple[str, int]] = TIERS) -> None:
+        """In each of the tiers that the check's problem has."""
+        for tier, cluster in tiers:
+            self.raw.set_policy_settings(tier=tier, cluster=cluster)
+            before, label = self._refusals(), f"{name} {tier} {cluster or ''}"
+            try:
+                check()
+            except ValueError as problem:
+                print(f"there is no {label}: {problem}", flush=True)
+                continue
+            except AssertionError as problem:
+                self.wrong.append(f"{label}: {problem}")
+            except RuntimeError as problem:
+                if self._refusals() == before:
+                    raise
+                # Tools need registers and shared memory of their own: below one that is not wrong.
+                self.refused.append(f"{label}: {problem}")
+                continue
+            self.passed += 1
+        self.raw.set_policy_settings(tier="", cluster=0)
+
+    def tell(self) -> int:
+        """Prints what came of them, for sanitizers.judge; returns the exit status."""
+        print(f"sanitized: ran {self.raw.cuda_launches()['calls']}", flush=True)
+        for each in self.refused:
+            print(f"sanitized: refused: {each}", flush=True)
+        for each in self.wrong:
+            print(f"sanitized: wrong: {each}", flush=True)
+        if not self.wrong and self.passed:
+            print(f"sanitized: {self.passed} checks agree with float64", flush=True)
+        return 1 if self.wrong or not self.passed else 0
+
+
 def main(dry_run: bool, as_allocated: bool) -> int:
     sys.path.insert(0, str(ROOT / "python_tests" / "helpers"))
-    from tfops_testing import kernel_cases
+    import tfops_kernels
+    from tfops_testing import in_place_cases, kernel_cases, phase_cases, virtual_batches
 
     if dry_run:
         kernels = import_simt()
         raw, place, to_host = kernels.machine, kernels.place, np.asarray
+        phases = functools.partial(phase_cases.Phases, raw, True, place)
     else:
         from tfops_kernels import _api as kernels
         from tfops_kernels import _kernels as raw
 
-        library = Library(Driver(as_allocated))
+        driver = Driver(as_allocated)
+        library = Library(driver)
         kernels.library_of = lambda x: library
         kernels._device = lambda x: contextlib.nullcontext()
         place, to_host = library.place, Array.to_host
+        memory = (lambda array: array.address), to_host, (lambda size: Array(driver, (size,), np.uint8))
+        phases = functools.partial(phase_cases.Phases, raw, True, place, 1, *memory)
 
-    def refusals() -> int:
-        return sum(refusal["count"] for refusal in raw.cuda_launches()["refusals"])
-
-    checks, wrong, refused = 0, [], []
+    checks = Checks(raw)
     raw.reset_cuda_launches()
+    arguments = (place, to_host, kernels)
     for shape, axis, dtype, activation, residual in CASES[:2] if dry_run else CASES:
         case = kernel_cases.Case(shape, axis, dtype, True, activation, residual)
-        for tier, cluster in TIERS:
-            raw.set_policy_settings(tier=tier, cluster=cluster)
-            before = refusals()
-            try:
-                kernel_cases.check(case, place, to_host, kernels=kernels)
-            except ValueError as problem:
-                print(f"{case} has no {tier} {cluster or ''}: {problem}", flush=True)
-                continue
-            except AssertionError as problem:
-                wrong.append(f"{case} {tier} {cluster or ''}: {problem}")
-            except RuntimeError as problem:
-                if refusals() == before:
-                    raise
-                # Tools need registers and shared memory of their own: below one that is not wrong.
-                refused.append(f"{case} {tier} {cluster or ''}: {problem}")
-                continue
-            checks += 1
-    raw.set_policy_settings(tier="", cluster=0)
-    print(f"sanitized: ran {raw.cuda_launches()['calls']}", flush=True)
-    for each in refused:
-        print(f"sanitized: refused: {each}", flush=True)
-    for each in wrong:
-        print(f"sanitized: wrong: {each}", flush=True)
-    if not wrong and checks:
-        print(f"sanitized: {checks} checks agree with float64", flush=True)
-    return 1 if wrong or not checks else 0
+        checks.run(str(case), functools.partial(kernel_cases.check, case, *arguments))
+    case = kernel_cases.Case((780, 64), -1, "float16", True, "relu", True, 0.25)
+    checks.run("virtual batches", functools.partial(virtual_batches.check, case, 390, *arguments))
+    case = kernel_cases.Case((72, 32), -1, "float32", activation="leaky_relu")
+    checks.run("in place", functools.partial(in_place_cases.check, case, *arguments))
+    for shape, axis in ((37, 24), -1), ((5, 6, 4, 9), 1):  # what has no tiers
+        case = kernel_cases.Case(shape, axis, "float32", False, "silu", True)
+        checks.run(str(case), functools.partial(kernel_cases.check, case, *arguments), [("", 0)])
+        if tfops_kernels.build_info()["cpu_instruction_set"] != "none":  # with which phases are compared
+            agree = functools.partial(phase_cases.assert_cuda_agrees, lambda i, keep: phases(), shape, axis, "float32")
+            checks.run(f"phases {shape}", agree, [("", 0)])
+    return checks.tell()
