@@ -182,5 +182,6 @@ def force() -> Iterator[Callable[..., None]]:
 @pytest.fixture(scope="session")
 def simt() -> Simt:
     """The CUDA kernels on the CPU, built if need be. `make sanitize` asks for the variant with sanitizers."""
+    pytest.importorskip("pybind11", reason="needs pybind11, to build csrc/simt")
     build()
     return Simt(os.environ.get("TFOPS_SIMT_VARIANT", "plain"))
