@@ -219,10 +219,11 @@ $(VENV)/.installed-%: build/%/.built $(VENV)/.environment
 
 # --- What only the workflows in .github and pyproject.toml's [tool.cibuildwheel] call, beside the targets above.
 
-# Programs that a few tests skip without. The build uses ccache.
+# Programs that a few tests skip without: Clang 16 or later, which Debian 13 has as its Clang. The build uses ccache.
 system-packages:
 	$(if $(filter-out 0,$(shell id -u)),sudo) apt-get update -qq
-	$(if $(filter-out 0,$(shell id -u)),sudo) apt-get install -qq --no-install-recommends ccache clang-16 \
+	clang=$$(apt-cache show clang-16 > /dev/null 2>&1 && echo clang-16 || echo clang); \
+	$(if $(filter-out 0,$(shell id -u)),sudo) apt-get install -qq --no-install-recommends ccache $$clang \
 	  $(if $(filter x86_64,$(shell uname -m)),g++-aarch64-linux-gnu qemu-user)
 
 lint: $(VENV)/.test-environment
