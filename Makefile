@@ -219,7 +219,8 @@ $(VENV)/.installed-%: build/%/.built $(VENV)/.environment
 
 # --- What only the workflows in .github and pyproject.toml's [tool.cibuildwheel] call, beside the targets above.
 
-# Programs that a few tests skip without: Clang 16 or later, which Debian 13 has as its Clang. The build uses ccache.
+# ccache, for the build, and programs without which a few tests are skipped: Clang 16 or later (Debian 13's `clang`), and
+# on x86-64 what `make aarch64` needs.
 system-packages:
 	$(if $(filter-out 0,$(shell id -u)),sudo) apt-get update -qq
 	clang=$$(apt-cache show clang-16 > /dev/null 2>&1 && echo clang-16 || echo clang); \

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_proof.py --wheel tfops-*.whl --out FOLDER --minutes 9 --calibrate
 
-Needs Python, NumPy, ml_dtypes, pytest and PyTorch with CUDA; no TensorFlow, and no network. Without --wheel it takes
-the tfops_kernels that are installed, or builds them with the tools that are installed (pybind11, scikit-build-core,
-CMake, ninja, nvcc).
+Needs Python, NumPy, ml_dtypes, pytest 8.2 and PyTorch 2.3 with CUDA, or later ones; no TensorFlow, and no network.
+Without --wheel it takes the tfops_kernels that are installed, or builds them with the tools that are installed
+(pybind11, scikit-build-core, CMake, ninja, nvcc).
 
 Steps, each in a process of its own, with a time limit of its own: what machine it is; the kernels' tests, each tier
 forced; NVIDIA's compute-sanitizer; the times of the most telling cells in every tier that fits; with --calibrate, the
@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def install(wheel: Path | None, dry_run: bool, scratch: str, log: Path, seconds: float) -> str:
+def install(wheel: Path | None, dry_run: bool, scratch: str, log: Path, seconds: float, resume: bool = False) -> str:
     """Where Python is to find tfops_kernels; "" if they are installed. A wheel is unpacked in `scratch`."""
     if wheel is None:
         if dry_run or importlib.util.find_spec("tfops_kernels"):
             return ""
-        print("gpu_proof.py: building tfops_kernels", file=sys.stderr, flush=True)
         target = ROOT / "build" / "gpu" / "installed"
+        if resume and (target / "tfops_kernels").is_dir():  # of the run that is gone on with
+            return str(target)
+        print("gpu_proof.py: building tfops_kernels", file=sys.stderr, flush=True)
         options = [word for setting in BUILD for word in ("-C", f"cmake.define.{setting}")]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--upgrade"]
         process = start([*pip, "--target", str(target), *options, str(ROOT)], log)
@@ -105,8 +108,10 @@ def install(wheel: Path | None, dry_run: bool, scratch: str, log: Path, seconds:
     try:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(scratch)
-    except zipfile.BadZipFile as problem:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as problem:
         raise NotRun(f"--wheel: {wheel} is damaged: {problem}") from None
+    except OSError as problem:
+        raise NotRun(f"--wheel: {wheel} cannot be unpacked in {scratch}: {problem}") from None
     return scratch
 
 
@@ -188,7 +193,8 @@ def prepare_and_run(arguments: argparse.Namespace, begin: float) -> int:
         raise NotRun(f"{results} is there already: --resume goes on with it")
     seconds = arguments.minutes * 60
     with tempfile.TemporaryDirectory(prefix="tfops-wheel-") as scratch:
-        installed = install(arguments.wheel, arguments.dry_run, scratch, folder / "log.txt", seconds * MOST_OF_BUILD)
+        given = (arguments.wheel, arguments.dry_run, scratch, folder / "log.txt", seconds * MOST_OF_BUILD)
+        installed = install(*given, resume=arguments.resume)
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
         if installed:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [installed, environment.get("PYTHONPATH")]))
@@ -200,7 +206,10 @@ def prepare_and_run(arguments: argparse.Namespace, begin: float) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     arguments = parse_arguments(argv)
-    if arguments.predict:
+    if arguments.predict:  # for an H200, whatever GPU is here and whatever it is told
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        for name in ("TFOPS_TIER", "TFOPS_TUNING", "TFOPS_FREE_MULTIPROCESSORS"):
+            os.environ.pop(name, None)
         chosen = (arguments.network, arguments.dtype, arguments.layout, arguments.variant, getattr(arguments, "pass"))
         print(table([predict(cell) for cell in cells(*chosen)]), end="")
         return 0

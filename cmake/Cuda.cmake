@@ -2,8 +2,8 @@
 # and TFOPS_CUDA_ARCHITECTURES (as CMake writes them), and enables the language.
 #
 # nvcc is taken from CMAKE_CUDA_COMPILER or CUDACXX, else PATH, else from NVIDIA's packages of PyPI beside this Python
-# (build_backend.py asks for them where there is no nvcc). That one is there and does not work is an error, and no reason
-# to do without CUDA.
+# (build_backend.py asks for them where there is no nvcc). An nvcc that is there but does not work is an error: the
+# build does not silently go on without CUDA.
 
 include(CudaArchitectures)
 
@@ -72,6 +72,7 @@ if(NOT nvcc)
 endif()
 
 # What nvcc itself says of a host compiler that it does not support is lost in CMake's own test of it.
+separate_arguments(flags UNIX_COMMAND "$ENV{CUDAFLAGS} ${CMAKE_CUDA_FLAGS}")
 set(probe ${CMAKE_BINARY_DIR}/CMakeFiles/probe)
 file(WRITE ${probe}.cu "__global__ void Probe() {}\n")
 set(host "$ENV{CUDAHOSTCXX}")
@@ -81,7 +82,7 @@ endif()
 if(host)
   set(host -ccbin ${host})
 endif()
-execute_process(COMMAND ${nvcc} ${host} -c ${probe}.cu -o ${probe}.o RESULT_VARIABLE failed OUTPUT_VARIABLE said
+execute_process(COMMAND ${nvcc} ${flags} ${host} -c ${probe}.cu -o ${probe}.o RESULT_VARIABLE failed OUTPUT_VARIABLE said
                 ERROR_VARIABLE said)
 if(failed)
   list(JOIN nvcc " " nvcc)

@@ -91,8 +91,8 @@ def main() -> None:
             packages = [(package, version(package)) for package in found if package]
         except RuntimeError as error:
             sys.exit(f"tensorflow_packages.py: {error}")
-        for package, its in sorted(packages, key=lambda pair: [int(number) for number in re.findall(r"\d+", pair[1])]):
-            print(package, its, sep="|")
+        for package, number in sorted(packages, key=lambda found: [int(part) for part in re.findall(r"\d+", found[1])]):
+            print(package, number, sep="|")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from .records import first_line
 AT_REST = ("name", "driver_version", "vbios_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm")
 AT_REST += ("clocks.max.mem", "power.limit", "memory.total", "ecc.mode.current", "mig.mode.current", "compute_mode")
 AT_REST += ("temperature.gpu",)
-AT_WORK = ("clocks.sm", "clocks.mem", "clocks_throttle_reasons.active", "temperature.gpu", "power.draw")
+# Why clocks are lowered has two names, the newer one first. nvidia-smi is asked field by field where it lacks one.
+AT_WORK = ("clocks.sm", "clocks.mem", "clocks_event_reasons.active", "clocks_throttle_reasons.active")
+AT_WORK += ("temperature.gpu", "power.draw")
 MOST_SECONDS = 10  # that nvidia-smi may take
 
 
@@ -28,7 +30,7 @@ def query(fields: Sequence[str]) -> dict[str, str]:
         for field in fields:
             try:
                 found |= _query([field], end)
-            except subprocess.SubprocessError:
+            except (subprocess.SubprocessError, IndexError):
                 continue
         if not found:
             raise

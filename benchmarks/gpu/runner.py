@@ -88,7 +88,7 @@ def end_descendants() -> None:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process that was started with _own_group, its group, and its descendants in other groups."""
+    """Ends a process that was started with _own_group, its group, and, if it still runs, its descendants in others."""
     others = descendants(process.pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -130,5 +130,5 @@ def what_jax_lacks(platform: str) -> str:
     try:
         import tfops_kernels.jax  # noqa: F401
     except ImportError as problem:
-        return f"the kernels were built without JAX: {first_line(problem)}"
+        return f"the handlers for JAX cannot be used: {first_line(problem)}"
     return ""

@@ -79,7 +79,7 @@ def test_crash_spoils_neither_the_next_item_nor_the_next_step(run, tmp_path):
 
 @pytest.mark.parametrize("kind", ["hang", "apart"])
 def test_hang_ends_with_its_children(run, tmp_path, kind):
-    how, items = run(f"good-{kind}-good", "good", stall=1)
+    how, items = run(f"good-{kind}-good", "good", stall=5)
     assert how == ["failed", "ok"]
     assert items == [{"0 good": "ok", f"1 {kind}": "hung", "2 good": "ok"}, {"0 good": "ok"}]
     assert not is_alive(int((tmp_path / "child").read_text()))
@@ -169,7 +169,7 @@ child.wait()
 def test_tool_ends_with_all_that_it_started(tmp_path):
     """Also a program in a session of its own, whose parent has ended: it would share the GPU with the next tool."""
     code = "import sys; sys.path.insert(0, sys.argv[1])\nfrom gpu.sanitizers import run_within\n"
-    code += "code, output = run_within([sys.executable, '-c', sys.argv[2]], 2)\nprint(code, *output.split())"
+    code += "code, output = run_within([sys.executable, '-c', sys.argv[2]], 10)\nprint(code, *output.split())"
     start = time.monotonic()
     run = run_python("-c", code, BENCHMARKS, LAUNCHER)
     assert run.returncode == 0, run.stderr
@@ -177,7 +177,7 @@ def test_tool_ends_with_all_that_it_started(tmp_path):
     assert status == "None"
     assert len(children) == 2
     assert not any(is_alive(int(child)) for child in children)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60
 
 
 # ----------------------------------------------------------------------------------------------------------------------

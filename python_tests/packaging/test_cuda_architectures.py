@@ -121,9 +121,12 @@ def test_nvcc_that_does_not_work_is_named_with_what_it_said(tmp_path, setting):
     assert "CUDAHOSTCXX, or set TFOPS_CUDA=OFF. It said: #error -- unsupported GNU version!" in said
 
 
-def test_host_compiler_is_the_one_that_is_named(tmp_path):
+def test_nvcc_is_tried_as_it_will_be_called(tmp_path, monkeypatch):
+    """With the flags and the host compiler that were named."""
     nvcc = _program(tmp_path, 'echo "given $*"; exit 1')
     assert "given -ccbin g++-9 -c " in _refusal(tmp_path, nvcc, CMAKE_CUDA_HOST_COMPILER="g++-9")
+    monkeypatch.setenv("CUDAFLAGS", "-allow-unsupported-compiler -O1")
+    assert "given -allow-unsupported-compiler -O1 -c " in _refusal(tmp_path / "again", nvcc)
 
 
 def test_nvcc_that_lists_no_gpu_is_refused(tmp_path):

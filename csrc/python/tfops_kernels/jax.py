@@ -41,16 +41,16 @@ def _check_version(built: tuple[int, int], running: tuple[int, int] | None) -> N
         jaxlib = importlib.metadata.version("jaxlib")
         ours, its = (f"{major}.{minor}" for major, minor in (built, running))
         raise ImportError(
-            f"tfops_kernels.jax was built for version {ours} of XLA's interface for custom calls, and "
-            f"jaxlib {jaxlib} has {its}: install a newer jaxlib, or build tfops beside this one"
+            f"tfops_kernels.jax was built for version {ours} of XLA's interface for custom calls, and jaxlib {jaxlib} "
+            f"has {its}: install a newer jaxlib, or build tfops beside this one, with --no-build-isolation"
         )
 
 
 def _register() -> None:
     if not _LIBRARY.exists():
         raise ImportError(
-            f"tfops_kernels.jax needs {_LIBRARY}, which this build does not have: build tfops where there is JAX, or "
-            "TensorFlow 2.20 or later, and without TFOPS_JAX=OFF"
+            f"tfops_kernels.jax needs {_LIBRARY}, which this build does not have: build tfops beside jaxlib or "
+            "TensorFlow 2.20 or later, with --no-build-isolation and without TFOPS_JAX=OFF"
         )
     library = ctypes.CDLL(str(_LIBRARY))
     major, minor = (ctypes.c_int * 2).in_dll(library, "Tfops_ffi_version")

@@ -41,7 +41,7 @@ def environment(folder: Path) -> dict[str, str]:
     (folder / "sitecustomize.py").write_text("from tfops_testing import gpu_stand_ins\n\ngpu_stand_ins.install()\n")
     (folder / "nvidia-smi").write_text(NVIDIA_SMI)
     (folder / "nvidia-smi").chmod(0o755)
-    path = os.pathsep.join([str(folder), str(HELPERS)])
+    path = os.pathsep.join(filter(None, [str(folder), str(HELPERS), os.environ.get("PYTHONPATH")]))
     return {"PYTHONPATH": path, "PATH": f"{folder}:{os.environ['PATH']}"}
 
 
@@ -96,7 +96,6 @@ def _choose_device(kernels: Any) -> None:
 
 def _leave_few(cells: Any) -> None:
     cells._TELLING = CELLS
-    cells.NETWORKS = cells.cells.__defaults__[0]
     cells.NETWORKS.clear()
     cells.NETWORKS.update(OTHERS)
 

@@ -142,17 +142,16 @@ class Tensor:
         return float(self._data)
 
 
-def _operator(function: Any, swapped: bool) -> Any:
+def _operator(function: Any) -> Any:
     def apply(self: Tensor, other: Any) -> Tensor:
-        value = other._data if isinstance(other, Tensor) else other
-        return self._made(function(value, self._data) if swapped else function(self._data, value), other)
+        return self._made(function(self._data, other._data if isinstance(other, Tensor) else other), other)
 
     return apply
 
 
 for _name in ("add", "sub", "mul", "truediv", "pow", "gt", "le", "eq"):
-    setattr(Tensor, f"__{_name}__", _operator(getattr(operator, _name), swapped=False))
-    setattr(Tensor, f"__r{_name}__", _operator(getattr(operator, _name), swapped=True))
+    setattr(Tensor, f"__{_name}__", _operator(getattr(operator, _name)))
+Tensor.__rmul__ = Tensor.__mul__
 
 
 def _memory(shape: tuple[int, ...], dtype: Any, values: Any) -> np.ndarray:
