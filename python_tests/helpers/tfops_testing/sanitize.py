@@ -26,10 +26,8 @@ from .paths import ROOT, TESTS
 from .simt import sanitizer_environment
 
 FLAGS = {"address": "address,undefined", "thread": "thread", "fuzzer": "fuzzer-no-link,address,undefined"}
-FILES = {
-    "address": ["kernels/test_cpu.py", "kernels/test_phases.py", "simt/test_kernels.py"],
-    "thread": ["kernels/test_cpu.py", "kernels/test_phases.py"],
-}
+KERNELS = [f"kernels/test_{name}.py" for name in ("cpu", "phases", "in_place", "virtual_batches")]
+FILES = {"address": [*KERNELS, "simt/test_kernels.py"], "thread": KERNELS}
 # What fills more memory than the cache holds takes minutes.
 SELECTED = {
     "address": "not larger_than_the_cache and not every_kernel_ran",
