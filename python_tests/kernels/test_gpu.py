@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tfops_kernels
-from tfops_kernels import _kernels, _policy
+from tfops_kernels import _kernels
 from tfops_testing import in_place_cases, kernel_cases, tier_cases
 from tfops_testing.phase_cases import SHAPES, Phases, assert_cuda_agrees
 
@@ -96,8 +96,9 @@ def test_every_plan_agrees_in_place(shape, axis, dtype):
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
 def test_scale_near_zero_makes_nan_in_place(dtype):
-    for plan in tier_cases.plans(_kernels, case := kernel_cases.Case((390, 24), -1, dtype), True, in_place=True)[1]:
-        with _policy.settings(tier=plan.tier, cluster=plan.blocks_per_slab if plan.tier == "cluster" else 0):
+    case = kernel_cases.Case((390, 24), -1, dtype)
+    for plan in tier_cases.plans(_kernels, case, aligned=True, in_place=True)[1]:
+        with tier_cases.force(_kernels, plan):
             in_place_cases.check_refusal(case, _to_device, tfops_kernels, _to_host)
 
 
@@ -136,8 +137,7 @@ def test_graph_holds_what_was_captured():
         return [tensor for tensor in (*out, *back) if tensor is not None]
 
     for plan in tier_cases.plans(_kernels, case, aligned=True)[1]:
-        cluster = plan.blocks_per_slab if plan.tier == "cluster" else 0
-        with _policy.settings(tier=plan.tier, cluster=cluster):
+        with tier_cases.force(_kernels, plan):
             want = call()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

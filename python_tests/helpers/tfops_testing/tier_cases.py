@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,11 @@ def plans(module: Any, case: Case, aligned: bool, **others: Any) -> tuple[list[A
     return forward, backward
 
 
+def force(module: Any, plan: Any) -> AbstractContextManager[None]:
+    """Has calls take the plan's tier, and clusters of its size, within the context."""
+    return _policy.settings(module, tier=plan.tier, cluster=plan.blocks_per_slab if plan.tier == "cluster" else 0)
+
+
 class Forced:
     """forward() and backward() of `kernels`, each by a plan. AssertionError if another tier runs, or CUDA refuses."""
 
@@ -40,9 +46,8 @@ class Forced:
 
     def _call(self, direction: str, *arguments: Any, **named: Any) -> Any:
         plan = self._plans[direction]
-        cluster = plan.blocks_per_slab if plan.tier == "cluster" else 0
         before = self._module.cuda_launches()
-        with _policy.settings(self._module, tier=plan.tier, cluster=cluster):
+        with force(self._module, plan):
             result = getattr(self._kernels, direction)(*arguments, **named)
         after = self._module.cuda_launches()
         assert after["refusals"] == before["refusals"]
